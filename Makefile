@@ -1,0 +1,69 @@
+# Everything a contributor runs, each by one word. Needs python3 (3.11 or newer, with pip and venv), make and git;
+# the rest is installed into .venv, at the versions that uv.lock names.
+
+PYTHON     ?= python3
+UV_VERSION := 0.13.9
+BIN        := .venv/bin
+
+# The folders that both type checkers read. One that does not exist yet is left out.
+TYPED := $(wildcard src bench examples tests/typing)
+
+# uv works in our environment, whatever else is activated, and with the Python that made it.
+export UV_PROJECT_ENVIRONMENT := .venv
+export UV_PYTHON_DOWNLOADS    := never
+unexport VIRTUAL_ENV
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install serve test check crash bench format clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: .venv/.installed-dev  ## Install everything for development (does nothing the second time)
+	@:
+
+serve: .venv/.installed  ## Serve the HTTP API with the demo sagas on http://127.0.0.1:8092; stop with Ctrl-C
+serve: export NETSCRIPT_SAGA_STORE = kv
+serve:
+	@exec $(BIN)/python -m examples.serve
+
+test: install  ## Run the tests, with seconds per group (some of them: make test ARGS="tests/core -k retry")
+	$(BIN)/python -m pytest $(ARGS)
+
+check: install  ## Check format, lint, types (mypy and pyright) and floors
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy $(TYPED)
+	$(BIN)/pyright $(TYPED)
+	$(BIN)/lint-imports --no-logo
+
+# make hands what is set on its command line to the run as environment variables: KILLS, MESSAGES.
+crash: install  ## Kill workers at random and count what was lost (shorter: make crash KILLS=12 MESSAGES=1200)
+	$(BIN)/python -m tests.crash
+
+bench: install  ## Measure throughput and latency on this machine
+	$(BIN)/python -m bench
+
+format: install  ## Rewrite the code in the project's format, and fix what ruff can fix
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## Remove the environment, the caches and what the demo wrote
+	rm -rf .venv .sagaloom .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Two stamps, so that `make serve` on a new machine fetches what it runs and not the tools we build with.
+# --inexact: a serve between two installs takes nothing away.
+.venv/.installed: pyproject.toml uv.lock | $(BIN)/uv
+	$(BIN)/uv sync --frozen --no-dev --inexact
+	@touch $@
+
+.venv/.installed-dev: pyproject.toml uv.lock | $(BIN)/uv
+	$(BIN)/uv sync --frozen --all-extras
+	@touch .venv/.installed $@
+
+$(BIN)/uv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sagaloom needs Python 3.11 or newer; choose one with: make PYTHON=python3.12 install")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)

@@ -1,0 +1,663 @@
+"""The fluent way to write a saga, in three frozen stages that each offer only what is legal.
+
+    define_saga(id) -> SagaDraft            settings, .state
+                       SagaWithState[S]     settings, handlers
+                       SagaWithHandlers[S]  settings, handlers, .build
+
+Every call returns a new stage and leaves the old one as it was, so that a common beginning can be shared. A rule that
+is broken is broken at the call that breaks it, with a `DefinitionError` that names the value, the saga and the way out;
+a type checker sees the same rules, because the methods that would be illegal are not there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, Self, TypeAlias, TypeVar, cast, get_args, overload
+
+from sagaloom.codec import Codec, codec_for, encode_any, is_declared_class, type_name
+from sagaloom.definitions import (
+    ANY_TYPE,
+    SAGA_DURABILITY_TIERS,
+    CompensationBinding,
+    HandlerBinding,
+    Invariant,
+    OnMissing,
+    QueryDefinition,
+    RetryPolicy,
+    Reuse,
+    SagaCorrelation,
+    SagaDefinition,
+    SagaDurabilityTier,
+    SagaHandler,
+    SignalDefinition,
+)
+from sagaloom.durations import parse_duration
+from sagaloom.errors import DefinitionError, NotImplementedYet, SagasError
+from sagaloom.fingerprint import fingerprint_of
+from sagaloom.ids import check_saga_id
+from sagaloom.messages import SagaMessage, as_message, message_type_of
+
+__all__ = ["SagaBuilder", "SagaDraft", "SagaWithHandlers", "SagaWithState", "define_saga"]
+
+S = TypeVar("S")
+P = TypeVar("P")
+
+OnLimit = Literal["reject", "wait"]
+CatchUp = Literal["latest", "all", "none"]
+OnUnexpected = Literal["defer", "ignore", "dead_letter", "fail"]
+
+_Migration: TypeAlias = Callable[[Any], Any]
+_HANDLER = "a handler takes (saga, event, context)"
+_NEEDS_STATE = frozenset(
+    ("on", "compensate", "during", "when_all", "on_signal", "on_query", "on_update", "invariant", "build")
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Data:
+    """All that has been said about a saga so far."""
+
+    id: str
+    version: int = 1
+    durability: SagaDurabilityTier = "t1"
+    initial_json: bytes = b""
+    state_codec: Codec[Any] | None = None
+    handlers: Mapping[str, HandlerBinding] = dataclasses.field(default_factory=dict[str, HandlerBinding])
+    compensations: Mapping[str, CompensationBinding] = dataclasses.field(default_factory=dict[str, CompensationBinding])
+    correlations: Mapping[str, SagaCorrelation[Any]] = dataclasses.field(
+        default_factory=dict[str, SagaCorrelation[Any]]
+    )
+    retry: RetryPolicy = dataclasses.field(default_factory=RetryPolicy)
+    reuse: Reuse = "reject"
+    is_singleton: bool = False
+    invariants: tuple[Invariant, ...] = ()
+    migrations: Mapping[int, _Migration] = dataclasses.field(default_factory=dict[int, Callable[[Any], Any]])
+
+    @property
+    def where(self) -> str:
+        return f"saga {self.id!r}"
+
+
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class _Stage:
+    """The settings that every stage offers."""
+
+    _data: _Data
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._data.id!r}, handles {list(self._data.handlers)}>"
+
+    def _with(self, **changes: Any) -> Self:
+        return type(self)(dataclasses.replace(self._data, **changes))
+
+    def durability(self, tier: SagaDurabilityTier) -> Self:
+        """Sets what a store must promise for this saga's state: `"t1"` (the default), `"t2"` or `"t3"`.
+
+        >>> define_saga("order").durability("t2")
+        <SagaDraft 'order', handles []>
+        """
+        return self._with(durability=_one_of(tier, SAGA_DURABILITY_TIERS, f"{self._data.where}: durability tier"))
+
+    @overload
+    def correlate(self, rule: SagaCorrelation[Any], /) -> Self: ...
+    @overload
+    def correlate(self, message: type[P], rule: SagaCorrelation[P], /) -> Self: ...
+    @overload
+    def correlate(self, message: str, rule: SagaCorrelation[Any], /) -> Self: ...
+    def correlate(self, message: Any, rule: Any = None, /) -> Self:
+        """Says how to read the correlation key off a message, for all types or for one (its class or wire type). The
+        rule of a type goes before the general one; a rule that returns None leaves it to the message's own key.
+
+        >>> define_saga("order").correlate(lambda message: message.payload["orderId"])
+        <SagaDraft 'order', handles []>
+        """
+        data = self._data
+        if rule is None and (isinstance(message, (type, str))):
+            raise DefinitionError(
+                f"{data.where}: .correlate({_shown(message)}) has no rule: write .correlate({_shown(message)}, rule), "
+                "where rule takes the message and returns its key"
+            )
+        name, rule = (ANY_TYPE, message) if rule is None else (_wire_type(data, message, "correlation"), rule)
+        _check_function(rule, 1, f"{data.where}: the correlation rule", "a rule takes (message) and returns its key")
+        if name in data.correlations:
+            what = "a general correlation rule" if name == ANY_TYPE else f"a correlation rule for {name!r}"
+            raise DefinitionError(f"{data.where} already has {what}: put both into one rule")
+        return self._with(correlations={**data.correlations, name: rule})
+
+    def retry(self, policy: RetryPolicy) -> Self:
+        """Sets when a failed attempt is made again. The default is five attempts, 1 s apart, doubling, up to 60 s.
+
+        >>> from sagaloom.definitions import RetryPolicy
+        >>> define_saga("order").retry(RetryPolicy(maximum_attempts=3))
+        <SagaDraft 'order', handles []>
+        """
+        _check_retry(self._data.where, policy)
+        return self._with(retry=policy)
+
+    def reuse(self, policy: Reuse) -> Self:
+        """Says what a message does whose instance has ended: `"reject"` (the default) ignores it, on the record;
+        `"new_run"` opens the next run.
+
+        >>> define_saga("order").reuse("new_run")
+        <SagaDraft 'order', handles []>
+        """
+        return self._with(reuse=_one_of(policy, get_args(Reuse), f"{self._data.where}: reuse"))
+
+    def singleton(self) -> Self:
+        """Lets all messages that carry no key share one instance.
+
+        >>> define_saga("order").singleton()
+        <SagaDraft 'order', handles []>
+        """
+        return self._with(is_singleton=True)
+
+    def version(
+        self, number: int, *, migrate: Mapping[int, Callable[[Mapping[str, Any]], object]] | None = None
+    ) -> Self:
+        """Sets the version of the stored state. `migrate` maps an old version to the function that makes its state, as
+        plain JSON, one version newer; the steps must lead up to `number` without a gap.
+
+        >>> define_saga("order").version(2, migrate={1: lambda state: {**state, "currency": "EUR"}})
+        <SagaDraft 'order', handles []>
+        """
+        where = self._data.where
+        if not _is_int(number) or number < 1:
+            raise DefinitionError(f"{where}: version must be an integer from 1 on, got {number!r:.80}")
+        steps = dict(migrate or {})
+        for old, step in steps.items():
+            if not _is_int(old) or not 1 <= old < number:
+                raise DefinitionError(
+                    f"{where}: migrate has a step from version {old!r:.80}: with .version({number}) steps start at 1 "
+                    f"to {number - 1}"
+                )
+            _check_function(step, 1, f"{where}: the migration from version {old}", "a migration takes (state)")
+        missing = [old for old in range(min(steps, default=number), number) if old not in steps]
+        if missing:
+            raise DefinitionError(
+                f"{where}: .version({number}) has migrations from {_listed(sorted(steps))}, but none from "
+                f"{_listed(missing)}: every version between the oldest one and {number} needs its step"
+            )
+        return self._with(version=number, migrations=steps)
+
+    def concurrency(
+        self,
+        limit: int,
+        key: Callable[[SagaMessage[Any]], str] | None = None,
+        *,
+        on_limit: OnLimit = "reject",
+    ) -> Self:
+        """Bounds how many messages run at once, per derived key. Checks its arguments; raises `NotImplementedYet`."""
+        where = self._data.where
+        if not _is_int(limit) or limit < 1:
+            raise DefinitionError(f"Saga concurrency limit must be a positive integer. {where}: got {limit!r:.80}.")
+        if key is not None:
+            _check_function(key, 1, f"{where}: the concurrency key", "it takes (message) and returns a string")
+        _one_of(on_limit, get_args(OnLimit), f"{where}: concurrency on_limit")
+        self._not_yet("concurrency")
+
+    def schedule(
+        self, cron: str, *, message: object = None, timezone: str = "UTC", catch_up: CatchUp = "latest"
+    ) -> Self:
+        """Ticks the saga by a five-field cron expression. Checks its arguments; raises `NotImplementedYet`."""
+        where = self._data.where
+        if not isinstance(cron, str) or not cron.strip():
+            raise DefinitionError(f"Saga schedule must not be empty. {where}: write for example '0 3 * * *'.")
+        if len(cron.split()) != 5:
+            raise DefinitionError(
+                f"{where}: schedule {cron!r:.80} has {len(cron.split())} fields: minute, hour, day of month, month, "
+                "day of week; write for example '0 3 * * *'"
+            )
+        if message is not None:
+            _check_message(where, "schedule", message)
+        if not isinstance(timezone, str) or not timezone.strip():
+            raise DefinitionError(f"{where}: schedule timezone {timezone!r:.80} must be a zone name, such as 'UTC'")
+        _one_of(catch_up, get_args(CatchUp), f"{where}: schedule catch_up")
+        self._not_yet("schedule")
+
+    def timeout(self, delay: timedelta | float | str, *, message: object) -> Self:
+        """Sends `message` to an instance that is still live after `delay`. Checks its arguments; raises
+        `NotImplementedYet`."""
+        where = self._data.where
+        try:
+            length = parse_duration(delay)
+        except DefinitionError as error:
+            raise DefinitionError(f"{where}: timeout: {error.message}") from error
+        if not length:
+            raise DefinitionError(f"{where}: timeout must be longer than nothing, got {delay!r:.80}")
+        _check_message(where, "timeout", message)
+        self._not_yet("timeout")
+
+    def _not_yet(self, method: str) -> NoReturn:
+        raise NotImplementedYet(
+            f"{self._data.where}: .{method}(...) is not implemented yet: this version knows its form and cannot run "
+            "it; leave it out",
+            data={"sagaId": self._data.id, "method": method},
+        )
+
+
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class SagaDraft(_Stage):
+    """A saga that has no state yet: `.state(...)` comes before any handler."""
+
+    @overload
+    def state(self, initial: dict[str, Any]) -> SagaWithState[dict[str, Any]]: ...
+    @overload
+    def state(self, initial: S) -> SagaWithState[S]: ...
+    @overload
+    def state(self, initial: object, *, type: type[S]) -> SagaWithState[S]: ...
+    def state(self, initial: Any, *, type: Any = None) -> SagaWithState[Any]:
+        """Declares the state that a new instance starts with, and with it the type of the state.
+
+        A dict is untyped JSON. An instance of a dataclass, `msgspec.Struct`, attrs class or pydantic model is typed by
+        its class. A TypedDict is a plain dict when the program runs, so its type has to be named to be checked there.
+        The value is encoded now, and every instance gets one of its own.
+
+        >>> from typing import TypedDict
+        >>> class OrderState(TypedDict):
+        ...     status: str
+        >>> define_saga("order").state({"status": "new"})
+        <SagaWithState 'order', handles []>
+        >>> define_saga("order").state({"status": "new"}, type=OrderState)
+        <SagaWithState 'order', handles []>
+        """
+        data = self._data
+        declared = type
+        if declared is None:
+            if not isinstance(initial, dict) and not is_declared_class(initial.__class__):
+                hint = "give an instance of it" if isinstance(initial, _TYPE) else "give a dict or an instance of one"
+                raise DefinitionError(
+                    f"Saga initial state is missing. {data.where}: {_shown(initial)} is no state: a state is a dict, "
+                    f"dataclass, TypedDict, msgspec.Struct, attrs class or pydantic model; {hint}"
+                )
+            declared = None if isinstance(initial, dict) else initial.__class__
+        try:
+            codec = codec_for(declared)
+            encoded = codec.encode(initial)
+        except SagasError as error:
+            raise DefinitionError(
+                f"{data.where}: initial state: {error.message}", code=error.code, data=error.data
+            ) from error
+        return SagaWithState(dataclasses.replace(data, initial_json=encoded, state_codec=codec))
+
+    if not TYPE_CHECKING:  # for a type checker these methods are not there, which is the point of a stage
+
+        def __getattr__(self, name: str) -> NoReturn:
+            if name in _NEEDS_STATE:
+                raise DefinitionError(
+                    f"{self._data.where}: .{name}(...) comes too early: call .state(initial) first, so that handlers "
+                    "have a state to work on"
+                )
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+
+
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class SagaWithState(_Stage, Generic[S]):
+    """A saga that knows its state, and takes handlers."""
+
+    @overload
+    def on(
+        self,
+        message: type[P],
+        handler: SagaHandler[S, P],
+        *,
+        starts: bool = True,
+        on_missing: OnMissing = "dead_letter",
+    ) -> SagaWithHandlers[S]: ...
+    @overload
+    def on(
+        self,
+        message: str,
+        handler: SagaHandler[S, P],
+        *,
+        payload: type[P],
+        starts: bool = True,
+        on_missing: OnMissing = "dead_letter",
+    ) -> SagaWithHandlers[S]: ...
+    @overload
+    def on(
+        self,
+        message: str,
+        handler: SagaHandler[S, Any],
+        *,
+        starts: bool = True,
+        on_missing: OnMissing = "dead_letter",
+    ) -> SagaWithHandlers[S]: ...
+    def on(
+        self,
+        message: Any,
+        handler: Any,
+        *,
+        payload: Any = None,
+        starts: bool = True,
+        on_missing: OnMissing = "dead_letter",
+    ) -> SagaWithHandlers[S]:
+        """Registers the handler of a message type, given as a message class or as the wire type.
+
+        With a class the payload is an instance of it; with a wire type it is plain JSON, or what `payload=` says.
+        `starts`: the message may open an instance. `on_missing`: what becomes of it when it may not, and none is live.
+
+        >>> from dataclasses import dataclass
+        >>> @dataclass
+        ... class OrderPlaced:
+        ...     order_id: str
+        >>> define_saga("order").state({}).on(OrderPlaced, lambda saga, event, context: [])
+        <SagaWithHandlers 'order', handles ['OrderPlaced']>
+        """
+        data = self._data
+        name = _wire_type(data, message, "event")
+        codec = _payload_codec(data, name, message, payload)
+        _check_function(handler, 3, f"{data.where}: the handler of {name!r}", _HANDLER)
+        if not isinstance(starts, bool):
+            raise DefinitionError(f"{data.where}: starts of {name!r} must be True or False, got {starts!r:.80}")
+        _one_of(on_missing, get_args(OnMissing), f"{data.where}: on_missing of {name!r}")
+        if name in data.handlers:
+            raise DefinitionError(
+                f"{data.where} already has a handler for {name!r}: put both into one, or give the message another type"
+            )
+        binding = HandlerBinding(name, handler, codec, starts, on_missing)
+        return SagaWithHandlers(dataclasses.replace(data, handlers={**data.handlers, name: binding}))
+
+    @overload
+    def compensate(self, message: type[P], handler: SagaHandler[S, P]) -> Self: ...
+    @overload
+    def compensate(self, message: str, handler: SagaHandler[S, P], *, payload: type[P]) -> Self: ...
+    @overload
+    def compensate(self, message: str, handler: SagaHandler[S, Any]) -> Self: ...
+    def compensate(self, message: Any, handler: Any, *, payload: Any = None) -> Self:
+        """Registers what undoes a step: the handler that runs when another one returns `saga_compensate(message)` for a
+        message of this type, or fails while handling one.
+
+        >>> define_saga("order").state({}).compensate("OrderPlaced", lambda saga, event, context: [])
+        <SagaWithState 'order', handles []>
+        """
+        data = self._data
+        name = _wire_type(data, message, "compensation event")
+        codec = _payload_codec(data, name, message, payload)
+        _check_function(handler, 3, f"{data.where}: the compensation of {name!r}", _HANDLER)
+        if name in data.compensations:
+            raise DefinitionError(f"{data.where} already has a compensation for {name!r}: put both into one")
+        binding = CompensationBinding(name, handler, codec)
+        return self._with(compensations={**data.compensations, name: binding})
+
+    def invariant(self, name: str, predicate: Callable[[S], bool]) -> Self:
+        """Names something that must be true of the state after every transition; one that breaks it is refused.
+
+        >>> define_saga("order").state({"paid": 0}).invariant("paid is not negative", lambda state: state["paid"] >= 0)
+        <SagaWithState 'order', handles []>
+        """
+        data = self._data
+        if not isinstance(name, str) or not name.strip():
+            raise DefinitionError(f"{data.where}: invariant name must not be empty, got {name!r:.80}: say what holds")
+        if any(one.name == name.strip() for one in data.invariants):
+            raise DefinitionError(f"{data.where} already has an invariant {name.strip()!r}: give this one another name")
+        _check_function(predicate, 1, f"{data.where}: the invariant {name!r}", "a predicate takes (state)")
+        return self._with(invariants=(*data.invariants, Invariant(name.strip(), predicate)))
+
+    @overload
+    def during(
+        self, status: str, message: type[P], handler: SagaHandler[S, P], *, on_unexpected: OnUnexpected = "defer"
+    ) -> SagaWithHandlers[S]: ...
+    @overload
+    def during(
+        self, status: str, message: str, handler: SagaHandler[S, Any], *, on_unexpected: OnUnexpected = "defer"
+    ) -> SagaWithHandlers[S]: ...
+    def during(
+        self, status: str, message: Any, handler: Any, *, on_unexpected: OnUnexpected = "defer"
+    ) -> SagaWithHandlers[S]:
+        """Handles a type while the state has this business status. Checks its arguments; raises `NotImplementedYet`."""
+        where = self._data.where
+        if not isinstance(status, str) or not status.strip():
+            raise DefinitionError(f"{where}: status of .during(...) must not be empty, got {status!r:.80}")
+        name = _wire_type(self._data, message, "event")
+        _check_function(handler, 3, f"{where}: the handler of {name!r} during {status!r}", _HANDLER)
+        _one_of(on_unexpected, get_args(OnUnexpected), f"{where}: on_unexpected of {name!r}")
+        self._not_yet("during")
+
+    def when_all(self, messages: Sequence[type[Any] | str], handler: SagaHandler[S, Any]) -> SagaWithHandlers[S]:
+        """Runs once when all of these types have come, in any order. Checks its arguments; raises
+        `NotImplementedYet`."""
+        where = self._data.where
+        if isinstance(messages, str) or not isinstance(messages, Sequence):
+            raise DefinitionError(f"{where}: .when_all(...) takes a list of types, got {_shown(messages)}")
+        names = [_wire_type(self._data, message, "event") for message in messages]
+        if len(set(names)) < 2 or len(set(names)) < len(names):
+            raise DefinitionError(f"{where}: .when_all({names}) needs two or more different types; one takes .on(...)")
+        _check_function(handler, 3, f"{where}: the handler of {_listed(names)}", _HANDLER)
+        self._not_yet("when_all")
+
+    def on_signal(self, signal: SignalDefinition[P], handler: SagaHandler[S, P]) -> Self:
+        """Registers the handler of a signal. Checks its arguments; raises `NotImplementedYet`."""
+        self._check_signal("on_signal", signal, handler)
+        self._not_yet("on_signal")
+
+    def on_query(self, query: QueryDefinition[P], handler: Callable[[S], P]) -> Self:
+        """Registers a synchronous, pure read of the state. Checks its arguments; raises `NotImplementedYet`."""
+        where = self._data.where
+        if not isinstance(query, QueryDefinition):
+            raise DefinitionError(f"{where}: .on_query(...) takes define_query(name), got {_shown(query)}")
+        if not query.name.strip():
+            raise DefinitionError(f"Saga query name must not be empty. {where}: use define_query('progress').")
+        _check_function(handler, 1, f"{where}: the query {query.name!r}", "a query takes (state)")
+        self._not_yet("on_query")
+
+    def on_update(self, signal: SignalDefinition[P], handler: SagaHandler[S, P]) -> Self:
+        """Registers the handler of a signal whose caller waits for the answer. Checks its arguments; raises
+        `NotImplementedYet`."""
+        self._check_signal("on_update", signal, handler)
+        self._not_yet("on_update")
+
+    def _check_signal(self, method: str, signal: object, handler: object) -> None:
+        where = self._data.where
+        if not isinstance(signal, SignalDefinition):
+            raise DefinitionError(f"{where}: .{method}(...) takes define_signal(name), got {_shown(signal)}")
+        if not signal.name.strip():
+            raise DefinitionError(f"Saga signal name must not be empty. {where}: use define_signal('approve').")
+        _check_function(handler, 3, f"{where}: the handler of signal {signal.name!r}", _HANDLER)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> NoReturn:
+            if name == "state":
+                raise DefinitionError(f"{self._data.where} already has a state: call .state(initial) once")
+            if name == "build":
+                raise DefinitionError(
+                    f"{self._data.where}: .build() comes too early: a saga needs a handler, so call .on(type, handler) "
+                    "first"
+                )
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self)
+
+
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class SagaWithHandlers(SagaWithState[S]):
+    """A saga that can be built."""
+
+    def build(self) -> SagaDefinition[S]:
+        """The finished, frozen definition, with a fingerprint of all that matters about it.
+
+        >>> saga = define_saga("order").state({}).on("OrderPlaced", lambda saga, event, context: []).build()
+        >>> saga.handled_message_types, saga.starting_types
+        (('OrderPlaced',), ('OrderPlaced',))
+        """
+        data = self._data
+        codec = data.state_codec
+        if codec is None or not data.handlers:
+            raise DefinitionError(f"{data.where}: build needs .state(initial) and .on(type, handler)")
+        unknown = [name for name in data.correlations if name != ANY_TYPE and name not in data.handlers]
+        if unknown:
+            raise DefinitionError(
+                f"{data.where} has a correlation rule for {_listed(unknown)}, which no handler takes: it handles "
+                f"{_listed(list(data.handlers))}"
+            )
+        caller = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]  # the documented way to a caller's line
+        definition: SagaDefinition[S] = SagaDefinition(
+            id=data.id,
+            version=data.version,
+            durability=data.durability,
+            initial_state=codec.decode(data.initial_json),
+            initial_json=data.initial_json,
+            state_codec=codec,
+            handlers=MappingProxyType(dict(data.handlers)),
+            compensations=MappingProxyType(dict(data.compensations)),
+            correlations=MappingProxyType(dict(data.correlations)),
+            retry=data.retry,
+            reuse=data.reuse,
+            is_singleton=data.is_singleton,
+            invariants=data.invariants,
+            migrations=MappingProxyType(dict(data.migrations)),
+            source=f"{caller.f_code.co_filename}:{caller.f_lineno}",
+        )
+        return dataclasses.replace(definition, fingerprint=fingerprint_of(definition))
+
+
+SagaBuilder: TypeAlias = SagaDraft | SagaWithState[Any] | SagaWithHandlers[Any]
+"""Any stage of a saga that is being written."""
+
+
+def define_saga(id: str) -> SagaDraft:
+    """Begins a saga. Its id names it in the store and in every instance id, so it stays the same for life.
+
+    >>> from sagaloom import define_saga, saga_complete
+    >>> def placed(saga, event, context):
+    ...     saga.state = {**saga.state, "status": "done"}
+    ...     return [saga_complete({"orderId": event.payload["orderId"]})]
+    >>> order = define_saga("order").state({"status": "new"}).on("OrderPlaced", placed).build()
+    >>> order.id, order.durability
+    ('order', 't1')
+    """
+    return SagaDraft(_Data(id=check_saga_id(id)))
+
+
+_TYPE = type  # `.state` has a parameter called type
+
+
+def _wire_type(data: _Data, message: object, what: str) -> str:
+    """The wire type that a message class or a string stands for."""
+    if isinstance(message, type):
+        if not is_declared_class(message):
+            raise DefinitionError(
+                f"{data.where}: {message.__qualname__} is no message class: use a dataclass, TypedDict, "
+                "msgspec.Struct, attrs class or pydantic model, or give the wire type as a string"
+            )
+        try:
+            message = message_type_of(message)
+        except SagasError as error:
+            raise DefinitionError(f"{data.where}: {error.message}") from error
+    if not isinstance(message, str) or not message.strip():
+        raise DefinitionError(
+            f"Saga {what} type must not be empty. {data.where}: give the message class or its wire type, such as "
+            f"'OrderPlaced'; got {message!r:.80}."
+        )
+    if message != message.strip() or not message.isprintable():
+        raise DefinitionError(
+            f"{data.where}: {what} type {message!r:.80} has blanks around it or unprintable characters in it, so no "
+            "message would match: remove them"
+        )
+    if message == ANY_TYPE and what != "correlation":
+        raise DefinitionError(f"{data.where}: {what} type '*' is reserved: register a handler for each type")
+    return message
+
+
+def _payload_codec(data: _Data, name: str, message: object, payload: object) -> Codec[Any]:
+    if isinstance(message, type):
+        if payload is not None:
+            raise DefinitionError(
+                f"{data.where}: {message.__qualname__} is itself the payload of {name!r}: leave out payload=, or give "
+                "the wire type as a string"
+            )
+        payload = message
+    elif isinstance(payload, (str, bytes, int, float)):
+        raise DefinitionError(f"{data.where}: payload of {name!r} must be a type, got {payload!r:.80}")
+    try:
+        return codec_for(payload)
+    except DefinitionError as error:
+        raise DefinitionError(f"{data.where}: payload of {name!r}: {error.message}", data=error.data) from error
+
+
+def _check_function(function: object, arity: int, what: str, shape: str) -> None:
+    """Raises unless `function` is synchronous and can be called with `arity` positional arguments."""
+    if not callable(function) or isinstance(function, type):
+        raise DefinitionError(f"{what} is {_shown(function)}, which is no function: {shape}")
+    plain: object = function
+    while isinstance(plain, functools.partial):
+        plain = plain.func
+    for one in (plain, inspect.getattr_static(type(plain), "__call__", None)):
+        if inspect.iscoroutinefunction(one) or inspect.isasyncgenfunction(one):
+            raise DefinitionError(
+                f"{what}, {_shown(function)}, is async: it must be a plain function without I/O; return "
+                "send(...) for work that waits, and handle its answer as a message"
+            )
+        if inspect.isgeneratorfunction(one):
+            raise DefinitionError(f"{what}, {_shown(function)}, is a generator: return a list instead of yielding")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some builtins have none
+        return
+    try:
+        signature.bind(*(None,) * arity)
+    except TypeError as error:
+        raise DefinitionError(
+            f"{what}, {_shown(function)}, has the signature {signature}: {shape} ({error})"
+        ) from error
+
+
+def _check_retry(where: str, policy: object) -> None:
+    if not isinstance(policy, RetryPolicy):
+        raise DefinitionError(f"{where}: retry takes a RetryPolicy(...), got {_shown(policy)}")
+    low, high = policy.initial_interval_ms, policy.maximum_interval_ms
+    rules = (
+        ("maximum_attempts", policy.maximum_attempts, 1, math.inf, "an integer from 1 on"),
+        ("initial_interval_ms", low, 0, math.inf, "an integer from 0 on"),
+        ("maximum_interval_ms", high, low, math.inf, f"an integer from initial_interval_ms ({low!r:.80}) on"),
+    )
+    for name, value, least, most, wanted in rules:
+        if not _is_int(value) or not least <= value <= most:
+            raise DefinitionError(f"{where}: retry {name} must be {wanted}, got {value!r:.80}")
+    fractions = (
+        ("backoff_coefficient", policy.backoff_coefficient, 1, math.inf, "a finite number from 1 on"),
+        ("jitter", policy.jitter, 0, 1, "a fraction between 0 and 1"),
+    )
+    for name, number, least, most, wanted in fractions:
+        if not isinstance(number, (int, float)) or isinstance(number, bool) or not math.isfinite(number):
+            raise DefinitionError(f"{where}: retry {name} must be {wanted}, got {number!r:.80}")
+        if not least <= number <= most:
+            raise DefinitionError(f"{where}: retry {name} must be {wanted}, got {number!r:.80}")
+    names: object = policy.non_retryable_error_types
+    if not isinstance(names, (tuple, list)) or not all(isinstance(one, str) for one in cast("list[object]", names)):
+        raise DefinitionError(f"{where}: retry non_retryable_error_types must be a tuple of class names, got {names!r}")
+
+
+def _check_message(where: str, method: str, message: object) -> None:
+    try:
+        encode_any(as_message(message).payload)
+    except SagasError as error:
+        raise DefinitionError(f"{where}: {method} message: {error.message}") from error
+
+
+def _one_of(value: Any, allowed: Sequence[str], what: str) -> Any:
+    if not isinstance(value, str) or value not in allowed:
+        raise DefinitionError(f"{what} {value!r:.80} is unknown: use {_listed(allowed, 'or')}")
+    return value
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _listed(values: Sequence[object], word: str = "and") -> str:
+    shown = [repr(value) for value in values]
+    return f" {word} ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, (str, bytes, int, float, type(None))):
+        return f"{value!r:.80}"
+    name = getattr(value, "__qualname__", None)
+    return name if isinstance(name, str) else f"{type_name(type(value))} {value!r:.80}"

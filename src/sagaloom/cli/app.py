@@ -1,0 +1,504 @@
+"""The commands. Each is a thin layer: read the options, ask the server or the library, print.
+
+What is heavy (the runtime, the web server, the HTTP client, tables) is imported inside the command that needs it, so
+that `--help` and a mistyped option answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from sagaloom.cli.client import DEFAULT_URL, ApiClient, CommandFailed, instance_path
+
+if TYPE_CHECKING:
+    from sagaloom.cli.doctor import Finding
+    from sagaloom.settings import DoorSettings
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="sagaloom",
+    help="Durable sagas: run them, look into them, repair them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+sagas_app = typer.Typer(help="The sagas a server has loaded.", no_args_is_help=True)
+instances_app = typer.Typer(help="Running and finished instances.", no_args_is_help=True)
+dead_letters_app = typer.Typer(help="Messages and effects that were given up.", no_args_is_help=True)
+app.add_typer(sagas_app, name="sagas")
+app.add_typer(instances_app, name="instances")
+app.add_typer(dead_letters_app, name="dead-letters")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Url = Annotated[str, typer.Option("--url", envvar="SAGALOOM_URL", help="Where the server is.")]
+Token = Annotated[
+    str | None, typer.Option("--token", envvar="SAGALOOM_TOKEN", show_envvar=True, help="The server's bearer token.")
+]
+Limit = Annotated[int, typer.Option("--limit", min=1, max=1000, help="How many at most.")]
+Run = Annotated[int | None, typer.Option("--run", min=1, help="Which run; by default the newest.")]
+Saga = Annotated[str, typer.Argument(help="The saga's id.", show_default=False)]
+Key = Annotated[str, typer.Argument(help="The correlation key.", show_default=False)]
+Host = Annotated[str | None, typer.Option("--host", help="The address to listen on; by default 127.0.0.1.")]
+Port = Annotated[int | None, typer.Option("--port", min=0, max=65535, help="The port; by default PORT, else 8092.")]
+Insecure = Annotated[bool, typer.Option("--insecure", help="Listen beyond loopback without a token.")]
+Modules = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[MODULE]...",
+        help="Saga modules: dotted names, package.module:attribute, or files. "
+        "By default SAGAS_REGISTRY_MODULE, else [tool.sagaloom] sagas in pyproject.toml.",
+        show_default=False,
+    ),
+]
+_PAYLOAD_BYTES_MAX: Final = 64 << 20
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as version_of
+
+        print(version_of("sagaloom"))
+        raise typer.Exit
+
+
+# --- Serving ---------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def dev(
+    module: Annotated[
+        str | None, typer.Argument(help="A saga module; the demo sagas without one.", show_default=False)
+    ] = None,
+    host: Host = None,
+    port: Port = None,
+    token: Token = None,
+    insecure: Insecure = False,
+    as_json: AsJson = False,
+) -> None:
+    """Serve for development: chooses the store (kv, in .sagaloom/) and says so first."""
+    os.environ["SAGALOOM_DEV"] = "1"
+    settings = _settings(host=host, port=port, token=token)
+    _require_kv_for_dev(settings)
+    path = _kv_path(settings)
+    print(f"dev: saga store kv in {path}", file=sys.stderr, flush=True)
+    if module is None:
+        from sagaloom.cli.demo import serve_demo
+
+        serve_demo(settings, kv_path=path, is_insecure=insecure, as_json=as_json)
+    else:
+        _serve([module], settings, path=path, is_insecure=insecure, as_json=as_json)
+
+
+@app.command()
+def serve(
+    modules: Modules = None,
+    host: Host = None,
+    port: Port = None,
+    token: Token = None,
+    insecure: Insecure = False,
+    as_json: AsJson = False,
+) -> None:
+    """Serve the HTTP API and run the sagas of the given modules, in one process."""
+    from sagaloom.discovery import load_appsettings, resolve_saga_store_backend
+
+    settings = _settings(host=host, port=port, token=token)
+    backend = resolve_saga_store_backend(os.environ, load_appsettings())
+    if backend == "sql":
+        raise CommandFailed("the sql saga store is not part of this version: set NETSCRIPT_SAGA_STORE=kv")
+    _serve(modules or [], settings, path=_kv_path(settings), is_insecure=insecure, as_json=as_json)
+
+
+def _serve(
+    modules: Sequence[str], settings: DoorSettings, *, path: Path, is_insecure: bool, as_json: bool
+) -> None:
+    from sagaloom.cli.logs import configure_logs
+    from sagaloom.cli.server import PORT_HINT, Plan, announcer, listen, run
+    from sagaloom.registry import load_definitions
+    from sagaloom.settings import refuse_open_door
+
+    refuse_open_door(settings, is_insecure=is_insecure)
+    loaded = load_definitions(modules)
+    listener = listen(settings.host, settings.port, hint=PORT_HINT)
+    configure_logs(settings.log_level)
+    names = ", ".join(definition.id for definition in loaded.definitions)
+    run(
+        Plan(
+            settings=settings,
+            listener=listener,
+            definitions=loaded.definitions,
+            targets=loaded.targets,
+            kv_path=path,
+            announce=announcer(f"serving {names} on {{url}}", as_json=as_json),
+        )
+    )
+
+
+def _settings(*, host: str | None, port: int | None, token: str | None) -> DoorSettings:
+    from sagaloom.settings import load_settings
+
+    return load_settings(host=host, port=port, token=token or None)
+
+
+def _kv_path(settings: DoorSettings) -> Path:
+    from sagaloom.settings import DEFAULT_KV_PATH
+
+    return settings.kv_path or DEFAULT_KV_PATH
+
+
+def _require_kv_for_dev(settings: DoorSettings) -> None:
+    from sagaloom.discovery import resolve_saga_store_backend
+
+    if settings.store is not None and resolve_saga_store_backend({"NETSCRIPT_SAGA_STORE": settings.store}) != "kv":
+        raise CommandFailed(
+            f"dev keeps its sagas in a file, and NETSCRIPT_SAGA_STORE={settings.store}: unset it, or use 'sagaloom serve'"
+        )
+
+
+# --- Messages --------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def publish(
+    message_type: Annotated[str, typer.Argument(metavar="TYPE", help="The message type.", show_default=False)],
+    payload: Annotated[str, typer.Option("--payload", help="A JSON object; @FILE reads one, - reads stdin.")] = "{}",
+    correlation_key: Annotated[str | None, typer.Option("--correlation-key", help="Names the instance.")] = None,
+    idempotency_key: Annotated[str | None, typer.Option("--idempotency-key", help="Makes a repeat harmless.")] = None,
+    wait: Annotated[
+        str | None, typer.Option("--wait", help="Wait this long (such as 5s) for what the message does.")
+    ] = None,
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """Publish a message."""
+    from sagaloom.cli.output import print_json
+
+    body: dict[str, object] = {"type": message_type, "payload": _json_of(payload)}
+    if correlation_key is not None:
+        body["correlationKey"] = correlation_key
+    if idempotency_key is not None:
+        body["idempotencyKey"] = idempotency_key
+    with ApiClient(url, token) as api:
+        answer = api.post("/publish", body, wait=wait)
+    if as_json:
+        print_json(answer)
+    else:
+        _print_receipt(answer)
+    dead = [one for one in answer.get("outcomes") or () if one.get("disposition") == "dead_lettered"]
+    if dead:
+        raise CommandFailed(
+            f"the message was accepted, but {dead[0]['instanceId']} gave it up: {dead[0].get('reason', 'no reason')}; "
+            "see 'sagaloom dead-letters list'"
+        )
+
+
+def _print_receipt(answer: Mapping[str, Any]) -> None:
+    from sagaloom.cli.output import print_table
+
+    what = "a duplicate: nothing changed" if answer.get("duplicate") else "published"
+    print(f"{answer['messageType']} {answer['messageId']}: {what}")
+    outcomes = answer.get("outcomes")
+    if outcomes is None:
+        for one in answer.get("instances") or ():
+            print(f"  for {one['instanceId']}")
+        return
+    print_table(
+        ("instance", "disposition", "status", "revision", "state", "reason"),
+        [
+            (
+                one.get("instanceId"),
+                one.get("disposition"),
+                one.get("status"),
+                one.get("revision"),
+                one.get("state"),
+                one.get("reason"),
+            )
+            for one in outcomes
+        ],
+        empty="no saga took it",
+    )
+
+
+def _json_of(payload: str) -> object:
+    import msgspec
+
+    try:
+        if payload == "-":
+            content = sys.stdin.buffer.read(_PAYLOAD_BYTES_MAX)
+        elif payload.startswith("@"):
+            content = Path(payload[1:]).read_bytes()
+        else:
+            content = payload.encode()
+        return msgspec.json.decode(content)
+    except (OSError, UnicodeError) as error:
+        raise CommandFailed(f"--payload {payload:.80} cannot be read: {error}", exit_code=2) from error
+    except msgspec.DecodeError as error:
+        raise CommandFailed(f"--payload is no JSON: {error}; for example --payload '{{\"orderId\": \"o-1\"}}'", exit_code=2) from error
+
+
+# --- Looking ---------------------------------------------------------------------------------------------------------
+
+
+@sagas_app.command("list")
+def sagas_list(url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False) -> None:
+    """List the loaded sagas."""
+    from sagaloom.cli.output import print_json, print_table
+
+    with ApiClient(url, token) as api:
+        answer = api.get("/sagas", limit=1000)
+    if as_json:
+        print_json(answer)
+        return
+    print_table(
+        ("saga", "version", "tier", "message types"),
+        [
+            (
+                one["id"],
+                one["version"],
+                one["durabilityTier"],
+                ", ".join(handled["type"] for handled in one["handledMessageTypes"]),
+            )
+            for one in answer["sagas"]
+        ],
+        empty="no sagas are loaded",
+    )
+
+
+@sagas_app.command("show")
+def sagas_show(saga: Saga, url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False) -> None:
+    """Show one saga: its types, schemas and policies."""
+    from urllib.parse import quote
+
+    with ApiClient(url, token) as api:
+        _print_one(api.get(f"/sagas/{quote(saga, safe='')}"), as_json=as_json)
+
+
+@instances_app.command("list")
+def instances_list(
+    saga: Annotated[str | None, typer.Option("--saga", help="Only of this saga.")] = None,
+    status: Annotated[str | None, typer.Option("--status", help="Only with this status.")] = None,
+    prefix: Annotated[str | None, typer.Option("--prefix", help="Only keys that begin so.")] = None,
+    limit: Limit = 50,
+    cursor: Annotated[str | None, typer.Option("--cursor", help="The next page, as the page before named it.")] = None,
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """List instances, newest first."""
+    from sagaloom.cli.output import print_json, print_table
+
+    with ApiClient(url, token) as api:
+        answer = api.get("/instances", sagaName=saga, status=status, q=prefix, limit=limit, cursor=cursor)
+    if as_json:
+        print_json(answer)
+        return
+    print_table(
+        ("instance", "status", "revision", "last message", "updated", "state"),
+        [
+            (
+                one["instanceId"],
+                one["status"],
+                one["version"],
+                one.get("lastMessageType"),
+                one["updatedAt"],
+                one["state"],
+            )
+            for one in answer["instances"]
+        ],
+        empty="no instances",
+    )
+    _print_next_page(answer)
+
+
+@instances_app.command("show")
+def instances_show(
+    saga: Saga, key: Key, run: Run = None, url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False
+) -> None:
+    """Show one instance with its state."""
+    with ApiClient(url, token) as api:
+        _print_one(api.get(instance_path(saga, key), run=run), as_json=as_json)
+
+
+@instances_app.command("history")
+def instances_history(
+    saga: Saga,
+    key: Key,
+    run: Run = None,
+    limit: Limit = 100,
+    after: Annotated[int | None, typer.Option("--after", min=0, help="Continue behind this entry.")] = None,
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what each message did to an instance, oldest first."""
+    from sagaloom.cli.output import print_json, print_table
+
+    with ApiClient(url, token) as api:
+        answer = api.get(f"{instance_path(saga, key)}/history", run=run, limit=limit, after=after)
+    if as_json:
+        print_json(answer)
+        return
+    print_table(
+        ("no", "revision", "at", "message", "disposition", "status", "effects", "reason"),
+        [
+            (
+                one["entryNo"],
+                one["revision"],
+                one["transitionAt"],
+                one["messageType"],
+                one["disposition"],
+                f"{one['previousStatus']} -> {one['newStatus']}",
+                ", ".join(_effect_text(effect) for effect in one["effects"]),
+                one.get("reason"),
+            )
+            for one in answer["history"]
+        ],
+        empty="nothing happened yet",
+    )
+
+
+def _effect_text(effect: Mapping[str, Any]) -> str:
+    target = effect.get("target")
+    return f"{effect['kind']} {target}" if target else str(effect["kind"])
+
+
+def _print_one(answer: Mapping[str, Any], *, as_json: bool) -> None:
+    from sagaloom.cli.output import print_fields, print_json
+
+    if as_json:
+        print_json(answer)
+    else:
+        print_fields(answer)
+
+
+def _print_next_page(answer: Mapping[str, Any]) -> None:
+    if answer.get("cursor"):
+        print(f"more with --cursor {answer['cursor']}")
+
+
+# --- Repairing -------------------------------------------------------------------------------------------------------
+
+
+@dead_letters_app.command("list")
+def dead_letters_list(
+    saga: Annotated[str | None, typer.Option("--saga", help="Only of this saga.")] = None,
+    key: Annotated[str | None, typer.Option("--key", help="Only of this correlation key.")] = None,
+    limit: Limit = 50,
+    cursor: Annotated[str | None, typer.Option("--cursor", help="The next page, as the page before named it.")] = None,
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """List dead letters, newest first."""
+    from sagaloom.cli.output import print_json, print_table
+
+    with ApiClient(url, token) as api:
+        answer = api.get("/dead-letters", sagaName=saga, correlationKey=key, limit=limit, cursor=cursor)
+    if as_json:
+        print_json(answer)
+        return
+    print_table(
+        ("id", "kind", "type", "saga", "key", "attempts", "reason"),
+        [
+            (one["id"], one["kind"], one["type"], one["sagaName"], one["correlationKey"], one["attempts"], one["reason"])
+            for one in answer["deadLetters"]
+        ],
+        empty="no dead letters",
+    )
+    _print_next_page(answer)
+
+
+DeadLetterId = Annotated[str, typer.Argument(metavar="ID", help="The dead letter's id.", show_default=False)]
+
+
+@dead_letters_app.command("show")
+def dead_letters_show(
+    letter: DeadLetterId, url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False
+) -> None:
+    """Show one dead letter with its payload and traceback."""
+    with ApiClient(url, token) as api:
+        _print_one(api.get(_letter_path(letter)), as_json=as_json)
+
+
+@dead_letters_app.command("redrive")
+def dead_letters_redrive(
+    letter: DeadLetterId, url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False
+) -> None:
+    """Try one again: a message enters anew, an effect leaves and its lane goes on."""
+    _repair(letter, "redrive", "redriven", url=url, token=token, as_json=as_json)
+
+
+@dead_letters_app.command("discard")
+def dead_letters_discard(
+    letter: DeadLetterId, url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False
+) -> None:
+    """Give one up for good: its idempotency key is free again, its lane goes on without it."""
+    _repair(letter, "discard", "discarded", url=url, token=token, as_json=as_json)
+
+
+def _repair(letter: str, verb: str, done: str, *, url: str, token: str | None, as_json: bool) -> None:
+    from sagaloom.cli.output import print_json
+
+    with ApiClient(url, token) as api:
+        answer = api.post(f"{_letter_path(letter)}/{verb}")
+    if as_json:
+        print_json(answer)
+    else:
+        print(f"{done}: {answer['type']} of {answer['sagaName']}:{answer['correlationKey']}")
+
+
+def _letter_path(letter: str) -> str:
+    from urllib.parse import quote
+
+    return f"/dead-letters/{quote(letter, safe='')}"
+
+
+@app.command()
+def doctor(
+    modules: Modules = None,
+    url: Annotated[
+        str | None, typer.Option("--url", envvar="SAGALOOM_URL", help="Where the server is or will be.")
+    ] = None,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """Look for what is wrong, and say which command repairs it."""
+    from sagaloom.cli.doctor import examine
+    from sagaloom.cli.output import print_json
+
+    settings = _settings(host=None, port=None, token=token)
+    findings = examine(modules or [], settings, url=url or f"http://127.0.0.1:{settings.port}")
+    if as_json:
+        print_json({"ok": not _count(findings, "broken"), "findings": findings})
+    else:
+        _print_findings(findings)
+    if broken := _count(findings, "broken"):
+        raise CommandFailed(f"doctor found {broken} {'problem' if broken == 1 else 'problems'}")
+
+
+def _count(findings: Sequence[Finding], status: str) -> int:
+    return sum(finding.status == status for finding in findings)
+
+
+def _print_findings(findings: Sequence[Finding]) -> None:
+    from rich.markup import escape
+
+    from sagaloom.cli.output import console
+
+    out = console()
+    colour = {"ok": "green", "note": "yellow", "broken": "red"}
+    for finding in findings:
+        out.print(f"[{colour[finding.status]}]{finding.status:7}[/] {finding.check:12} {escape(finding.detail)}")
+        if finding.repair is not None:
+            out.print(f"{'':20} repair: {escape(finding.repair)}")

@@ -1,0 +1,203 @@
+"""One process that serves: the store, the runtime and the HTTP API, from start to a clean end.
+
+    bind the port ──▶ open the store ──▶ start the runtime ──▶ serve ──signal──▶ stop accepting ──▶ drain ──▶ exit 0
+         │ taken: said at once, the store untouched                │ signal again, or 2.8 s: exit at once
+
+Rules: whatever happens after the first signal, the process is gone within 3 seconds. That loses nothing: what was
+acknowledged is in the store, and an effect that was under way leaves again under the same key.
+
+What we dislike about it: a function of the host that runs in a thread cannot be interrupted, hence the hard exit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from sagaloom.definitions import SagaDefinition
+from sagaloom.errors import ConfigurationError
+from sagaloom.ports.targets import EffectTarget
+from sagaloom.settings import DoorSettings
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
+__all__ = ["Companion", "Plan", "address_of", "listen", "run"]
+
+_log = logging.getLogger("sagaloom.serve")
+_EXIT_SECONDS_MAX: Final = 2.8
+_DRAIN_SECONDS: Final = 1.2
+_REQUESTS_SECONDS: Final = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Companion:
+    """A further app of this process, on a socket of its own: the payments service of the demo."""
+
+    app: ASGIApp
+    listener: socket.socket
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that a serving process needs to know. `announce` is called with the address once it answers."""
+
+    settings: DoorSettings
+    listener: socket.socket
+    definitions: Sequence[SagaDefinition[Any]]
+    kv_path: Path
+    announce: Callable[[str], None]
+    targets: Sequence[EffectTarget] = ()
+    services: Mapping[str, str] = field(default_factory=dict[str, str])
+    companions: Sequence[Companion] = ()
+
+
+def listen(host: str, port: int, *, hint: str) -> socket.socket:
+    """A listening socket; port 0 takes a free one. Raises `ConfigurationError`, ending in `hint`, when it cannot."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        # `localhost` is both ::1 and 127.0.0.1, and most clients try the latter.
+        family, kind, protocol, _, where = min(found, key=lambda entry: entry[0] != socket.AF_INET)
+    except OSError as error:
+        raise ConfigurationError(f"host {host!r} cannot be resolved: {error.strerror or error}") from error
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(where)
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        raise ConfigurationError(f"cannot listen on {host}:{port}: {error.strerror or error}; {hint}") from error
+    listener.setblocking(False)
+    return listener
+
+
+def address_of(listener: socket.socket) -> str:
+    """The URL under which `listener` is reached from this machine."""
+    host, port = listener.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):  # noqa: S104 - told apart, not bound
+        host = "127.0.0.1"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def run(plan: Plan) -> None:
+    """Serves until SIGTERM or SIGINT. Raises what kept it from starting, or ended it."""
+    asyncio.run(_serve(plan))
+
+
+async def _serve(plan: Plan) -> None:
+    from sagaloom.composition import create_durable_saga_runtime, open_saga_runtime_kv
+    from sagaloom.runtime import RuntimeOptions
+    from sagaloom.service import create_app
+
+    async with contextlib.AsyncExitStack() as stack:
+        stopping = stack.enter_context(_signals())
+        companions = [
+            await stack.enter_async_context(_serving(companion.app, companion.listener))
+            for companion in plan.companions
+        ]
+        kv = await open_saga_runtime_kv(plan.kv_path)
+        stack.push_async_callback(kv.close)
+        for target in plan.targets:
+            stack.push_async_callback(target.close)
+        durable = await stack.enter_async_context(
+            create_durable_saga_runtime(
+                "kv",
+                kv=kv,
+                definitions=plan.definitions,
+                targets=plan.targets,
+                services=plan.services or None,
+                options=RuntimeOptions(drain_seconds=_DRAIN_SECONDS),
+            )
+        )
+        app = create_app(durable.runtime, settings=service_settings(plan.settings))
+        api = await stack.enter_async_context(_serving(app, plan.listener))
+        if not stopping.is_set():
+            plan.announce(address_of(plan.listener))
+        signalled = asyncio.create_task(stopping.wait())
+        await asyncio.wait([signalled, api, *companions], return_when=asyncio.FIRST_COMPLETED)
+        if not signalled.done():
+            signalled.cancel()
+            raise RuntimeError("the HTTP server ended by itself")
+
+
+@contextlib.asynccontextmanager
+async def _serving(app: ASGIApp, listener: socket.socket) -> AsyncIterator[asyncio.Task[None]]:
+    """Serves `app` while inside; on the way out takes no more connections and lets open requests finish."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        def capture_signals(self) -> contextlib.AbstractContextManager[None]:
+            # Signals are ours: uvicorn would end the process by the signal, and there are several servers here.
+            return contextlib.nullcontext()
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            answering.set()
+
+    answering = asyncio.Event()
+    config = uvicorn.Config(
+        app,
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        timeout_graceful_shutdown=_REQUESTS_SECONDS,
+    )
+    server = Server(config)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    waiting = asyncio.create_task(answering.wait())
+    try:
+        await asyncio.wait([serving, waiting], return_when=asyncio.FIRST_COMPLETED)
+        if serving.done():
+            serving.result()
+            raise RuntimeError("the HTTP server did not start")
+        yield serving
+    finally:
+        waiting.cancel()
+        server.should_exit = True
+        await serving
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[asyncio.Event]:
+    """An event that the first SIGTERM or SIGINT sets; the second ends the process."""
+    loop = asyncio.get_running_loop()
+    stopping = asyncio.Event()
+
+    def on_signal(number: int) -> None:
+        if stopping.is_set():
+            _leave(128 + number, "a second signal: leaving at once; what was under way goes on at the next start")
+        stopping.set()
+        _log.info("stopping: no more messages are taken, what is under way is finished")
+        watchdog = threading.Timer(
+            _EXIT_SECONDS_MAX,
+            _leave,
+            (0, "not everything was finished in time; the rest goes on at the next start, nothing is lost"),
+        )
+        watchdog.daemon = True
+        watchdog.start()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    try:
+        yield stopping
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+def _leave(status: int, why: str) -> None:
+    _log.warning(why)
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(status)

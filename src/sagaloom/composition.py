@@ -1,0 +1,193 @@
+"""Putting a runtime together: which store, which targets, and who closes what.
+
+The one rule of ownership: what was opened here is closed here; what was handed in is left as it was.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
+from contextlib import AsyncExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Generic, Literal, Protocol, Self, TypeVar
+
+from sagaloom.clock import Clock
+from sagaloom.definitions import SagaDefinition
+from sagaloom.discovery import SagaStoreBackend
+from sagaloom.errors import ConfigurationError, NotImplementedYet
+from sagaloom.ports.keyvalue import KeyValue
+from sagaloom.ports.store import SagaStore
+from sagaloom.ports.targets import EffectTarget
+from sagaloom.runtime.options import RuntimeOptions
+from sagaloom.runtime.runtime import SagaRuntime
+
+__all__ = ["DurableSagaRuntime", "Opening", "create_durable_saga_runtime", "open_saga_runtime_kv"]
+
+_log = logging.getLogger("sagaloom")
+_DEFAULT_PATH: Final = Path(".sagaloom") / "sagas.db"
+_PATH_VARIABLE: Final = "NETSCRIPT_SAGA_KV_PATH"
+
+
+class _Opened(Protocol):
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+T = TypeVar("T", bound=_Opened)
+
+
+class Opening(Generic[T]):
+    """Something that still has to be opened: `await` it for the thing itself, which is then yours to close, or write
+    `async with` to have it started and closed for you."""
+
+    def __init__(self, opener: Callable[[], Awaitable[T]]) -> None:
+        self._opener = opener
+        self._opened: T | None = None
+
+    def __await__(self) -> Generator[Any, None, T]:
+        return self._opener().__await__()
+
+    async def __aenter__(self) -> T:
+        self._opened = await self._opener()
+        return await self._opened.__aenter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._opened is not None:
+            await self._opened.__aexit__(kind, error, trace)
+
+
+class DurableSagaRuntime:
+    """A runtime with its store, and what has to be closed with it.
+
+    `dispose` stops the runtime and closes what was opened for it. `async with` starts the runtime first.
+    """
+
+    def __init__(self, runtime: SagaRuntime, owned: AsyncExitStack) -> None:
+        self.runtime = runtime
+        self.store: SagaStore = runtime.store
+        self._owned = owned
+        self._is_started = False
+
+    async def start(self) -> None:
+        """Starts the runtime. Starting twice is no error."""
+        if not self._is_started:
+            self._is_started = True
+            await self.runtime.start()
+
+    async def dispose(self) -> None:
+        """Stops the runtime and closes what was opened for it, never what was injected. Twice is no error."""
+        owned, self._owned = self._owned, AsyncExitStack()
+        async with owned:
+            await self.runtime.stop()
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.start()
+        except BaseException:
+            await self.dispose()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.dispose()
+
+
+def create_durable_saga_runtime(
+    backend: Literal["kv", "sql", "prisma"] | None = None,
+    *,
+    kv: KeyValue | None = None,
+    engine: object | None = None,
+    url: str | None = None,
+    store: SagaStore | None = None,
+    definitions: Iterable[SagaDefinition[Any]] = (),
+    targets: Iterable[EffectTarget] = (),
+    services: Mapping[str, str] | None = None,
+    clock: Clock | None = None,
+    options: RuntimeOptions | None = None,
+) -> Opening[DurableSagaRuntime]:
+    """A runtime over a durable store. `await` gives it not yet started; `async with` starts and disposes it.
+
+    An injected `store` wins. `engine`, `url` or `backend="sql"` selects the relational store; otherwise it is the
+    key-value store over `kv`, which is opened for you (`open_saga_runtime_kv`) when it is not given.
+
+    `targets` deliver effects; one for HTTP services comes by itself, with `services` as its address book (service
+    name to URL) before the environment's `services__<name>__http__0`.
+
+        async with create_durable_saga_runtime("kv", definitions=[order_saga]) as durable:
+            await durable.runtime.publish({"type": "OrderPlaced", "payload": {"orderId": "o-1"}})
+    """
+
+    async def opener() -> DurableSagaRuntime:
+        async with AsyncExitStack() as owned:
+            chosen = store
+            if chosen is None:
+                chosen = await _open_store(_selected(backend, engine, url), kv, engine, url, owned)
+            given = list(targets)
+            if not any(target.kind == "service" for target in given):
+                from sagaloom.targets import ServiceTarget
+
+                own = ServiceTarget(services)
+                owned.push_async_callback(own.close)
+                given.append(own)
+            elif services:
+                raise ConfigurationError(
+                    "services= was given beside a target of kind 'service', which would never read it: "
+                    "hand the addresses to that target"
+                )
+            runtime = SagaRuntime(chosen, definitions=definitions, targets=given, clock=clock, options=options)
+            return DurableSagaRuntime(runtime, owned.pop_all())
+
+    return Opening(opener)
+
+
+async def open_saga_runtime_kv(path: str | os.PathLike[str] | None = None) -> KeyValue:
+    """The embedded key-value store at `path`, else at `NETSCRIPT_SAGA_KV_PATH`, else at `.sagaloom/sagas.db`. Its
+    directory is created; where it is, is logged."""
+    from sagaloom.kv import SqliteKeyValue
+
+    file = Path(path if path is not None else os.environ.get(_PATH_VARIABLE, "").strip() or _DEFAULT_PATH)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(
+            f"the directory {file.parent} of the saga store cannot be created: {error.strerror}; "
+            f"set {_PATH_VARIABLE} to a file that this user may write"
+        ) from error
+    opened = await SqliteKeyValue.open(file)
+    _log.info("saga store: kv in %s", file)
+    return opened
+
+
+def _selected(backend: str | None, engine: object | None, url: str | None) -> SagaStoreBackend:
+    if backend not in (None, "kv", "sql", "prisma"):
+        raise ConfigurationError(f'Invalid saga store backend "{backend}" from backend=; expected kv or sql.')
+    has_database = engine is not None or url is not None
+    if backend == "kv" and has_database:
+        raise ConfigurationError('backend="kv" contradicts engine= and url=, which belong to "sql": leave one of them out')
+    return "sql" if has_database or backend in ("sql", "prisma") else "kv"
+
+
+async def _open_store(
+    backend: SagaStoreBackend, kv: KeyValue | None, engine: object | None, url: str | None, owned: AsyncExitStack
+) -> SagaStore:
+    if backend == "sql":
+        if engine is None and url is None:
+            raise ConfigurationError("Sql saga store backend requires an engine or a url.")
+        raise NotImplementedYet(
+            "the sql saga store is not part of this version: choose kv (NETSCRIPT_SAGA_STORE=kv), or inject a store"
+        )
+    from sagaloom.stores import KvSagaStore
+
+    if kv is None:
+        kv = await open_saga_runtime_kv()
+        owned.push_async_callback(kv.close)
+    return await KvSagaStore.open(kv)

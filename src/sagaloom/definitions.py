@@ -1,0 +1,242 @@
+"""What a saga is, once built: frozen data that the runtime registers, describes and runs.
+
+`sagaloom.define_saga` is how one is written; nothing here decides anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeAlias, TypeVar, overload
+
+import msgspec
+
+from sagaloom.codec import Codec
+from sagaloom.errors import DefinitionError
+from sagaloom.messages import SagaMessage
+
+if TYPE_CHECKING:
+    from sagaloom.effects import CascadedMessage
+
+__all__ = [
+    "ANY_TYPE",
+    "SAGA_DURABILITY_TIERS",
+    "SAGA_INSTANCE_STATUSES",
+    "CompensationBinding",
+    "ConcurrencyPolicy",
+    "HandlerBinding",
+    "Invariant",
+    "OnMissing",
+    "QueryDefinition",
+    "RetryPolicy",
+    "Reuse",
+    "Saga",
+    "SagaContext",
+    "SagaCorrelation",
+    "SagaDefinition",
+    "SagaDurabilityTier",
+    "SagaHandler",
+    "SagaInstanceStatus",
+    "SagaState",
+    "SignalDefinition",
+    "define_query",
+    "define_signal",
+]
+
+S = TypeVar("S")
+P = TypeVar("P")
+
+SagaDurabilityTier = Literal["t1", "t2", "t3"]
+SAGA_DURABILITY_TIERS: Final = ("t1", "t2", "t3")
+SagaInstanceStatus = Literal["pending", "running", "compensating", "completed", "failed", "cancelled"]
+SAGA_INSTANCE_STATUSES: Final = ("pending", "running", "completed", "failed", "compensating", "cancelled")
+SagaState: TypeAlias = dict[str, Any]
+"""An untyped state: handlers may change it in place. Typed ones are dataclasses, TypedDicts, Structs, attrs classes or
+pydantic models."""
+
+OnMissing = Literal["dead_letter", "discard"]
+Reuse = Literal["reject", "new_run"]
+ANY_TYPE: Final = "*"
+
+
+class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
+    """When a failed attempt is made again: after `initial_interval_ms`, then `backoff_coefficient` times longer each
+    time, never above `maximum_interval_ms`, with up to `jitter` (a fraction) taken off so that herds disperse."""
+
+    maximum_attempts: int = 5
+    initial_interval_ms: int = 1_000
+    maximum_interval_ms: int = 60_000
+    backoff_coefficient: float = 2.0
+    jitter: float = 0.2
+    non_retryable_error_types: tuple[str, ...] = ()
+
+
+class Saga(Generic[S]):
+    """The slot a handler works on: assign `saga.state`, or change it in place."""
+
+    __slots__ = ("state",)
+
+    def __init__(self, state: S) -> None:
+        self.state = state
+
+
+class SagaContext(msgspec.Struct, Generic[S], frozen=True, kw_only=True):
+    """What a handler may know beside its message. `now` is the only clock it may read; `attempt` counts from 1;
+    `state` is the state before this message, read-only by agreement."""
+
+    saga_id: str
+    instance_id: str
+    correlation_key: str
+    run: int
+    state: S
+    message: SagaMessage[Any]
+    attempt: int
+    now: datetime
+    traceparent: str | None = None
+    tracestate: str | None = None
+
+
+SagaHandler: TypeAlias = Callable[[Saga[S], SagaMessage[P], SagaContext[S]], "Sequence[CascadedMessage]"]
+"""A synchronous, pure function `(saga, event, context) -> effects`."""
+
+SagaCorrelation: TypeAlias = Callable[[SagaMessage[P]], str | None]
+"""Reads the correlation key off a message; None falls back to the message's own `correlation_key`."""
+
+
+JsonValue: TypeAlias = "bool | int | float | str | Sequence[JsonValue] | Mapping[str, JsonValue] | None"
+"""What an undeclared query may answer. That it is no `Any` is what lets a type checker refuse an async query."""
+
+
+class SignalDefinition(msgspec.Struct, Generic[P], frozen=True):
+    """The name of a signal and the type of its payload."""
+
+    name: str
+    payload: type[P] | None = None
+
+
+class QueryDefinition(msgspec.Struct, Generic[P], frozen=True):
+    """The name of a query and the type of its answer."""
+
+    name: str
+    result: type[P] | None = None
+
+
+@overload
+def define_signal(name: str, payload: type[P]) -> SignalDefinition[P]: ...
+@overload
+def define_signal(name: str, payload: None = None) -> SignalDefinition[Any]: ...
+def define_signal(name: str, payload: type[Any] | None = None) -> SignalDefinition[Any]:
+    """Names a signal, and the type of its payload if it has one; raises `DefinitionError` for an empty name.
+
+    >>> define_signal("approve").name
+    'approve'
+    """
+    return SignalDefinition(_checked_name(name, "Signal", "define_signal('approve')"), payload)
+
+
+@overload
+def define_query(name: str, result: type[P]) -> QueryDefinition[P]: ...
+@overload
+def define_query(name: str, result: None = None) -> QueryDefinition[JsonValue]: ...
+def define_query(name: str, result: type[Any] | None = None) -> QueryDefinition[Any]:
+    """Names a query, and the type of its answer; without one the answer is plain JSON. Raises `DefinitionError` for an
+    empty name.
+
+    >>> define_query("progress", int).result
+    <class 'int'>
+    """
+    return QueryDefinition(_checked_name(name, "Query", "define_query('progress')"), result)
+
+
+def _checked_name(name: object, what: str, example: str) -> str:
+    if not isinstance(name, str) or not name.strip():
+        raise DefinitionError(f"{what} name must not be empty. Got {name!r:.80}; write for example {example}.")
+    return name.strip()
+
+
+@dataclass(frozen=True, slots=True)
+class HandlerBinding:
+    """A forward handler, the codec of its payload, and what happens when no instance is there."""
+
+    type: str
+    handler: SagaHandler[Any, Any]
+    codec: Codec[Any]
+    starts: bool = True
+    on_missing: OnMissing = "dead_letter"
+
+
+@dataclass(frozen=True, slots=True)
+class CompensationBinding:
+    """An undo handler and the codec of its payload."""
+
+    type: str
+    handler: SagaHandler[Any, Any]
+    codec: Codec[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Invariant:
+    """A named predicate over the state that every transition must keep true."""
+
+    name: str
+    predicate: Callable[[Any], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class ConcurrencyPolicy:
+    """How many messages run at once, per derived key."""
+
+    limit: int
+    key: Callable[[SagaMessage[Any]], str] | None = None
+    on_limit: Literal["reject", "wait"] = "reject"
+
+
+_NOTHING: Mapping[Any, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SagaDefinition(Generic[S]):
+    """The frozen saga that `build()` returns.
+
+    `correlations` maps a message type, or `"*"`, to its rule. `migrations` maps an old version to the function that
+    makes its state one version newer. `fingerprint` changes whenever anything that matters does.
+    """
+
+    id: str
+    version: int = 1
+    durability: SagaDurabilityTier = "t1"
+    initial_state: S
+    state_codec: Codec[S]
+    handlers: Mapping[str, HandlerBinding]
+    compensations: Mapping[str, CompensationBinding] = field(default_factory=lambda: _NOTHING)
+    correlations: Mapping[str, SagaCorrelation[Any]] = field(default_factory=lambda: _NOTHING)
+    signals: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
+    queries: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
+    reuse: Reuse = "reject"
+    is_singleton: bool = False
+    invariants: tuple[Invariant, ...] = ()
+    migrations: Mapping[int, Callable[[Any], Any]] = field(default_factory=lambda: _NOTHING)
+    concurrency: ConcurrencyPolicy | None = None
+    schedule: str | None = None
+    fingerprint: str = ""
+    source: str = ""
+    """Where the definition was built, as `file:line`, for errors; no part of the fingerprint."""
+    initial_json: bytes = b""
+    """The initial state as JSON, from which every instance gets a state of its own."""
+
+    @property
+    def handled_message_types(self) -> tuple[str, ...]:
+        """The types with a forward handler, in the order of their declaration."""
+        return tuple(self.handlers)
+
+    @property
+    def starting_types(self) -> tuple[str, ...]:
+        """The types that may open a new instance."""
+        return tuple(name for name, binding in self.handlers.items() if binding.starts)
+
+    def fresh_state(self) -> S:
+        """A state for a new instance, shared with nobody."""
+        return self.state_codec.decode(self.initial_json or self.state_codec.encode(self.initial_state))

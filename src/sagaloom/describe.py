@@ -1,0 +1,96 @@
+"""A definition as people and programs look at it: plain JSON in the wire's camelCase."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from sagaloom.codec import Codec
+from sagaloom.definitions import RetryPolicy, SagaDefinition
+
+__all__ = ["describe"]
+
+
+def describe(definition: SagaDefinition[Any]) -> dict[str, Any]:
+    """What `GET /sagas/{id}` answers: everything about `definition` that is data, as JSON values.
+
+    The graph has a node for `start`, for `instance`, for every handled type and for every compensation; an edge leads
+    from `start` or `instance` to a type, and from a type to its compensation. Statuses are no part of it: which effects
+    a handler returns is known only when it runs.
+
+    >>> import sagaloom
+    >>> saga = sagaloom.define_saga("order").state({}).on("OrderPlaced", lambda saga, event, context: []).build()
+    >>> describe(saga)["graph"]["edges"]
+    [{'from': 'start', 'to': 'OrderPlaced', 'kind': 'starts'}]
+    """
+    handlers, compensations = definition.handlers.values(), definition.compensations.values()
+    concurrency = definition.concurrency
+    return {
+        "id": definition.id,
+        "name": definition.id,
+        "version": definition.version,
+        "durabilityTier": definition.durability,
+        "handledMessageTypes": [
+            {"type": one.type, "starts": one.starts, "onMissing": one.on_missing, "schema": _schema(one.codec)}
+            for one in handlers
+        ],
+        "compensations": [{"type": one.type, "schema": _schema(one.codec)} for one in compensations],
+        "correlations": list(definition.correlations),
+        "signals": list(definition.signals),
+        "queries": list(definition.queries),
+        "retry": _retry(definition.retry),
+        "concurrency": concurrency and {"limit": concurrency.limit, "onLimit": concurrency.on_limit},
+        "schedule": definition.schedule,
+        "reuse": definition.reuse,
+        "singleton": definition.is_singleton,
+        "invariants": [one.name for one in definition.invariants],
+        "migratesFrom": sorted(definition.migrations),
+        "stateSchema": _schema(definition.state_codec),
+        "initialState": msgspec.json.decode(definition.state_codec.encode(definition.initial_state)),
+        "fingerprint": definition.fingerprint,
+        "graph": {"nodes": _nodes(definition), "edges": _edges(definition)},
+    }
+
+
+def _schema(codec: Codec[Any]) -> dict[str, Any]:
+    return dict(codec.json_schema())
+
+
+def _retry(policy: RetryPolicy) -> dict[str, Any]:
+    return {
+        "maxAttempts": policy.maximum_attempts,
+        "initialDelay": policy.initial_interval_ms,
+        "maxDelay": policy.maximum_interval_ms,
+        "backoffMultiplier": policy.backoff_coefficient,
+        "jitter": policy.jitter,
+        "nonRetryableErrorTypes": list(policy.non_retryable_error_types),
+    }
+
+
+def _nodes(definition: SagaDefinition[Any]) -> list[dict[str, str]]:
+    sources = [
+        {"id": name, "kind": name}
+        for name, is_there in (
+            ("start", bool(definition.starting_types)),
+            ("instance", len(definition.starting_types) < len(definition.handlers)),
+        )
+        if is_there
+    ]
+    messages = [{"id": name, "kind": "message"} for name in definition.handlers]
+    undos = [{"id": f"compensate {name}", "kind": "compensation"} for name in definition.compensations]
+    return sources + messages + undos
+
+
+def _edges(definition: SagaDefinition[Any]) -> list[dict[str, str]]:
+    edges = [
+        {"from": "start", "to": one.type, "kind": "starts"}
+        if one.starts
+        else {"from": "instance", "to": one.type, "kind": "continues"}
+        for one in definition.handlers.values()
+    ]
+    return edges + [
+        {"from": name, "to": f"compensate {name}", "kind": "compensates"}
+        for name in definition.compensations
+        if name in definition.handlers
+    ]

@@ -1,0 +1,1 @@
+"""The pure core: everything that can happen to an instance, as a value."""

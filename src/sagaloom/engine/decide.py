@@ -1,0 +1,563 @@
+"""What one message does to one instance, decided as a value.
+
+`decide(definition, instance, message, context) -> Decision` is the whole engine, and it is pure: it reads no clock, no
+randomness and no world, it logs nothing and writes nothing. The same four arguments give an equal Decision, today,
+after a crash and in another process; that is what makes it safe to decide again whenever a commit was refused or its
+answer was lost. Somebody else writes the Decision down, all of it or nothing.
+
+**The walk.**
+
+    message ──► which run? ──► may it be applied? ──► load state ──► steps ──► applied
+                   │                  │                   │            │
+                   │                  │                   │            ├─ a handler raised ──► pending | dead_lettered
+                   │                  │                   │            └─ refused ───────────► dead_lettered
+                   │                  │                   ├─ unreadable, no migration ───────► dead_lettered
+                   │                  │                   └─ made by a newer definition ─────► pending, no attempt spent
+                   │                  └─ no handler, no instance, too many hops ─────────────► dead_lettered | ignored
+                   └─ bound to a run that is over, or the key takes no more ─────────────────► ignored
+
+1. *Which run.* `instance` is the newest run of the key, or the one the envelope is bound to. An envelope that opens a
+   run of its own always opens run `head.run + 1`; any other starting message does so when no run is there, or when
+   the newest is terminal and the saga says `.reuse("new_run")`. A bound envelope (timer, reply, end of a child) never
+   opens a run. A terminal run takes nothing (I1): the message is ignored, and recorded in that run's history while
+   fewer than `bystander_rows_max` such rows are there, then counted. Timers of a finished run end without a trace.
+2. *State.* Decoded from bytes anew for each step, so that no handler sees an object that another one, or an attempt
+   that failed, has changed. State of an older definition is brought up to date first, version by version.
+3. *Steps.* The forward handler, then the compensations it asks for (`compensation.py`), in one decision and one
+   revision (I2). `lifecycle.py` says which status follows; `ledger.py` writes the effects down and numbers them.
+4. *Failure.* What user code raises is retried by the saga's policy (`retrying.py`). What the engine refuses (a handler
+   that returned a coroutine, a state that cannot be encoded, a broken invariant) would be refused for ever, and is a
+   dead letter at once. Either way nothing of the decision's changes remains: a Decision that is not `applied` carries
+   no effects, no timers, no new state.
+
+**Counting.** An applied message makes the revision grow by one (I2), and so does nothing else. `entries` numbers every
+history row; `bystanders` counts the messages that changed nothing. Folding the applied rows gives status and revision
+of the run (I6). A fired timer leaves `Instance.timers` with the decision that consumes it, whatever that decision is.
+
+**The feed.** Each applied message shows `saga:message_received`, `saga:started` if it opened a run,
+`saga:state_changed` for each step, `saga:compensating` when a step leads there, and `saga:completed` or `saga:failed`
+at the end.
+
+What we dislike about it: a handler that loops for ever stops the worker, for a synchronous call cannot be cut short;
+and traceback texts read the source files of the frames they show, which is the one look at the world in here.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from functools import lru_cache
+from typing import Any, Final, Literal
+
+import msgspec
+
+from sagaloom.codec import encode_any
+from sagaloom.definitions import HandlerBinding, SagaDefinition, SagaInstanceStatus
+from sagaloom.engine.compensation import carry_out
+from sagaloom.engine.correlation import dead_letter_id
+from sagaloom.engine.ledger import LIMIT_EXCEEDED, Ledger, Refused
+from sagaloom.engine.lifecycle import is_terminal, next_status
+from sagaloom.engine.limits import Limits
+from sagaloom.engine.records import (
+    AppliedStep,
+    DeadLetter,
+    Decision,
+    Envelope,
+    FeedEvent,
+    Head,
+    HistoryEntry,
+    Instance,
+    ParentLink,
+    PendingTimer,
+)
+from sagaloom.engine.retrying import USER_ERRORS, backoff, describe, is_retryable, traceback_text
+from sagaloom.engine.transition import STATE_UNREADABLE, HandlerRaised, Transition
+from sagaloom.errors import HandlerError, InstanceNotFound, SagasError
+from sagaloom.ids import instance_id
+from sagaloom.messages import SagaMessage
+
+__all__ = ["DecideContext", "decide"]
+
+HANDLER_MISSING: Final = "SAGA_HANDLER_MISSING"
+HOPS_EXCEEDED: Final = "SAGA_HOPS_EXCEEDED"
+MIGRATION_FAILED: Final = "SAGA_MIGRATION_FAILED"
+
+
+class DecideContext(msgspec.Struct, frozen=True):
+    """What a decision may know of the world: the time, and the correlation head of its key. `instance` of `decide` is
+    the newest run, or the run the envelope is bound to."""
+
+    now: datetime
+    head: Head
+    limits: Limits = Limits()
+
+
+class _MadeByNewer(Exception):
+    """The stored state belongs to a newer version of the definition than this worker has."""
+
+
+def decide(
+    definition: SagaDefinition[Any], instance: Instance | None, message: Envelope, context: DecideContext
+) -> Decision:
+    """Everything that `message` asks for. Never raises for what users did; see the theory above."""
+    is_bound = message.run is not None
+    if is_bound and (instance is None or instance.run != message.run):
+        return Decision("ignored", f"run {message.run} of {definition.id}:{message.key} is gone")
+    binding = definition.handlers.get(message.type)
+    if message.opens_run:
+        instance = None
+    elif instance is not None and is_terminal(instance.status):
+        if is_bound or definition.reuse != "new_run" or binding is None or not binding.starts:
+            return _ignore_terminal(instance, message, context)
+        instance = None
+    if message.hops > context.limits.hops_max:
+        return _give_up(
+            definition,
+            instance,
+            message,
+            context,
+            Refused(
+                f"saga {definition.id!r}: {message.type!r} is message number {message.hops} of a cascade, and at most "
+                f"{context.limits.hops_max} may follow from one: sagas that send to each other in a circle?",
+                code=HOPS_EXCEEDED,
+            ),
+        )
+    if binding is None:
+        if message.origin == "child" and instance is not None:
+            return _ignore(instance, message, context, f"saga {definition.id!r} has no handler for {message.type!r}")
+        handled = ", ".join(definition.handlers)
+        missing = Refused(
+            f"saga {definition.id!r} has no handler for {message.type!r} any more: it handles {handled}; load the "
+            "definition that has one, and redrive",
+            code=HANDLER_MISSING,
+        )
+        return _give_up(definition, instance, message, context, missing)
+    if instance is None and not binding.starts:
+        return _without_instance(definition, binding, message, context)
+    try:
+        return _apply(definition, binding, instance, message, context)
+    except HandlerRaised as raised:
+        return _after_error(definition, instance, message, context, raised.error)
+    except _MadeByNewer as newer:
+        return _wait_for_newer(definition, message, context, str(newer))
+    except Refused as refused:
+        return _give_up(definition, instance, message, context, refused)
+    except Exception as error:  # noqa: BLE001
+        # An effect built by hand out of the wrong parts can fail anywhere in the ledger. Raised from here it would
+        # stop the neighbours of this message, and come back; as a dead letter its traceback shows whose fault it is.
+        return _give_up(definition, instance, message, context, error)
+
+
+def _apply(
+    definition: SagaDefinition[Any],
+    binding: HandlerBinding,
+    instance: Instance | None,
+    message: Envelope,
+    context: DecideContext,
+) -> Decision:
+    now, limits = context.now, context.limits
+    if instance is None:
+        run, revision = context.head.run + 1, 1
+        status_before: SagaInstanceStatus = "pending"
+        status = next_status("pending", "start")
+        before = _initial_state(definition)
+        applied: tuple[AppliedStep, ...] = ()
+        timers: tuple[PendingTimer, ...] = ()
+    else:
+        run, revision = instance.run, instance.revision + 1
+        status_before = instance.status
+        status = next_status(status_before, "advance")
+        before = instance.state if instance.def_version == definition.version else _migrated(definition, instance)
+        applied = instance.steps
+        timers = _without_fired(instance.timers, message)
+    try:
+        payload = binding.codec.decode(message.payload)
+    except SagasError as error:
+        raise Refused(
+            f"saga {definition.id!r}: the handler for {message.type!r} cannot take its payload: {error.message}",
+            code=error.code,
+        ) from error
+    typed = SagaMessage(
+        message.type,
+        payload,
+        message.correlation_key,
+        message.idempotency_key,
+        message.concurrency_key,
+        message.occurred_at,
+        message.id,
+        message.traceparent,
+        message.tracestate,
+    )
+    ledger = Ledger(
+        definition, run=run, revision=revision, envelope=message, now=now, limits=limits, timers=timers
+    )
+    transition = Transition(
+        definition,
+        message,
+        ledger,
+        run=run,
+        state=before,
+        status=status,
+        applied=applied,
+        now=now,
+        limits=limits,
+    )
+    asked = transition.step("handle", binding.handler, typed)
+    if asked.ending is not None or asked.compensations:
+        carry_out(transition, asked)
+    return _written(definition, instance, message, context, transition, before, status_before, run, revision)
+
+
+def _written(
+    definition: SagaDefinition[Any],
+    instance: Instance | None,
+    message: Envelope,
+    context: DecideContext,
+    transition: Transition,
+    before: bytes,
+    status_before: SagaInstanceStatus,
+    run: int,
+    revision: int,
+) -> Decision:
+    """The Decision of a message that was applied."""
+    now, ledger = context.now, transition.ledger
+    status, reason, state = transition.status, transition.reason, transition.state
+    parent = instance.parent if instance is not None else message.parent
+    is_over = is_terminal(status)
+    if is_over:
+        applied: tuple[AppliedStep, ...] = ()
+        ledger.end_all_timers()
+        if parent is not None:
+            _tell_parent(definition, message, transition, run, parent=parent)
+    else:
+        applied = transition.applied
+        if message.type in definition.compensations and not transition.is_current_undone:
+            applied = _with_step(definition, message, applied, revision, state, context.limits)
+    entries = instance.entries + 1 if instance is not None else 1
+    new = Instance(
+        definition.id,
+        message.key,
+        context.head.pk,
+        run,
+        status,
+        revision,
+        state,
+        definition.version,
+        definition.durability,
+        instance.created_at if instance is not None else now,
+        now,
+        entries,
+        instance.bystanders if instance is not None else 0,
+        instance.message_count + 1 if instance is not None else 1,
+        message.type,
+        transition.result,
+        reason if reason is not None or instance is None or is_over else instance.reason,
+        now if status == "completed" else None,
+        now if is_over else None,
+        instance.is_paused if instance is not None else False,
+        parent,
+        instance.traceparent if instance is not None else message.traceparent,
+        instance.tracestate if instance is not None else message.tracestate,
+        applied,
+        ledger.open_timers,
+    )
+    keeps_states = definition.durability != "t1"
+    records = transition.records()
+    entry = HistoryEntry(
+        entries,
+        revision,
+        "applied",
+        message.type,
+        message.id,
+        now,
+        status_before,
+        status,
+        records,
+        message.attempt + 1,
+        message.payload,
+        reason,
+        message.origin,
+        message.causation_id,
+        message.traceparent,
+        message.tracestate,
+        before if keeps_states else None,
+        state if keeps_states else None,
+        definition.version,
+    )
+
+    def event(kind: str, shown: SagaInstanceStatus, detail: str | None = None) -> FeedEvent:
+        return FeedEvent(
+            kind, now, definition.id, message.key, run, revision, shown, message.type, message.id, detail
+        )
+
+    events = [event("saga:message_received", status_before)]
+    if instance is None:
+        events.append(event("saga:started", "running"))
+    was_compensating = status_before == "compensating"
+    for record in records:
+        if record.phase == "compensate" and not was_compensating:
+            was_compensating = True
+            events.append(event("saga:compensating", "compensating", reason))
+        detail = None if record.phase == "handle" else f"compensated {record.type}"
+        events.append(event("saga:state_changed", record.status, detail))
+    if is_over:
+        events.append(event(f"saga:{status}", status, reason))
+    return Decision(
+        "applied",
+        reason,
+        new,
+        instance is None,
+        entry,
+        tuple(ledger.effects),
+        tuple(ledger.outgoing),
+        tuple(ledger.timers),
+        tuple(ledger.timers_ended),
+        None,
+        tuple(events),
+    )
+
+
+def _with_step(
+    definition: SagaDefinition[Any],
+    message: Envelope,
+    applied: tuple[AppliedStep, ...],
+    revision: int,
+    state: bytes,
+    limits: Limits,
+) -> tuple[AppliedStep, ...]:
+    """The applied steps with this message: what a later `ALL_STEPS` would undo."""
+    size = len(state) + len(message.payload) + sum(len(step.payload) for step in applied)
+    if size > limits.state_bytes_max:
+        raise Refused(
+            f"saga {definition.id!r}, message {message.type!r}: the state and the {len(applied) + 1} applied steps "
+            f"that may have to be compensated have {size} bytes, at most {limits.state_bytes_max} are allowed: "
+            "complete the run sooner, or keep large data elsewhere",
+            code=LIMIT_EXCEEDED,
+        )
+    return (*applied, AppliedStep(message.type, message.id, message.payload, revision))
+
+
+def _tell_parent(
+    definition: SagaDefinition[Any], message: Envelope, transition: Transition, run: int, *, parent: ParentLink
+) -> None:
+    payload: dict[str, object] = {
+        "instanceId": instance_id(definition.id, message.key, run),
+        "sagaId": definition.id,
+        "correlationKey": message.key,
+        "run": run,
+    }
+    if transition.status == "completed":
+        payload["result"] = None if transition.result is None else msgspec.json.decode(transition.result)
+    else:
+        payload["reason"] = transition.reason
+    transition.ledger.child_end(parent, f"{definition.id}:{transition.status}", payload)
+
+
+def _without_instance(
+    definition: SagaDefinition[Any], binding: HandlerBinding, message: Envelope, context: DecideContext
+) -> Decision:
+    """A message for an instance that is not there, and that it may not start."""
+    starting = ", ".join(definition.starting_types) or "none"
+    reason = (
+        f"saga {definition.id!r} has no live instance {message.key!r}, and {message.type!r} does not start one "
+        f"(starting: {starting})"
+    )
+    if binding.on_missing == "discard":
+        return Decision("ignored", reason)
+    return _give_up(definition, None, message, context, InstanceNotFound(reason))
+
+
+def _ignore_terminal(instance: Instance, message: Envelope, context: DecideContext) -> Decision:
+    reason = f"run {instance.run} is {instance.status} and takes no more messages"
+    if message.origin == "timer":
+        return Decision("ignored", reason)
+    return _ignore(instance, message, context, reason)
+
+
+def _ignore(instance: Instance, message: Envelope, context: DecideContext, reason: str) -> Decision:
+    entry, counted = _bystander(instance, message, context, "ignored", reason)
+    events = () if entry is None else (_event("saga:message_received", instance, message, context, reason),)
+    return Decision("ignored", reason, counted, entry=entry, events=events)
+
+
+def _after_error(
+    definition: SagaDefinition[Any],
+    instance: Instance | None,
+    message: Envelope,
+    context: DecideContext,
+    error: BaseException,
+) -> Decision:
+    """What comes of an exception of user code: another attempt, or none."""
+    attempt, policy = message.attempt + 1, definition.retry
+    if attempt >= policy.maximum_attempts or not is_retryable(error, policy):
+        return _give_up(definition, instance, message, context, error)
+    retry_at = context.now + backoff(policy, attempt=attempt, message_id=message.id)
+    return Decision("pending", retry_at=retry_at, error=describe(error))
+
+
+def _wait_for_newer(
+    definition: SagaDefinition[Any], message: Envelope, context: DecideContext, why: str
+) -> Decision:
+    # No attempt is spent: during a deployment, time alone would turn good messages into dead letters.
+    retry_at = context.now + backoff(definition.retry, attempt=message.attempt + 1, message_id=message.id)
+    return Decision("pending", retry_at=retry_at, error=why, spends_attempt=False)
+
+
+def _give_up(
+    definition: SagaDefinition[Any],
+    instance: Instance | None,
+    message: Envelope,
+    context: DecideContext,
+    error: BaseException,
+) -> Decision:
+    """The message is a dead letter; of the run it only changes the counters."""
+    attempts, state_before, state_after = message.attempt + 1, None, None
+    if isinstance(error, Refused):
+        code, reason, shown = error.code, error.message, error.traceback
+        if error.state_after is not None:
+            state_after = error.state_after
+            state_before = instance.state if instance is not None else _initial_state(definition)
+    elif isinstance(error, InstanceNotFound):
+        code, reason, shown = error.code, error.message, None
+    else:
+        code = error.code if isinstance(error, SagasError) else HandlerError.default_code
+        tried = "" if attempts == 1 else f" (attempt {attempts} of {definition.retry.maximum_attempts})"
+        reason = f"saga {definition.id!r}: handling {message.type!r} failed{tried}: {describe(error)}"
+        shown = traceback_text(error)
+    dead_letter = DeadLetter(
+        id=dead_letter_id(context.now, message.saga_id, message.key, message.id, message.attempt),
+        at=context.now,
+        saga_id=message.saga_id,
+        key=message.key,
+        type=message.type,
+        code=code,
+        reason=reason,
+        attempts=attempts,
+        traceback=shown,
+        envelope=message,
+        state_before=state_before,
+        state_after=state_after,
+    )
+    entry = counted = None
+    if instance is not None:
+        entry, counted = _bystander(instance, message, context, "dead_lettered", reason)
+    event = _event("saga:dead_lettered", instance, message, context, reason)
+    return Decision(
+        "dead_lettered", reason, counted, entry=entry, dead_letter=dead_letter, events=(event,), error=reason
+    )
+
+
+def _bystander(
+    instance: Instance,
+    message: Envelope,
+    context: DecideContext,
+    disposition: Literal["ignored", "dead_lettered"],
+    reason: str,
+) -> tuple[HistoryEntry | None, Instance]:
+    """The history row of a message that changed nothing, and the run with its counters; no row past the limit."""
+    has_row = instance.bystanders < context.limits.bystander_rows_max
+    entry_no = instance.entries + 1 if has_row else instance.entries
+    counted = msgspec.structs.replace(
+        instance,
+        entries=entry_no,
+        bystanders=instance.bystanders + 1,
+        timers=_without_fired(instance.timers, message),
+    )
+    if not has_row:
+        return None, counted
+    entry = HistoryEntry(
+        entry_no=entry_no,
+        revision=instance.revision,
+        disposition=disposition,
+        type=message.type,
+        message_id=message.id,
+        at=context.now,
+        status_before=instance.status,
+        status_after=instance.status,
+        attempt=message.attempt + 1,
+        payload=message.payload,
+        reason=reason,
+        origin=message.origin,
+        causation_id=message.causation_id,
+        traceparent=message.traceparent,
+        tracestate=message.tracestate,
+        def_version=instance.def_version,
+    )
+    return entry, counted
+
+
+def _event(
+    kind: str, instance: Instance | None, message: Envelope, context: DecideContext, detail: str
+) -> FeedEvent:
+    return FeedEvent(
+        kind,
+        context.now,
+        message.saga_id,
+        message.key,
+        instance.run if instance is not None else 0,
+        instance.revision if instance is not None else 0,
+        instance.status if instance is not None else "pending",
+        message.type,
+        message.id,
+        detail,
+    )
+
+
+def _without_fired(timers: tuple[PendingTimer, ...], message: Envelope) -> tuple[PendingTimer, ...]:
+    """The timers without the one that brought this message; the runtime consumes its row."""
+    if not timers or message.origin != "timer":
+        return timers
+    return tuple(timer for timer in timers if timer.id != message.id)
+
+
+@lru_cache(maxsize=1024)
+def _initial_state(definition: SagaDefinition[Any]) -> bytes:
+    try:
+        return definition.state_codec.encode(definition.initial_state)
+    except SagasError as error:
+        raise Refused(
+            f"saga {definition.id!r}: its initial state cannot be stored: {error.message}",
+            code=error.code,
+        ) from error
+
+
+def _migrated(definition: SagaDefinition[Any], instance: Instance) -> bytes:
+    """The stored state, brought up from its version to the definition's."""
+    saga_id, stored, wanted = definition.id, instance.def_version, definition.version
+    name = instance_id(saga_id, instance.key, instance.run)
+    if stored > wanted:
+        raise _MadeByNewer(
+            f"the state of {name!r} was written by version {stored} of saga {saga_id!r}, and this worker has version "
+            f"{wanted}: a worker with version {stored} or newer must take it"
+        )
+    try:
+        state: Any = msgspec.json.decode(instance.state)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise Refused(
+            f"saga {saga_id!r}: the stored state of {name!r} is no JSON: {error}", code=STATE_UNREADABLE
+        ) from error
+    for version in range(stored, wanted):
+        migrate = definition.migrations.get(version)
+        if migrate is None:
+            raise Refused(
+                f"saga {saga_id!r}: the state of {name!r} has version {stored}, and no migration leads from version "
+                f"{version} to {version + 1}: add it to .version({wanted}, migrate={{{version}: ...}}), and redrive",
+                code=MIGRATION_FAILED,
+            )
+        try:
+            state = migrate(state)
+        except USER_ERRORS as error:
+            refused = Refused(
+                f"saga {saga_id!r}: the migration of {name!r} from version {version} to {version + 1} raised "
+                f"{describe(error)}",
+                code=MIGRATION_FAILED,
+            )
+            refused.traceback = traceback_text(error)
+            raise refused from error
+    try:
+        return encode_any(state)
+    except SagasError as error:
+        raise Refused(
+            f"saga {saga_id!r}: the state of {name!r}, migrated to version {wanted}, cannot be written as JSON: "
+            f"{error.message}",
+            code=MIGRATION_FAILED,
+        ) from error

@@ -1,0 +1,320 @@
+"""What a decision asks for beside the new state: effects that leave, messages that stay, timers.
+
+Every effect of a decision has a position, counted from 0 over all its steps in the order in which the handlers
+returned them, and from it the effect key under which it leaves. Terminal effects and compensations count too: a
+position is the place in what the author wrote, so adding a kind of effect to the engine later renumbers nothing.
+
+A timer starts a new cascade when it waits (a saga may poll for years), so its message begins with no hops; one without
+any delay counts as one, or a loop of them would spin for ever.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Final, NoReturn
+
+from sagaloom.codec import encode_any
+from sagaloom.definitions import SagaDefinition
+from sagaloom.durations import resolve_delay
+from sagaloom.effects import CancelScheduled, Scheduled, Send, Spawn
+from sagaloom.engine.correlation import as_sent, has_default_key
+from sagaloom.engine.limits import Limits
+from sagaloom.engine.records import (
+    EffectSummary,
+    Envelope,
+    OutboxEffect,
+    Outgoing,
+    ParentLink,
+    PendingTimer,
+    Timer,
+)
+from sagaloom.errors import HandlerError, SagasError
+from sagaloom.ids import effect_key, instance_id
+from sagaloom.messages import SagaMessage
+
+__all__ = [
+    "HANDLER_RESULT",
+    "LIMIT_EXCEEDED",
+    "Ledger",
+    "Refused",
+]
+
+HANDLER_RESULT: Final = "SAGA_HANDLER_RESULT"
+LIMIT_EXCEEDED: Final = "SAGA_LIMIT_EXCEEDED"
+
+
+class Refused(HandlerError):
+    """Why a decision cannot be taken, whoever tries: the message becomes a dead letter at once. `state_after` is the
+    state that was refused, `traceback` that of the user code it came from, when there are any."""
+
+    default_retryable = False
+    state_after: bytes | None = None
+    traceback: str | None = None
+
+
+class Ledger:
+    """Collects the effects of one decision, within the limits."""
+
+    __slots__ = (
+        "_bytes",
+        "_context",
+        "_definition",
+        "_key",
+        "_limits",
+        "_now",
+        "_position",
+        "_revision",
+        "_run",
+        "effects",
+        "open_timers",
+        "outgoing",
+        "timers",
+        "timers_ended",
+    )
+
+    def __init__(
+        self,
+        definition: SagaDefinition[Any],
+        *,
+        run: int,
+        revision: int,
+        envelope: Envelope,
+        now: datetime,
+        limits: Limits,
+        timers: tuple[PendingTimer, ...],
+    ) -> None:
+        self._definition = definition
+        self._key = envelope.key
+        self._run = run
+        self._revision = revision
+        self._context = envelope
+        self._now = now
+        self._limits = limits
+        self._position = 0
+        self._bytes = 0
+        self.effects: list[OutboxEffect] = []
+        self.outgoing: list[Outgoing] = []
+        self.timers: list[Timer] = []
+        self.timers_ended: list[PendingTimer] = []
+        self.open_timers = timers
+        """The timers of the run after this decision."""
+
+    def send(self, effect: Send) -> EffectSummary:
+        """Writes a command down: one that leaves goes to the outbox, one for a saga stays in the store."""
+        target = effect.target
+        position, key = self._next()
+        if target.kind == "saga":
+            body = effect.payload
+            message = as_sent(body)
+            encoded = self._encode("send", message.payload if message is not None else body)
+            self.outgoing.append(
+                Outgoing(
+                    "send",
+                    target.id,
+                    body if message is None else message,
+                    key,
+                    (self._definition.id, self._key, self._run),
+                    self._context.id,
+                    self._context.hops + 1,
+                    self._key_to_pass_on(),
+                    effect.idempotency_key,
+                    effect.concurrency_key,
+                    traceparent=self._context.traceparent,
+                    tracestate=self._context.tracestate,
+                    encoded=encoded,
+                )
+            )
+            return EffectSummary("send", f"saga:{target.id}", key)
+        place = f"{target.kind}:{target.id}"
+        saga_id = self._definition.id
+        self.effects.append(
+            OutboxEffect(
+                key,
+                f"{saga_id}\0{self._key}\0{self._run}\0{place}",
+                target.kind,
+                target.id,
+                self._encode("send", effect.payload),
+                saga_id,
+                self._key,
+                self._run,
+                self._revision,
+                position,
+                self._context.id,
+                self._now,
+                self._context.hops + 1,
+                effect.idempotency_key,
+                effect.concurrency_key,
+                effect.queue,
+                effect.retry,
+                effect.on_dead_letter == "continue",
+                self._context.traceparent,
+                self._context.tracestate,
+            )
+        )
+        return EffectSummary("send", place, key)
+
+    def spawn(self, effect: Spawn) -> EffectSummary:
+        """Writes down that a child starts, with the link by which its end finds its way back."""
+        _, key = self._next()
+        message = as_sent(effect.input)
+        sender = (self._definition.id, self._key, self._run)
+        self.outgoing.append(
+            Outgoing(
+                "spawn",
+                effect.child,
+                effect.input if message is None else message,
+                key,
+                sender,
+                self._context.id,
+                self._context.hops + 1,
+                None,
+                effect.idempotency_key,
+                effect.concurrency_key,
+                parent=ParentLink(*sender, key),
+                traceparent=self._context.traceparent,
+                tracestate=self._context.tracestate,
+                encoded=self._encode("spawn", message.payload if message is not None else effect.input),
+            )
+        )
+        return EffectSummary("spawn", effect.child, key)
+
+    def schedule(self, effect: Scheduled) -> EffectSummary:
+        """Writes a timer down; one of the same name ends."""
+        _, key = self._next()
+        name, message, now = effect.name, effect.message, self._now
+        try:
+            due_at = resolve_delay(effect.delay, now)
+        except OverflowError:
+            self.refuse(HANDLER_RESULT, f"schedule: the delay {effect.delay!r} ends after the year 9999")
+        if name is not None:
+            self._end_timer(name)
+        if len(self.open_timers) >= self._limits.timers_per_instance_max:
+            self.refuse(
+                LIMIT_EXCEEDED,
+                f"schedule: the run has {len(self.open_timers)} timers already, and at most "
+                f"{self._limits.timers_per_instance_max} may wait: cancel some, or give them names, which replace",
+            )
+        identifier = f"tm{key}"
+        timer = Timer(
+            identifier,
+            due_at,
+            Envelope(
+                self._definition.id,
+                self._key,
+                message.type,
+                identifier,
+                self._encode("schedule", message.payload),
+                due_at,
+                "timer",
+                self._run,
+                False,
+                message.idempotency_key or message.id or identifier,
+                message.correlation_key or self._context.correlation_key,
+                message.idempotency_key,
+                message.concurrency_key,
+                message.occurred_at,
+                message.traceparent or self._context.traceparent,
+                message.tracestate or self._context.tracestate,
+                self._context.id,
+                0 if due_at > now else self._context.hops + 1,
+            ),
+            name,
+        )
+        self.timers.append(timer)
+        self.open_timers = (*self.open_timers, PendingTimer(identifier, due_at, name))
+        return EffectSummary("scheduled", message.type, key, name)
+
+    def cancel_scheduled(self, effect: CancelScheduled) -> EffectSummary:
+        """Ends the timer of this name, if there is one."""
+        self._next()
+        found = self._end_timer(effect.name)
+        return EffectSummary("cancel_scheduled", effect.name, None, None if found else "none was waiting")
+
+    def note(self, kind: str, *, target: str | None = None, detail: str | None = None) -> EffectSummary:
+        """Takes a position for an effect that the engine carries out itself."""
+        self._next_position()
+        if detail is not None:
+            self._count_bytes(len(detail))
+        return EffectSummary(kind, target, None, detail)
+
+    def result(self, value: Any) -> bytes | None:
+        """The result of a completed run as JSON; None is no result."""
+        return None if value is None else self._encode("saga_complete", value)
+
+    def child_end(self, parent: ParentLink, message_type: str, payload: Any) -> None:
+        """Tells the parent's run that this one is over."""
+        _, key = self._next()
+        self.outgoing.append(
+            Outgoing(
+                "child_end",
+                parent.saga_id,
+                SagaMessage(message_type, payload),
+                key,
+                (self._definition.id, self._key, self._run),
+                self._context.id,
+                self._context.hops + 1,
+                parent.key,
+                to_run=parent.run,
+                traceparent=self._context.traceparent,
+                tracestate=self._context.tracestate,
+                encoded=self._encode("end of a child", payload),
+            )
+        )
+
+    def end_all_timers(self) -> None:
+        """A run that is over waits for nothing: timers of this decision are not written, earlier ones are removed."""
+        written = {timer.id for timer in self.timers}
+        self.timers_ended += [timer for timer in self.open_timers if timer.id not in written]
+        self.timers.clear()
+        self.open_timers = ()
+
+    def refuse(self, code: str, what: str) -> NoReturn:
+        raise Refused(
+            f"saga {self._definition.id!r}, message {self._context.type!r}: {what}", code=code, retryable=False
+        )
+
+    def _next_position(self) -> int:
+        position = self._position
+        if position >= self._limits.effects_max:
+            self.refuse(LIMIT_EXCEEDED, f"more than {self._limits.effects_max} effects in one decision")
+        self._position = position + 1
+        return position
+
+    def _next(self) -> tuple[int, str]:
+        position = self._next_position()
+        return position, effect_key(self._definition.id, self._key, self._run, self._revision, position)
+
+    def _encode(self, what: str, value: Any) -> bytes:
+        try:
+            encoded = encode_any(value)
+        except SagasError as error:
+            self.refuse(HANDLER_RESULT, f"{what}: {error.message}")
+        self._count_bytes(len(encoded))
+        return encoded
+
+    def _count_bytes(self, size: int) -> None:
+        self._bytes += size
+        if self._bytes > self._limits.effects_bytes_max:
+            self.refuse(
+                LIMIT_EXCEEDED,
+                f"the effects of one decision have more than {self._limits.effects_bytes_max} bytes: pass a reference "
+                "to large data instead",
+            )
+
+    def _end_timer(self, name: str) -> bool:
+        timer = next((timer for timer in self.open_timers if timer.name == name), None)
+        if timer is None:
+            return False
+        self.open_timers = tuple(other for other in self.open_timers if other is not timer)
+        written = [other for other in self.timers if other.id != timer.id]
+        if len(written) < len(self.timers):
+            self.timers = written  # Asked for and taken back in one decision: it was never there.
+        else:
+            self.timers_ended.append(timer)
+        return True
+
+    def _key_to_pass_on(self) -> str:
+        # Runs of the default key have nothing to do with each other; passed on, that key would merge their partners.
+        if has_default_key(self._definition, self._key):
+            return instance_id(self._definition.id, self._key, self._run)
+        return self._key

@@ -1,0 +1,330 @@
+"""The data of the engine: what is stored, what is decided.
+
+Everything here is a frozen `msgspec.Struct`. Those marked *stored* are encoded as arrays, so their fields have an
+order for life: new ones are added at the end, with a default; none is renamed in meaning, moved or removed.
+
+    Envelope       one message addressed to one instance of one saga; what an inbox row holds          stored
+    Head           one correlation key of one saga: where its runs live, and which is the newest        stored
+    Instance       one run: its state, status and revision                                             stored
+    HistoryEntry   what one message did to one run                                                     stored
+    OutboxEffect   a committed effect that has to leave                                                stored
+    Timer          a message that will enter later                                                     stored
+    DeadLetter     a message or effect that was given up, and why                                      stored
+    Mark           that a message was seen                                                             stored
+    FeedEvent      one thing that happened, for those who watch                                        stored
+    Decision       everything that one message asks for, as a value
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Literal
+
+import msgspec
+
+from sagaloom.definitions import RetryPolicy, SagaDurabilityTier, SagaInstanceStatus
+
+__all__ = [
+    "AppliedStep",
+    "DeadLetter",
+    "Decision",
+    "Disposition",
+    "EffectSummary",
+    "Envelope",
+    "FeedEvent",
+    "Head",
+    "HistoryEntry",
+    "Instance",
+    "Mark",
+    "Origin",
+    "OutboxEffect",
+    "Outgoing",
+    "ParentLink",
+    "PendingTimer",
+    "StepRecord",
+    "Timer",
+]
+
+Disposition = Literal["applied", "duplicate", "ignored", "deferred", "dead_lettered", "pending"]
+Origin = Literal["door", "saga", "reply", "timer", "spawn", "child", "redrive"]
+
+
+class ParentLink(msgspec.Struct, frozen=True, array_like=True):
+    """The run that spawned this one, and the effect key of the spawn."""
+
+    saga_id: str
+    key: str
+    run: int
+    effect_key: str
+
+
+class Envelope(msgspec.Struct, frozen=True, array_like=True):
+    """One message on its way to one instance of one saga. The key in it is final.
+
+    `payload` is JSON. `dedupe_key` is the idempotency key, else the message id. `run` binds it to one run (replies,
+    timers, ends of children): it is ignored when that run is over. `opens_run`: it came without any key and opens a
+    run of its own. `attempt` counts the attempts already spent; `due_at` is when the next one may be made.
+    """
+
+    saga_id: str
+    key: str
+    type: str
+    id: str
+    payload: bytes
+    accepted_at: datetime
+    origin: Origin = "door"
+    run: int | None = None
+    opens_run: bool = False
+    dedupe_key: str = ""
+    correlation_key: str | None = None
+    idempotency_key: str | None = None
+    concurrency_key: str | None = None
+    occurred_at: datetime | None = None
+    traceparent: str | None = None
+    tracestate: str | None = None
+    causation_id: str | None = None
+    hops: int = 0
+    parent: ParentLink | None = None
+    attempt: int = 0
+    due_at: datetime | None = None
+    last_error: str | None = None
+
+
+class Head(msgspec.Struct, frozen=True, array_like=True):
+    """One correlation key of one saga. `run` is the newest run, 0 before the first one. `awaits_start`: a message
+    that will open the first run has been accepted, and is not applied yet."""
+
+    saga_id: str
+    key: str
+    pk: int
+    part: int
+    run: int
+    created_at: datetime
+    awaits_start: bool = False
+    tombstone_until: datetime | None = None
+
+
+class AppliedStep(msgspec.Struct, frozen=True, array_like=True):
+    """An applied message whose type has a compensation: what `ALL_STEPS` would undo."""
+
+    type: str
+    id: str
+    payload: bytes
+    revision: int
+
+
+class PendingTimer(msgspec.Struct, frozen=True, array_like=True):
+    """A timer of this run that has not fired. (`due_at`, `id`) finds its row."""
+
+    id: str
+    due_at: datetime
+    name: str | None = None
+
+
+class Instance(msgspec.Struct, frozen=True, array_like=True):
+    """One run of a saga. `state` and `result` are JSON. `entries` counts the history rows written so far,
+    `bystanders` those of them that changed nothing (ignored or dead-lettered messages)."""
+
+    saga_id: str
+    key: str
+    pk: int
+    run: int
+    status: SagaInstanceStatus
+    revision: int
+    state: bytes
+    def_version: int
+    tier: SagaDurabilityTier
+    created_at: datetime
+    updated_at: datetime
+    entries: int = 0
+    bystanders: int = 0
+    message_count: int = 0
+    last_message_type: str | None = None
+    result: bytes | None = None
+    reason: str | None = None
+    completed_at: datetime | None = None
+    ended_at: datetime | None = None
+    is_paused: bool = False
+    parent: ParentLink | None = None
+    traceparent: str | None = None
+    tracestate: str | None = None
+    steps: tuple[AppliedStep, ...] = ()
+    timers: tuple[PendingTimer, ...] = ()
+    codec: str = "json"
+
+
+class EffectSummary(msgspec.Struct, frozen=True, array_like=True):
+    """An effect as history shows it: its kind, where it goes, and the key under which it left (if it leaves)."""
+
+    kind: str
+    target: str | None = None
+    effect_key: str | None = None
+    detail: str | None = None
+
+
+class StepRecord(msgspec.Struct, frozen=True, array_like=True):
+    """One moment of a decision: which handler ran (`handle` or `compensate`), on what type, and the status after."""
+
+    phase: Literal["handle", "compensate"]
+    type: str
+    status: SagaInstanceStatus
+    effects: tuple[EffectSummary, ...] = ()
+
+
+class HistoryEntry(msgspec.Struct, frozen=True, array_like=True):
+    """What one message did to one run. `before` and `after` are states as JSON, kept from tier t2 on."""
+
+    entry_no: int
+    revision: int
+    disposition: Disposition
+    type: str
+    message_id: str
+    at: datetime
+    status_before: SagaInstanceStatus
+    status_after: SagaInstanceStatus
+    steps: tuple[StepRecord, ...] = ()
+    attempt: int = 1
+    payload: bytes = b"{}"
+    reason: str | None = None
+    origin: Origin = "door"
+    causation_id: str | None = None
+    traceparent: str | None = None
+    tracestate: str | None = None
+    before: bytes | None = None
+    after: bytes | None = None
+    def_version: int = 1
+
+
+class OutboxEffect(msgspec.Struct, frozen=True, array_like=True):
+    """A committed effect that has to leave. Effects of one lane leave in order. `dead_letter_id`: it was given up and
+    its lane stands still behind it."""
+
+    effect_key: str
+    lane: str
+    target_kind: str
+    target_id: str
+    payload: bytes
+    saga_id: str
+    key: str
+    run: int
+    revision: int
+    position: int
+    message_id: str
+    created_at: datetime
+    hops: int = 0
+    idempotency_key: str | None = None
+    concurrency_key: str | None = None
+    queue: str | None = None
+    retry: RetryPolicy | None = None
+    continues_after_dead_letter: bool = False
+    traceparent: str | None = None
+    tracestate: str | None = None
+    attempt: int = 0
+    due_at: datetime | None = None
+    last_error: str | None = None
+    dead_letter_id: str | None = None
+
+
+class Timer(msgspec.Struct, frozen=True, array_like=True):
+    """A message that enters at `due_at`. (`due_at`, `id`) is its identity."""
+
+    id: str
+    due_at: datetime
+    envelope: Envelope
+    name: str | None = None
+
+
+class DeadLetter(msgspec.Struct, frozen=True, array_like=True):
+    """A message or an effect that was given up. Ids sort by time. Exactly one of `envelope` and `effect` is set."""
+
+    id: str
+    at: datetime
+    saga_id: str
+    key: str
+    type: str
+    code: str
+    reason: str
+    attempts: int
+    traceback: str | None = None
+    envelope: Envelope | None = None
+    effect: OutboxEffect | None = None
+    outbox_part: int | None = None
+    outbox_seq: int | None = None
+    state_before: bytes | None = None
+    state_after: bytes | None = None
+
+
+class Mark(msgspec.Struct, frozen=True, array_like=True):
+    """That a message was seen by this saga under this correlation key: under which id, and what it said."""
+
+    dedupe_key: str
+    message_id: str
+    digest: bytes
+    at: datetime
+    run: int = 0
+
+
+class FeedEvent(msgspec.Struct, frozen=True, array_like=True):
+    """One thing that happened. `type` is the wire name, for example `saga:state_changed`."""
+
+    type: str
+    at: datetime
+    saga_id: str
+    key: str
+    run: int
+    revision: int
+    status: SagaInstanceStatus
+    message_type: str
+    message_id: str
+    detail: str | None = None
+
+
+class Outgoing(msgspec.Struct, frozen=True):
+    """A message that stays in the store: a send to a saga, a spawn, or a child's end. The runtime routes it, which
+    is pure but needs every loaded definition. `target` is a saga id or a message type."""
+
+    kind: Literal["send", "spawn", "child_end"]
+    target: str
+    payload: Any
+    effect_key: str
+    sender: tuple[str, str, int]
+    causation_id: str
+    hops: int
+    correlation_key: str | None = None
+    idempotency_key: str | None = None
+    concurrency_key: str | None = None
+    to_run: int | None = None
+    parent: ParentLink | None = None
+    traceparent: str | None = None
+    tracestate: str | None = None
+    encoded: bytes = b""
+    """The JSON of the payload, or of the payload of the message that `payload` is."""
+
+
+class Decision(msgspec.Struct, frozen=True):
+    """Everything that one message asks for. `commit` writes all of it or nothing.
+
+    `disposition` says which fields speak:
+
+    - applied: `instance` (revision + 1), `entry`, and whatever the handler asked for;
+    - ignored: `entry` and an `instance` that differs only in its counters; both None past the limit of rows;
+    - pending: the attempt failed, `retry_at` and `error` say when and why; nothing else is set;
+    - dead_lettered: `dead_letter`, and `entry` with `instance` when a run exists;
+    - duplicate: nothing is set.
+    """
+
+    disposition: Disposition
+    reason: str | None = None
+    instance: Instance | None = None
+    opens_run: bool = False
+    entry: HistoryEntry | None = None
+    effects: tuple[OutboxEffect, ...] = ()
+    outgoing: tuple[Outgoing, ...] = ()
+    timers: tuple[Timer, ...] = ()
+    timers_ended: tuple[PendingTimer, ...] = ()
+    dead_letter: DeadLetter | None = None
+    events: tuple[FeedEvent, ...] = ()
+    retry_at: datetime | None = None
+    error: str | None = None
+    spends_attempt: bool = True
+    """False when the attempt did not reach the handler, through no fault of the message: it is not to be counted."""

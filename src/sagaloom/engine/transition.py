@@ -1,0 +1,283 @@
+"""One run being changed by one message: the steps taken so far, and the state after them.
+
+A step runs one handler (the forward one, or a compensation) on a state decoded from bytes for it alone, and encodes
+what it left behind. So a step sees what the step before it committed itself to, never an object somebody still holds,
+and what cannot be stored is found at the step that made it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any, Final, Literal, NamedTuple, NoReturn
+
+from sagaloom.definitions import Saga, SagaContext, SagaDefinition, SagaInstanceStatus
+from sagaloom.effects import CancelScheduled, CascadedMessage, Compensate, Complete, Fail, Scheduled, Send, Spawn
+from sagaloom.engine.ledger import HANDLER_RESULT, LIMIT_EXCEEDED, Ledger, Refused
+from sagaloom.engine.lifecycle import is_terminal, next_status
+from sagaloom.engine.limits import Limits
+from sagaloom.engine.records import AppliedStep, EffectSummary, Envelope, StepRecord
+from sagaloom.engine.retrying import USER_ERRORS, describe
+from sagaloom.errors import SagasError
+from sagaloom.ids import instance_id
+from sagaloom.messages import SagaMessage
+
+__all__ = ["INVARIANT_BROKEN", "STATE_UNREADABLE", "Asked", "HandlerRaised", "Transition"]
+
+INVARIANT_BROKEN: Final = "SAGA_INVARIANT_BROKEN"
+STATE_UNREADABLE: Final = "SAGA_STATE_UNREADABLE"
+
+
+class HandlerRaised(Exception):
+    """User code raised `error`: the policy says what comes of it."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+class Asked(NamedTuple):
+    """What a handler's list asks of the instance itself: how it ends, and what to compensate."""
+
+    ending: Complete | Fail | Compensate | None
+    """A `Compensate` here is one of `ALL_STEPS`."""
+    compensations: tuple[Compensate, ...] = ()
+
+
+class Transition:
+    """Runs steps, and knows where they led: state, status, how it ended, which applied steps are left."""
+
+    __slots__ = (
+        "_attempt",
+        "_instance_id",
+        "_limits",
+        "_now",
+        "_run",
+        "_steps",
+        "applied",
+        "compensation_depth_max",
+        "definition",
+        "envelope",
+        "is_current_undone",
+        "ledger",
+        "reason",
+        "result",
+        "state",
+        "status",
+    )
+
+    def __init__(
+        self,
+        definition: SagaDefinition[Any],
+        envelope: Envelope,
+        ledger: Ledger,
+        *,
+        run: int,
+        state: bytes,
+        status: SagaInstanceStatus,
+        applied: tuple[AppliedStep, ...],
+        now: datetime,
+        limits: Limits,
+    ) -> None:
+        self.definition = definition
+        self.envelope = envelope
+        self.ledger = ledger
+        self.state = state
+        self.status: SagaInstanceStatus = status
+        self.applied = applied
+        """The applied steps that are not undone, oldest first."""
+        self.is_current_undone = False
+        self.reason: str | None = None
+        self.result: bytes | None = None
+        self._run = run
+        self._now = now
+        self._limits = limits
+        self.compensation_depth_max = limits.compensation_depth_max
+        self._attempt = envelope.attempt + 1
+        self._instance_id = instance_id(definition.id, envelope.key, run)
+        self._steps: list[tuple[Literal["handle", "compensate"], str, tuple[EffectSummary, ...]]] = []
+
+    def step(self, phase: Literal["handle", "compensate"], handler: Any, message: SagaMessage[Any]) -> Asked:
+        """Runs one handler on the state as it is now. Raises `HandlerRaised`, or `Refused` for what it returned."""
+        definition = self.definition
+        codec = definition.state_codec
+        try:
+            saga = Saga(codec.decode(self.state))
+            before = codec.decode(self.state)
+        except SagasError as error:
+            self.refuse(
+                STATE_UNREADABLE,
+                f"the stored state of {self._instance_id!r} cannot be read: {error.message}; if its shape has changed, "
+                "declare it with .version(n, migrate={...})",
+            )
+        context = SagaContext(
+            saga_id=definition.id,
+            instance_id=self._instance_id,
+            correlation_key=self.envelope.key,
+            run=self._run,
+            state=before,
+            message=message,
+            attempt=self._attempt,
+            now=self._now,
+            traceparent=message.traceparent,
+            tracestate=message.tracestate,
+        )
+        try:
+            returned: Any = handler(saga, message, context)
+        except USER_ERRORS as error:
+            raise HandlerRaised(error) from error
+        if not issubclass(type(returned), (list, tuple)):
+            self._refuse_returned(phase, message.type, returned)
+        asked = self._write_down(phase, message.type, returned) if returned else self._nothing(phase, message.type)
+        self._keep(saga.state, message.type)
+        return asked
+
+    def end(self, ending: Complete | Fail, *, by: str) -> None:
+        """Ends the run. A second failure agrees with the first, whose reason stays; anything else contradicts it."""
+        if self.is_over:
+            if self.status == "failed" and isinstance(ending, Fail):
+                return
+            self.refuse(
+                HANDLER_RESULT,
+                f"two terminal effects in one decision: it was {self.status} already when {by} returned "
+                f"saga_{ending.kind}",
+            )
+        if isinstance(ending, Fail):
+            self.status = next_status(self.status, "fail")
+            self.reason = ending.reason
+        else:
+            self.status = next_status(self.status, "complete")
+            self.reason = None
+            self.result = self.ledger.result(ending.result)
+
+    @property
+    def is_over(self) -> bool:
+        return is_terminal(self.status)
+
+    def records(self) -> tuple[StepRecord, ...]:
+        """The steps, each with the status after it: the last one led to where the run is now."""
+        last = len(self._steps) - 1
+        return tuple(
+            StepRecord(phase, message_type, self.status if index == last else "compensating", effects)
+            for index, (phase, message_type, effects) in enumerate(self._steps)
+        )
+
+    def refuse(self, code: str, what: str, *, state_after: bytes | None = None) -> NoReturn:
+        error = Refused(f"saga {self.definition.id!r}, message {self.envelope.type!r}: {what}", code=code)
+        error.state_after = state_after
+        raise error
+
+    def _nothing(self, phase: Literal["handle", "compensate"], message_type: str) -> Asked:
+        self._steps.append((phase, message_type, ()))
+        return _ASKED_NOTHING
+
+    def _write_down(
+        self,
+        phase: Literal["handle", "compensate"],
+        message_type: str,
+        returned: Sequence[object],
+    ) -> Asked:
+        ledger = self.ledger
+        ending: Complete | Fail | Compensate | None = None
+        compensations: tuple[Compensate, ...] = ()
+        summaries: list[EffectSummary] = []
+        for effect in returned:
+            match effect:
+                case Send():
+                    summaries.append(ledger.send(effect))
+                    continue
+                case Scheduled():
+                    summaries.append(ledger.schedule(effect))
+                    continue
+                case CancelScheduled():
+                    summaries.append(ledger.cancel_scheduled(effect))
+                    continue
+                case Spawn():
+                    summaries.append(ledger.spawn(effect))
+                    continue
+                case Compensate() if effect.message is not None:
+                    summaries.append(ledger.note("compensate", target=effect.message.type, detail=effect.reason))
+                    compensations = (*compensations, effect)
+                    continue
+                case Compensate():
+                    summaries.append(ledger.note("compensate", target="ALL_STEPS", detail=effect.reason))
+                case Complete():
+                    summaries.append(ledger.note("complete"))
+                case Fail():
+                    summaries.append(ledger.note("fail", detail=effect.reason))
+                case _:
+                    self._refuse_foreign(phase, message_type, effect)
+            if ending is not None:
+                self.refuse(
+                    HANDLER_RESULT,
+                    f"its {_HANDLER[phase]} for {message_type!r} returned two terminal effects, {_name(ending)} and "
+                    f"{_name(effect)}: a run ends once",
+                )
+            ending = effect
+        self._steps.append((phase, message_type, tuple(summaries)))
+        return Asked(ending, compensations)
+
+    def _keep(self, state: Any, message_type: str) -> None:
+        """Encodes the new state, and checks what must hold of it."""
+        definition = self.definition
+        try:
+            encoded = definition.state_codec.encode(state)
+        except SagasError as error:
+            self.refuse(error.code, f"the state that its handler left behind cannot be stored: {error.message}")
+        if len(encoded) > self._limits.state_bytes_max:
+            self.refuse(
+                LIMIT_EXCEEDED,
+                f"the state has {len(encoded)} bytes, at most {self._limits.state_bytes_max} are allowed: keep large "
+                "data elsewhere and a reference here",
+            )
+        # Encoded before the predicates see it: one that changes the state changes nothing.
+        for invariant in definition.invariants:
+            broken = ""
+            try:
+                if not invariant.predicate(state):
+                    broken = "does not hold"
+            except USER_ERRORS as error:
+                broken = f"could not be checked: it raised {describe(error)}"
+            if broken:
+                self.refuse(
+                    INVARIANT_BROKEN,
+                    f"invariant {invariant.name!r} {broken} after {message_type!r} was handled; nothing was changed",
+                    state_after=encoded,
+                )
+        self.state = encoded
+
+    def _refuse_returned(self, phase: Literal["handle", "compensate"], message_type: str, returned: object) -> NoReturn:
+        close = getattr(returned, "close", None)
+        if hasattr(returned, "__await__") and callable(close):
+            close()  # It would warn that it was never awaited, long after and far from here.
+            advice = "a coroutine: handlers are synchronous; return effects instead of awaiting"
+        elif returned is None:
+            advice = "None: return a list of effects, [] for none"
+        elif isinstance(returned, CascadedMessage):
+            advice = f"a single effect ({returned.kind}): put it in a list"
+        else:
+            advice = f"{type(returned).__name__} {_shown(returned)}: return a list of effects, [] for none"
+        self.refuse(HANDLER_RESULT, f"its {_HANDLER[phase]} for {message_type!r} returned {advice}")
+
+    def _refuse_foreign(self, phase: Literal["handle", "compensate"], message_type: str, effect: object) -> NoReturn:
+        self.refuse(
+            HANDLER_RESULT,
+            f"its {_HANDLER[phase]} for {message_type!r} returned a list with {type(effect).__name__} "
+            f"{_shown(effect)} in it, which is no effect: use send, schedule, cancel_scheduled, spawn, saga_complete, "
+            "saga_fail or saga_compensate",
+        )
+
+
+_ASKED_NOTHING: Final = Asked(None)
+_HANDLER: Final = {"handle": "handler", "compensate": "compensation"}
+
+
+def _name(effect: CascadedMessage) -> str:
+    return "saga_compensate(ALL_STEPS)" if isinstance(effect, Compensate) else f"saga_{effect.kind}"
+
+
+def _shown(value: object) -> str:
+    try:
+        return f"{value!r:.80}"
+    except USER_ERRORS:
+        return "(which cannot be shown)"

@@ -1,0 +1,274 @@
+"""The saga store: where everything durable lives, behind one atomic `commit`.
+
+A `UnitOfWork` is what one message (or one settled effect) writes: all of it or none of it. A commit carries many
+units; each stands or falls alone, so a conflict never takes its neighbours down. The store assigns the two orders
+that only a commit can know: inbox numbers (the order of acceptance, I9) and outbox numbers.
+
+Guarantees every implementation gives, and `sagaloom.testing.contracts` checks:
+
+- when `commit` returns, what was written is on stable storage (I10) and visible to every reader;
+- a unit is written whole or not at all (the house law);
+- a unit conflicts, and nothing of it is written, when the run it writes is not at `revision - 1` with the `entries`
+  it expects (I2), when its mark is already there (I4), or when the row it claims to consume (inbox, timer, outbox,
+  dead letter) is gone (I3, I4);
+- a commit under a stale lease writes nothing and raises `Fenced` (I7).
+
+What we dislike about it: the reads are many. They are here because people look at sagas in many ways, and a store
+that cannot answer them is not inspectable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
+
+import msgspec
+
+from sagaloom.definitions import SagaDurabilityTier, SagaInstanceStatus
+from sagaloom.engine.records import (
+    DeadLetter,
+    Envelope,
+    FeedEvent,
+    Head,
+    HistoryEntry,
+    Instance,
+    Mark,
+    OutboxEffect,
+    PendingTimer,
+    Timer,
+)
+
+__all__ = [
+    "CommitResult",
+    "Conflict",
+    "InboxRow",
+    "InstanceFilter",
+    "Lease",
+    "Loaded",
+    "OutboxRow",
+    "RegisteredDefinition",
+    "RowRef",
+    "SagaStore",
+    "UnitOfWork",
+]
+
+
+class RowRef(NamedTuple):
+    """The place of an inbox or outbox row: its partition and its number, which grows in the order of acceptance."""
+
+    part: int
+    seq: int
+
+
+class InboxRow(NamedTuple):
+    ref: RowRef
+    envelope: Envelope
+
+
+class OutboxRow(NamedTuple):
+    ref: RowRef
+    effect: OutboxEffect
+
+
+class Lease(msgspec.Struct, frozen=True):
+    """The right to write: who holds it, and the epoch that the store checks on every commit."""
+
+    holder: str
+    epoch: int
+
+
+class Loaded(NamedTuple):
+    """What the store knows of one correlation key: its head and its newest run. Both None: never seen."""
+
+    head: Head | None
+    instance: Instance | None
+
+
+class UnitOfWork(msgspec.Struct, frozen=True, kw_only=True):
+    """All that one message, or one settled effect, writes. `part` is the partition of its instance.
+
+    `instance` must be exactly one revision (or, with the same revision, one or more entries) ahead of the stored one,
+    as told by `revision_before` and `entries_before`; a new run has `revision_before=None`.
+    """
+
+    part: int
+    head: Head | None = None
+    head_before: Head | None = None
+    instance: Instance | None = None
+    status_before: SagaInstanceStatus | None = None
+    revision_before: int | None = None
+    entries_before: int = 0
+    entry: HistoryEntry | None = None
+    mark_pk: int = 0
+    mark: Mark | None = None
+    inbox_add: tuple[Envelope, ...] = ()
+    """New rows; the store numbers them in order. Their partition is that of their own (saga, key)."""
+    inbox_update: InboxRow | None = None
+    """A row that stays under its number with a new attempt."""
+    inbox_done: RowRef | None = None
+    outbox_add: tuple[OutboxEffect, ...] = ()
+    outbox_update: OutboxRow | None = None
+    outbox_done: RowRef | None = None
+    timers_add: tuple[Timer, ...] = ()
+    timers_remove: tuple[PendingTimer, ...] = ()
+    """Removed if there: those the decision cancelled or replaced."""
+    timer_done: PendingTimer | None = None
+    """Consumed: the unit conflicts when it is gone."""
+    dead_letters_add: tuple[DeadLetter, ...] = ()
+    dead_letter_done: str | None = None
+    unmark: tuple[int, str] | None = None
+    """(pk, dedupe key) of a mark to forget: a discarded dead letter frees its key."""
+    events: tuple[FeedEvent, ...] = ()
+
+
+class Conflict(msgspec.Struct, frozen=True):
+    """Why a unit was not written. `revision`: load again and decide again. `mark`: seen before. `gone`: consumed
+    by somebody else. `refused`: no store can write it (too large, not encodable, no legal step): do not try again."""
+
+    kind: Literal["revision", "mark", "gone", "refused"]
+    what: str
+
+
+class CommitResult(msgspec.Struct, frozen=True):
+    """What a commit did. The units without a conflict are written; the rows that they added to the inbox and to the
+    outbox are numbered consecutively from `inbox_base` and `outbox_base`, unit by unit in the order of the batch."""
+
+    conflicts: Mapping[int, Conflict]
+    inbox_base: int
+    outbox_base: int
+    feed_base: int
+
+
+class InstanceFilter(msgspec.Struct, frozen=True, kw_only=True):
+    """Which runs to list. Empty tuples mean all. Times bound `created_at`."""
+
+    saga_ids: tuple[str, ...] = ()
+    statuses: tuple[SagaInstanceStatus, ...] = ()
+    key_prefix: str = ""
+    created_after: datetime | None = None
+    created_before: datetime | None = None
+
+
+class RegisteredDefinition(msgspec.Struct, frozen=True):
+    """What the registry keeps of a definition, under `("saga", "registry", id)`: `document` is its description."""
+
+    saga_id: str
+    version: int
+    fingerprint: str
+    document: Mapping[str, object]
+    registered_at: datetime
+
+
+@runtime_checkable
+class SagaStore(Protocol):
+    """A durable home for sagas. Every method raises `BackendUnavailable` when the store does not answer in time."""
+
+    @property
+    def id(self) -> str:
+        """What kind of store this is, for example `kv-saga-store`."""
+        ...
+
+    @property
+    def store_id(self) -> str:
+        """Names this very store, for life; part of feed cursors."""
+        ...
+
+    @property
+    def tiers(self) -> frozenset[SagaDurabilityTier]:
+        """The durability tiers this store can promise."""
+        ...
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong right now, for readiness; None when writes are believed to work."""
+        ...
+
+    async def acquire(self, holder: str, *, now: datetime) -> Lease:
+        """Takes the store for writing, with an epoch above every earlier one; refuses while a live process has it."""
+        ...
+
+    async def release(self, lease: Lease) -> None: ...
+
+    async def reserve_pks(self, count: int) -> int:
+        """The first of `count` fresh surrogate numbers. Gaps are harmless."""
+        ...
+
+    async def commit(self, units: Sequence[UnitOfWork], *, lease: Lease) -> CommitResult: ...
+
+    async def probe(self) -> None:
+        """Raises what is wrong when the store cannot commit right now; writes nothing that anybody sees."""
+        ...
+
+    async def close(self) -> None: ...
+
+    # What the runtime reads.
+
+    async def load(self, keys: Sequence[tuple[str, str]]) -> list[Loaded]:
+        """Head and newest run for each (saga id, correlation key), in order."""
+        ...
+
+    async def load_run(self, saga_id: str, key: str, run: int) -> Instance | None: ...
+
+    async def marks(self, wanted: Sequence[tuple[int, str]]) -> list[Mark | None]:
+        """The mark for each (pk, dedupe key), in order."""
+        ...
+
+    async def inbox_page(self, *, after: RowRef | None, limit: int) -> list[InboxRow]:
+        """Waiting messages in (partition, number) order."""
+        ...
+
+    async def inbox_rows(self, refs: Sequence[RowRef]) -> list[Envelope | None]: ...
+
+    async def outbox_page(self, *, after: RowRef | None, limit: int) -> list[OutboxRow]:
+        """Effects that have not been settled, in (partition, number) order."""
+        ...
+
+    async def outbox_rows(self, refs: Sequence[RowRef]) -> list[OutboxEffect | None]: ...
+
+    async def timers(
+        self, *, due_by: datetime | None = None, after: PendingTimer | None = None, limit: int = 100
+    ) -> list[Timer]:
+        """Timers in the order of (due_at, id), at most those due by `due_by`."""
+        ...
+
+    # What people read.
+
+    async def instances(
+        self, wanted: InstanceFilter, *, limit: int, offset: int = 0, cursor: str | None = None
+    ) -> tuple[list[Instance], str | None]:
+        """Runs, newest `created_at` first, and the cursor of the next page. Accepted first messages that are not
+        applied yet come as runs with number 0 and status `pending`."""
+        ...
+
+    async def count_instances(self, wanted: InstanceFilter, *, limit: int = 10_000) -> int: ...
+
+    async def runs(self, saga_id: str, key: str) -> list[Instance]:
+        """All runs of one key, newest first."""
+        ...
+
+    async def history(
+        self, instance: Instance, *, after_entry: int = 0, limit: int = 50
+    ) -> list[HistoryEntry]:
+        """History rows in the order in which they were written."""
+        ...
+
+    async def dead_letters(
+        self, *, saga_id: str | None = None, key: str | None = None, after: str | None = None, limit: int = 50
+    ) -> list[DeadLetter]:
+        """Dead letters, newest first; `after` is the id of the last one of the page before."""
+        ...
+
+    async def dead_letter(self, dead_letter_id: str) -> DeadLetter | None: ...
+
+    async def feed(self, *, after: int, limit: int) -> list[tuple[int, FeedEvent]]:
+        """Feed events with numbers above `after`, in order, without a gap."""
+        ...
+
+    async def feed_bounds(self) -> tuple[int, int]:
+        """The oldest and the newest feed number that are kept; (1, 0) when there is none."""
+        ...
+
+    async def put_definitions(self, definitions: Sequence[RegisteredDefinition]) -> None: ...
+
+    async def definitions(self) -> list[RegisteredDefinition]: ...

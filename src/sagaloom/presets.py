@@ -1,0 +1,92 @@
+"""From definitions to a running system in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from sagaloom.clock import Clock
+from sagaloom.composition import DurableSagaRuntime, Opening, create_durable_saga_runtime
+from sagaloom.definitions import SagaDefinition
+from sagaloom.ports.keyvalue import KeyValue
+from sagaloom.ports.store import SagaStore
+from sagaloom.ports.targets import EffectTarget
+from sagaloom.runtime.options import RuntimeOptions
+from sagaloom.runtime.runtime import SagaRuntime
+
+__all__ = ["StartedSagas", "start_saga_handlers", "start_sagas"]
+
+
+class StartedSagas:
+    """A running system. `bus` is where messages go in: the runtime itself."""
+
+    def __init__(self, durable: DurableSagaRuntime, *, saga_count: int) -> None:
+        self.runtime: SagaRuntime = durable.runtime
+        self.bus: SagaRuntime = durable.runtime
+        self.store: SagaStore = durable.store
+        self.saga_count = saga_count
+        self._durable = durable
+
+    async def shutdown(self) -> None:
+        """Takes no more messages, finishes what is under way, and closes what was opened. Twice is no error."""
+        await self._durable.dispose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.shutdown()
+
+
+def start_sagas(
+    definitions: Iterable[SagaDefinition[Any]],
+    *,
+    auto_start: bool = True,
+    backend: Literal["kv", "sql", "prisma"] | None = None,
+    kv: KeyValue | None = None,
+    engine: object | None = None,
+    url: str | None = None,
+    store: SagaStore | None = None,
+    targets: Iterable[EffectTarget] = (),
+    services: Mapping[str, str] | None = None,
+    clock: Clock | None = None,
+    options: RuntimeOptions | None = None,
+) -> Opening[StartedSagas]:
+    """Runs `definitions`; the other options are those of `create_durable_saga_runtime`.
+
+        async with start_sagas([order_saga]) as sagas:
+            await sagas.bus.publish({"type": "OrderPlaced", "payload": {"orderId": "o-1"}})
+
+    or `sagas = await start_sagas([order_saga])` and, in the end, `await sagas.shutdown()`.
+    """
+    chosen = list(definitions)
+
+    async def opener() -> StartedSagas:
+        durable = await create_durable_saga_runtime(
+            backend,
+            kv=kv,
+            engine=engine,
+            url=url,
+            store=store,
+            definitions=chosen,
+            targets=targets,
+            services=services,
+            clock=clock,
+            options=options,
+        )
+        if auto_start:
+            try:
+                await durable.start()
+            except BaseException:
+                await durable.dispose()
+                raise
+        return StartedSagas(durable, saga_count=len({definition.id for definition in chosen}))
+
+    return Opening(opener)
+
+
+start_saga_handlers = start_sagas
+"""The name for handlers that run apart from the API; the same thing."""

@@ -1,0 +1,46 @@
+"""The shell: what runs sagas. `SagaRuntime` is all of it; `create_durable_saga_runtime` puts one over a store."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Final
+
+from sagaloom.ports.store import SagaStore as SagaStorePort
+from sagaloom.runtime.options import RuntimeOptions
+from sagaloom.runtime.receipts import Outcome, PublishReceipt, PublishRejected
+from sagaloom.runtime.runtime import SagaRuntime
+
+if TYPE_CHECKING:
+    from sagaloom.composition import DurableSagaRuntime, create_durable_saga_runtime, open_saga_runtime_kv
+    from sagaloom.discovery import resolve_saga_store_backend
+    from sagaloom.stores import KvSagaStore
+
+__all__ = [
+    "DurableSagaRuntime",
+    "KvSagaStore",
+    "Outcome",
+    "PublishReceipt",
+    "PublishRejected",
+    "RuntimeOptions",
+    "SagaRuntime",
+    "SagaStorePort",
+    "create_durable_saga_runtime",
+    "open_saga_runtime_kv",
+    "resolve_saga_store_backend",
+]
+
+# Users look for these names here, but they live on higher floors: the shell itself must not load any adapter.
+_ELSEWHERE: Final = {
+    "DurableSagaRuntime": "sagaloom.composition",
+    "KvSagaStore": "sagaloom.stores",
+    "create_durable_saga_runtime": "sagaloom.composition",
+    "open_saga_runtime_kv": "sagaloom.composition",
+    "resolve_saga_store_backend": "sagaloom.discovery",
+}
+
+
+def __getattr__(name: str) -> object:
+    home = _ELSEWHERE.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(home), name)

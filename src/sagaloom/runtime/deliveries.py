@@ -1,0 +1,121 @@
+"""What the receiver works on: deliveries, and the unit of work that each decision becomes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import msgspec
+
+from sagaloom.engine.records import DeadLetter, Decision, Envelope, Head, Instance, Mark, PendingTimer
+from sagaloom.ids import content_digest
+from sagaloom.ports.store import InboxRow, RowRef, UnitOfWork
+from sagaloom.runtime.receipts import Outcome
+
+__all__ = ["Delivery", "InstanceKey", "mark_for", "unit_of_accept", "unit_of_decision"]
+
+InstanceKey = tuple[str, str]
+
+
+class Delivery:
+    """One message on its way through the receiver.
+
+    It comes from a door (`row` and `timer` are None: it enters the store with the commit that first mentions it), from
+    an inbox row, or from a timer row. `answered` resolves when the message is durable, `settled` when it is done with.
+    `is_offer`: it waits for its next attempt and is tried in between, because its instance has moved.
+    """
+
+    __slots__ = ("answered", "envelope", "is_aside", "is_offer", "key", "row", "settled", "timer")
+
+    def __init__(
+        self,
+        envelope: Envelope,
+        *,
+        row: RowRef | None = None,
+        timer: PendingTimer | None = None,
+        answered: asyncio.Future[Outcome] | None = None,
+        settled: asyncio.Future[Outcome] | None = None,
+    ) -> None:
+        self.envelope = envelope
+        self.key: InstanceKey = (envelope.saga_id, envelope.key)
+        self.row = row
+        self.timer = timer
+        self.answered = answered
+        self.settled = settled
+        self.is_aside = False
+        self.is_offer = False
+
+    @property
+    def enters(self) -> bool:
+        """Whether the store does not have it yet."""
+        return self.row is None and self.timer is None
+
+
+def mark_for(envelope: Envelope, run: int) -> Mark:
+    """What the store remembers of a message that came through a door."""
+    return Mark(
+        envelope.dedupe_key or envelope.id,
+        envelope.id,
+        content_digest(envelope.type, envelope.payload),
+        envelope.accepted_at,
+        run,
+    )
+
+
+def unit_of_accept(delivery: Delivery, head: Head, head_before: Head | None) -> UnitOfWork:
+    """Puts a message into the inbox without deciding it: something older of its instance has to come first."""
+    return UnitOfWork(
+        part=head.part,
+        head=head if head is not head_before else None,
+        head_before=head_before,
+        mark_pk=head.pk,
+        mark=mark_for(delivery.envelope, 0) if delivery.enters else None,
+        inbox_add=(delivery.envelope,),
+        timer_done=delivery.timer,
+    )
+
+
+def unit_of_decision(
+    delivery: Delivery,
+    decision: Decision,
+    *,
+    head: Head,
+    head_before: Head | None,
+    before: Instance | None,
+    cascaded: Sequence[Envelope] = (),
+    dead_letters: Sequence[DeadLetter] = (),
+) -> UnitOfWork:
+    """Everything `decision` asks for, as one unit. `before` is the stored run that `decision.instance` replaces; a
+    new run replaces none. When the attempt failed, the message itself is the first of `inbox_add`."""
+    envelope, row, instance = delivery.envelope, delivery.row, decision.instance
+    waits = decision.disposition == "pending"
+    if waits:
+        envelope = msgspec.structs.replace(
+            envelope, attempt=envelope.attempt + decision.spends_attempt, due_at=decision.retry_at, last_error=decision.error
+        )
+    # A discarded message to a key that was never seen leaves nothing behind, not even a head.
+    leaves_trace = head_before is not None or instance is not None or decision.disposition != "ignored"
+    given_up = (decision.dead_letter,) if decision.dead_letter is not None else ()
+    return UnitOfWork(
+        part=head.part,
+        head=head if leaves_trace and head is not head_before else None,
+        head_before=head_before,
+        instance=instance,
+        status_before=before.status if before is not None else None,
+        revision_before=before.revision if before is not None else None,
+        entries_before=before.entries if before is not None else 0,
+        entry=decision.entry,
+        mark_pk=head.pk,
+        mark=mark_for(envelope, instance.run if instance is not None else 0)
+        if delivery.enters and leaves_trace
+        else None,
+        inbox_add=(envelope, *cascaded) if waits and row is None else tuple(cascaded),
+        inbox_update=InboxRow(row, envelope) if waits and row is not None else None,
+        inbox_done=None if waits else row,
+        outbox_add=decision.effects,
+        timers_add=decision.timers,
+        timers_remove=decision.timers_ended,
+        timer_done=delivery.timer,
+        dead_letters_add=(*given_up, *dead_letters),
+        events=decision.events,
+    )

@@ -1,0 +1,347 @@
+"""The dispatcher: hands committed effects to their targets, lane by lane.
+
+A lane is one (instance run, target). Its effects leave in the order in which they were committed, and the next one
+leaves only when the one before is settled in the store, so a refund never overtakes its charge, not even through a
+crash. Lanes are independent; `dispatch_concurrency` of them are served at once.
+
+    idle --add--> ready --take--> under way --settled--> ready | gone (when empty)
+                                     |
+                                     +--failed--> backing off --due--> ready
+                                     +--given up--> stalled --redriven or discarded--> ready
+
+An effect is delivered at least once, always under the same effect key: after a crash between delivery and settlement
+it leaves again. Every failed attempt is counted in the store before the next one is made.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta
+from typing import Any, Literal
+
+import msgspec
+
+from sagaloom.clock import Clock
+from sagaloom.codec import encode_any
+from sagaloom.engine.records import DeadLetter, Envelope, OutboxEffect
+from sagaloom.engine.correlation import dead_letter_id
+from sagaloom.engine.retrying import backoff, describe, is_retryable, traceback_text
+from sagaloom.errors import DeliveryFailed, SagasError
+from sagaloom.ids import derived_id
+from sagaloom.messages import SagaMessage, as_message
+from sagaloom.ports.store import Conflict, Lease, OutboxRow, RowRef, SagaStore, UnitOfWork
+from sagaloom.ports.targets import EffectTarget
+from sagaloom.runtime.alarm import Alarm
+from sagaloom.runtime.options import RuntimeOptions
+from sagaloom.runtime.receiver import Work
+
+__all__ = ["Dispatcher"]
+
+_log = logging.getLogger("sagaloom.dispatcher")
+_BODIES_RESIDENT_MAX = 20_000
+_TURNS_BETWEEN_YIELDS = 64
+
+
+class _Waiting(msgspec.Struct):
+    """A committed effect. Only the first so many bodies stay in memory; the others are read when their turn comes."""
+
+    ref: RowRef
+    effect: OutboxEffect | None
+
+
+class _Lane(msgspec.Struct):
+    name: str
+    waiting: deque[_Waiting]
+    state: Literal["idle", "ready", "under_way", "backing_off", "stalled"] = "idle"
+
+
+class Dispatcher:
+    """Serves the lanes."""
+
+    def __init__(
+        self,
+        store: SagaStore,
+        clock: Clock,
+        options: RuntimeOptions,
+        *,
+        targets: dict[str, EffectTarget],
+        submit: Callable[[Work], None],
+    ) -> None:
+        self._store = store
+        self._clock = clock
+        self._options = options
+        self._targets = targets
+        self._submit = submit
+        self._lanes: dict[str, _Lane] = {}
+        self._ready: deque[_Lane] = deque()
+        self._idle: deque[asyncio.Future[None]] = deque()
+        self._due: list[tuple[datetime, int, _Lane]] = []
+        self._count = itertools.count()
+        self._alarm = Alarm(clock, self._bring_back)
+        self._resident = 0
+        self._under_way = 0
+        self.waiting = 0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is waiting that could be done now (effects between two attempts are not)."""
+        return not self._ready and not self._under_way
+
+    @property
+    def stalled_lanes(self) -> int:
+        return sum(lane.state == "stalled" for lane in self._lanes.values())
+
+    # ---------------------------------------------------------------- the role's life
+
+    async def load(self, lease: Lease) -> None:
+        """Reads every unsettled effect of the store into its lane, in order."""
+        after: RowRef | None = None
+        while page := await self._store.outbox_page(after=after, limit=1_000):
+            after = page[-1].ref
+            self.add(page)
+            await asyncio.sleep(0)
+
+    def add(self, rows: Sequence[tuple[RowRef, OutboxEffect]]) -> None:
+        """Lines committed effects up in their lanes."""
+        for ref, effect in rows:
+            lane = self._lanes.get(effect.lane)
+            if lane is None:
+                lane = self._lanes[effect.lane] = _Lane(effect.lane, deque())
+            keep = self._resident < _BODIES_RESIDENT_MAX
+            self._resident += keep
+            lane.waiting.append(_Waiting(ref, effect if keep else None))
+            self.waiting += 1
+            if lane.state == "idle":
+                self._start(lane, effect)
+
+    async def run(self) -> None:
+        """Serves ready lanes until cancelled. Several of these run side by side."""
+        loop = asyncio.get_running_loop()
+        turns = 0
+        while True:
+            if not self._ready:
+                nudge = loop.create_future()
+                self._idle.append(nudge)
+                await nudge
+                continue
+            lane = self._ready.popleft()
+            lane.state = "under_way"
+            self._under_way += 1
+            try:
+                await self._serve(lane)
+            except BaseException:
+                self._under_way -= 1
+                raise
+            turns += 1
+            if turns % _TURNS_BETWEEN_YIELDS == 0:
+                await asyncio.sleep(0)
+
+    def close(self) -> None:
+        """Forgets everything; the store has it."""
+        self._alarm.clear()
+        self._lanes.clear()
+        self._ready.clear()
+        self._due.clear()
+        self._idle.clear()
+        self._resident = self._under_way = self.waiting = 0
+
+    # ---------------------------------------------------------------- one effect
+
+    async def _serve(self, lane: _Lane) -> None:
+        head = lane.waiting[0]
+        effect = head.effect
+        if effect is None:
+            try:
+                (effect,) = await self._store.outbox_rows([head.ref])
+            except SagasError as error:
+                _log.warning("effect %s cannot be read: %s", head.ref, error.message)
+                self._under_way -= 1
+                self._back_off(lane, self._clock.now() + timedelta(seconds=1))
+                return
+            if effect is None:
+                self._settled(lane, head, None)
+                return
+        try:
+            target = self._targets.get(effect.target_kind)
+            if target is None:
+                raise DeliveryFailed(
+                    f"no target of kind {effect.target_kind!r} is registered for effect to "
+                    f"{effect.target_kind}:{effect.target_id}: add one with runtime.add_target(...) and redrive",
+                    retryable=False,
+                )
+            async with asyncio.timeout(self._options.dispatch_timeout_seconds):
+                replies = await target.deliver(effect)
+            envelopes = tuple(self._reply(effect, number, reply) for number, reply in enumerate(replies or ()))
+        except TimeoutError:
+            seconds = self._options.dispatch_timeout_seconds
+            self._failed(lane, head, effect, DeliveryFailed(f"no answer within {seconds:g} s"))
+        except Exception as error:  # noqa: BLE001 - whatever a target raises is that attempt's failure, not ours
+            self._failed(lane, head, effect, error)
+        else:
+            self._options.on_step("dispatched")
+            unit = UnitOfWork(part=head.ref.part, outbox_done=head.ref, inbox_add=envelopes)
+            self._submit(Work(unit, lambda trouble: self._settled(lane, head, trouble)))
+
+    def _reply(self, effect: OutboxEffect, number: int, reply: object) -> Envelope:
+        """An answer of the target, addressed to the run that sent the effect. Its id is the same after a redelivery."""
+        message: SagaMessage[Any] = as_message(reply)
+        payload = message.payload
+        return Envelope(
+            saga_id=effect.saga_id,
+            key=effect.key,
+            type=message.type,
+            id=message.id or derived_id("r", effect.effect_key, number),
+            payload=bytes(payload) if isinstance(payload, msgspec.Raw) else encode_any(payload),
+            accepted_at=self._clock.now(),
+            origin="reply",
+            run=effect.run,
+            correlation_key=effect.key,
+            occurred_at=message.occurred_at,
+            traceparent=message.traceparent or effect.traceparent,
+            tracestate=message.tracestate or effect.tracestate,
+            causation_id=effect.effect_key,
+            hops=effect.hops,
+        )
+
+    def _settled(self, lane: _Lane, head: _Waiting, trouble: SagasError | Conflict | None) -> None:
+        self._under_way -= 1
+        if isinstance(trouble, SagasError):
+            return  # The runtime is closing; the row is still there.
+        # A conflict says that the row is gone: an operator discarded it meanwhile. Either way it is done with.
+        self._drop_head(lane, head)
+        self._next(lane)
+
+    def _failed(self, lane: _Lane, head: _Waiting, effect: OutboxEffect, error: Exception) -> None:
+        now = self._clock.now()
+        attempt = effect.attempt + 1
+        policy = effect.retry or self._options.effect_retry
+        text = error.message if isinstance(error, SagasError) else describe(error)
+        if is_retryable(error, policy) and attempt < policy.maximum_attempts:
+            wait = max(backoff(policy, attempt=attempt, message_id=effect.effect_key), _asked_for(error))
+            due_at = now + wait
+            again = msgspec.structs.replace(effect, attempt=attempt, due_at=due_at, last_error=text)
+            unit = UnitOfWork(part=head.ref.part, outbox_update=OutboxRow(head.ref, again))
+            _log.info("effect to %s:%s failed: %s", effect.target_kind, effect.target_id, text)
+            self._submit(Work(unit, lambda trouble: self._counted(lane, head, again, trouble)))
+            return
+        _log.warning("effect to %s:%s is given up: %s", effect.target_kind, effect.target_id, text)
+        given_up = msgspec.structs.replace(effect, attempt=attempt, due_at=None, last_error=text)
+        dead_letter = DeadLetter(
+            id=dead_letter_id(now, effect.effect_key, attempt),
+            at=now,
+            saga_id=effect.saga_id,
+            key=effect.key,
+            type=f"{effect.target_kind}:{effect.target_id}",
+            code=error.code if isinstance(error, SagasError) else "DELIVERY_FAILED",
+            reason=text,
+            attempts=attempt,
+            traceback=traceback_text(error),
+            effect=given_up,
+            outbox_part=None if effect.continues_after_dead_letter else head.ref.part,
+            outbox_seq=None if effect.continues_after_dead_letter else head.ref.seq,
+        )
+        if effect.continues_after_dead_letter:
+            unit = UnitOfWork(part=head.ref.part, outbox_done=head.ref, dead_letters_add=(dead_letter,))
+            self._submit(Work(unit, lambda trouble: self._settled(lane, head, trouble)))
+        else:
+            stopped = msgspec.structs.replace(given_up, dead_letter_id=dead_letter.id)
+            unit = UnitOfWork(
+                part=head.ref.part, outbox_update=OutboxRow(head.ref, stopped), dead_letters_add=(dead_letter,)
+            )
+            self._submit(Work(unit, lambda trouble: self._counted(lane, head, stopped, trouble)))
+
+    def _counted(
+        self, lane: _Lane, head: _Waiting, effect: OutboxEffect, trouble: SagasError | Conflict | None
+    ) -> None:
+        """A failed attempt is in the store: wait for the next one, or stand still."""
+        self._under_way -= 1
+        if isinstance(trouble, SagasError):
+            return
+        if trouble is not None:
+            self._drop_head(lane, head)
+            self._next(lane)
+            return
+        if head.effect is not None:
+            head.effect = effect
+        self._start(lane, effect)
+
+    # ---------------------------------------------------------------- lanes
+
+    def _start(self, lane: _Lane, effect: OutboxEffect) -> None:
+        """Gives a lane the state that its head asks for."""
+        if effect.dead_letter_id is not None:
+            lane.state = "stalled"
+        elif effect.due_at is not None and effect.due_at > self._clock.now():
+            self._back_off(lane, effect.due_at)
+        else:
+            self._make_ready(lane)
+
+    def _next(self, lane: _Lane) -> None:
+        if not lane.waiting:
+            lane.state = "idle"
+            self._lanes.pop(lane.name, None)
+            return
+        effect = lane.waiting[0].effect
+        if effect is None:
+            self._make_ready(lane)
+        else:
+            self._start(lane, effect)
+
+    def _make_ready(self, lane: _Lane) -> None:
+        lane.state = "ready"
+        self._ready.append(lane)
+        while self._idle:
+            nudge = self._idle.popleft()
+            if not nudge.done():
+                nudge.set_result(None)
+                return
+
+    def _back_off(self, lane: _Lane, due_at: datetime) -> None:
+        lane.state = "backing_off"
+        heapq.heappush(self._due, (due_at, next(self._count), lane))
+        self._alarm.set(due_at)
+
+    def _bring_back(self) -> None:
+        now = self._clock.now()
+        while self._due and self._due[0][0] <= now:
+            _, _, lane = heapq.heappop(self._due)
+            if lane.state == "backing_off":
+                self._make_ready(lane)
+        if self._due:
+            self._alarm.set(self._due[0][0])
+
+    def _drop_head(self, lane: _Lane, head: _Waiting) -> None:
+        if lane.waiting and lane.waiting[0] is head:
+            lane.waiting.popleft()
+            self.waiting -= 1
+            self._resident -= head.effect is not None
+
+    # ---------------------------------------------------------------- operators
+
+    def resume(self, lane_name: str, effect: OutboxEffect) -> None:
+        """The head of a stalled lane was redriven: it goes on with a fresh count of attempts."""
+        lane = self._lanes.get(lane_name)
+        if lane is not None and lane.state == "stalled":
+            if lane.waiting[0].effect is not None:
+                lane.waiting[0].effect = effect
+            self._make_ready(lane)
+
+    def skip(self, lane_name: str) -> None:
+        """The head of a stalled lane was discarded: the next effect goes."""
+        lane = self._lanes.get(lane_name)
+        if lane is not None and lane.state == "stalled":
+            self._drop_head(lane, lane.waiting[0])
+            self._next(lane)
+
+
+def _asked_for(error: Exception) -> timedelta:
+    """How long the target asked us to wait, up to an hour."""
+    seconds = error.data.get("retryAfterSeconds") if isinstance(error, SagasError) else None
+    return timedelta(seconds=min(float(seconds), 3600.0)) if isinstance(seconds, (int, float)) else timedelta(0)
+
+

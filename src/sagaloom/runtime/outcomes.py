@@ -1,0 +1,64 @@
+"""From decisions to what a publisher is told."""
+
+from __future__ import annotations
+
+import msgspec
+
+from sagaloom.engine.records import Decision, Envelope, Instance, Mark
+from sagaloom.ids import instance_id
+from sagaloom.ports.store import UnitOfWork
+from sagaloom.runtime.deliveries import Delivery
+from sagaloom.runtime.receipts import Outcome
+
+__all__ = ["outcome_of", "outcome_of_duplicate"]
+
+_decode = msgspec.json.Decoder().decode
+
+
+def outcome_of(delivery: Delivery, decision: Decision | None, unit: UnitOfWork, *, detailed: bool) -> Outcome:
+    """What a message did. State, effects and result are filled in only for those who wait for them."""
+    envelope = delivery.envelope
+    instance = unit.instance
+    run = instance.run if instance is not None else envelope.run or 0
+    effects: tuple[str, ...] = ()
+    if detailed and decision is not None and decision.entry is not None:
+        effects = tuple(effect.kind for step in decision.entry.steps for effect in step.effects)
+    return Outcome(
+        message_id=envelope.id,
+        instance_id=instance_id(envelope.saga_id, envelope.key, run),
+        saga_id=envelope.saga_id,
+        correlation_key=envelope.key,
+        run=run,
+        disposition="pending" if decision is None else decision.disposition,
+        status=instance.status if instance is not None else None,
+        revision=instance.revision if instance is not None else None,
+        state=_decode(instance.state) if detailed and instance is not None else None,
+        effects=effects,
+        result=_decode(instance.result) if detailed and instance is not None and instance.result else None,
+        reason=_reason(decision, instance),
+    )
+
+
+def outcome_of_duplicate(envelope: Envelope, mark: Mark, instance: Instance | None) -> Outcome:
+    """The facts of the first one, as far as they still stand."""
+    run = mark.run or (instance.run if instance is not None else 0)
+    same = instance is not None and instance.run == run
+    return Outcome(
+        message_id=mark.message_id,
+        instance_id=instance_id(envelope.saga_id, envelope.key, run),
+        saga_id=envelope.saga_id,
+        correlation_key=envelope.key,
+        run=run,
+        disposition="duplicate",
+        status=instance.status if instance is not None and same else None,
+        revision=instance.revision if instance is not None and same else None,
+        state=_decode(instance.state) if instance is not None and same else None,
+        result=_decode(instance.result) if instance is not None and same and instance.result else None,
+        reason=f"the same message was accepted before as {mark.message_id}",
+    )
+
+
+def _reason(decision: Decision | None, instance: Instance | None) -> str | None:
+    if decision is not None and (decision.reason or decision.error):
+        return decision.reason or decision.error
+    return instance.reason if instance is not None else None

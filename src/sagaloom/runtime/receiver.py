@@ -1,0 +1,589 @@
+"""The receiver: takes messages in the order of their acceptance, decides them, and commits what they ask for.
+
+Theory of operation
+-------------------
+One task turns in a loop. Each turn takes everything that is waiting (up to `batch_max`), loads the instances that are
+not hot, decides every message in order, commits all decisions at once, and only then tells anybody. While a commit is
+under way new messages gather, so batches grow with the load by themselves: that is where throughput comes from.
+
+1. A message that comes through a door is accepted and applied in one commit; its publisher hears after that commit.
+2. Per (saga, key) the order of the backlog is the order of acceptance (I9). One exception: a message whose attempt
+   failed steps aside until it is due, and younger ones go on.
+3. Except a starter that fails: its key is *held*, for nothing can be applied before the instance exists. Messages
+   behind it are accepted into the inbox and wait.
+4. A message that stepped aside is offered again after every transition of its instance. An offer that fails costs no
+   attempt and writes nothing.
+5. A unit that conflicts drops what is remembered of its instance, and its message goes back in front, in order.
+6. When the store does not answer, the outcome of a commit is unknown: everything remembered is dropped, publishers
+   are told to try again under the same id, rows are decided again, and nothing is accepted until a probe succeeds.
+
+What we dislike about it: one commit is under way at a time, so a store with a slow round trip is not kept busy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from datetime import datetime
+
+import msgspec
+
+from sagaloom.clock import Clock
+from sagaloom.engine.correlation import DefinitionSet, dead_letter_id, route
+from sagaloom.engine.decide import DecideContext, decide
+from sagaloom.engine.lifecycle import is_terminal
+from sagaloom.engine.records import DeadLetter, Decision, Envelope, Head, Instance, Mark, OutboxEffect, Timer
+from sagaloom.engine.retrying import traceback_text
+from sagaloom.errors import BackendUnavailable, Fenced, IdempotencyKeyReused, SagasError, StoreCorrupt
+from sagaloom.ids import content_digest, key_hash, partition_of
+from sagaloom.ports.store import CommitResult, Conflict, InboxRow, Lease, RowRef, SagaStore, UnitOfWork
+from sagaloom.runtime.alarm import Alarm
+from sagaloom.runtime.backlog import Backlog
+from sagaloom.runtime.cache import Hot, HotInstances
+from sagaloom.runtime.deliveries import Delivery, InstanceKey, unit_of_accept, unit_of_decision
+from sagaloom.runtime.options import RuntimeOptions
+from sagaloom.runtime.outcomes import outcome_of, outcome_of_duplicate
+from sagaloom.runtime.receipts import Outcome
+
+__all__ = ["Receiver", "Work"]
+
+_log = logging.getLogger("sagaloom.receiver")
+_PKS_AT_ONCE = 1_000
+_MARKS_REMEMBERED = 50_000
+_PAUSE_SECONDS_MAX = 1.0
+_UNSEEN = Hot(None, None)
+
+
+class Work(msgspec.Struct):
+    """A unit that needs no decision: a settled effect, an operator's request. `done` is called once, after the commit,
+    with what stood against it. `is_patient`: it waits for a store that does not answer, instead of failing."""
+
+    unit: UnitOfWork
+    done: Callable[[SagasError | Conflict | None], None]
+    is_patient: bool = True
+
+
+class _Planned(msgspec.Struct):
+    """One unit of the batch and what follows from it: `hot` is what to remember of the key once it is committed."""
+
+    unit: UnitOfWork
+    delivery: Delivery | None = None
+    decision: Decision | None = None
+    hot: Hot | None = None
+    holds: bool = False
+    work: Work | None = None
+
+
+class Receiver:
+    """Decides and commits: the only task that writes instances."""
+
+    def __init__(
+        self,
+        store: SagaStore,
+        clock: Clock,
+        options: RuntimeOptions,
+        *,
+        definitions: Callable[[], DefinitionSet],
+        on_effects: Callable[[Sequence[tuple[RowRef, OutboxEffect]]], None],
+        on_timers: Callable[[Sequence[Timer]], None],
+    ) -> None:
+        self._store = store
+        self._clock = clock
+        self._options = options
+        self._definitions = definitions
+        self._on_effects = on_effects
+        self._on_timers = on_timers
+        self._backlog = Backlog()
+        self._work: deque[Work] = deque()
+        self._alarm = Alarm(clock, self._bring_back)
+        self._hot = HotInstances(options.cache_bytes_max)
+        self._marks: OrderedDict[tuple[int, str], Mark] = OrderedDict()
+        self._pks: list[int] = []
+        self._lease: Lease | None = None
+        self._wake: asyncio.Future[None] | None = None
+        self._is_turning = False
+        self._failures = 0
+        self.problem: SagasError | None = None
+        """Why nothing can be committed right now."""
+
+    # ---------------------------------------------------------------- what others ask
+
+    def offer(self, delivery: Delivery) -> None:
+        """Queues a delivery behind everything that was offered before."""
+        self._backlog.add(delivery)
+        self._rouse()
+
+    def submit(self, work: Work) -> None:
+        """Queues a unit for the next commit."""
+        self._work.append(work)
+        self._rouse()
+
+    def hot(self, key: InstanceKey) -> Hot | None:
+        return self._hot.get(key)
+
+    @property
+    def waiting(self) -> int:
+        return self._backlog.waiting
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is waiting that could be done now (messages between two attempts are not)."""
+        return not self._backlog and not self._work and not self._is_turning
+
+    def oldest_waiting(self) -> datetime | None:
+        """When the message whose turn is next was accepted."""
+        oldest = self._backlog.oldest()
+        return None if oldest is None else oldest.envelope.accepted_at
+
+    # ---------------------------------------------------------------- the role's life
+
+    async def load(self, lease: Lease) -> None:
+        """Reads every inbox row of the store into the backlog, in order."""
+        self._lease = lease
+        after: RowRef | None = None
+        while page := await self._store.inbox_page(after=after, limit=1_000):
+            after = page[-1].ref
+            await self._add_rows(page)
+            await asyncio.sleep(0)
+
+    async def run(self) -> None:
+        """Turns until cancelled, or until another process has taken the store over."""
+        loop = asyncio.get_running_loop()
+        while True:
+            if not self._backlog and not self._work:
+                self._wake = loop.create_future()
+                await self._wake
+                self._wake = None
+            self._is_turning = True
+            try:
+                await self._turn()
+            finally:
+                self._is_turning = False
+            # Publishers that were just answered get to offer their next message before the next batch is taken.
+            await asyncio.sleep(0)
+
+    def close(self, error: SagasError) -> None:
+        """Answers everybody who still waits. What has a row stays in the store; what has none was never accepted."""
+        self._alarm.clear()
+        for delivery in self._backlog.clear():
+            _refuse(delivery, error)
+        for work in self._work:
+            work.done(error)
+        self._work.clear()
+        self._hot.clear()
+
+    def _rouse(self) -> None:
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
+
+    def _bring_back(self) -> None:
+        next_due = self._backlog.bring_back(self._clock.now())
+        if next_due is not None:
+            self._alarm.set(next_due)
+        self._rouse()
+
+    # ---------------------------------------------------------------- one turn
+
+    async def _turn(self) -> None:
+        batch = self._backlog.take(self._options.batch_max)
+        works = [self._work.popleft() for _ in range(min(len(self._work), self._options.batch_max))]
+        self._options.on_step("claimed")
+        try:
+            if self.problem is not None:
+                await self._store.probe()
+                self.problem, self._failures = None, 0
+            planned = await self._plan(batch) if batch else []
+            planned.extend(_Planned(unit=work.unit, work=work) for work in works)
+            if not planned:
+                return
+            self._options.on_step("decided")
+            assert self._lease is not None
+            result = await self._store.commit([each.unit for each in planned], lease=self._lease)
+        except SagasError as error:
+            await self._cannot_commit(batch, works, error)
+            return
+        await self._follow_up(planned, result)
+
+    async def _plan(self, batch: list[Delivery]) -> list[_Planned]:
+        """Decides each delivery on top of what those before it in this batch decided."""
+        corrupt = await self._load_missing(batch)
+        now = self._clock.now()
+        definitions = self._definitions()
+        drafts: dict[InstanceKey, Hot] = {}
+        seen: dict[tuple[int, str], Mark] = {}
+        holding: set[InstanceKey] = set()
+        planned: list[_Planned] = []
+        for delivery in batch:
+            key = delivery.key
+            known = drafts.get(key) or self._hot.get(key) or _UNSEEN
+            head = known.head or await self._new_head(key, now)
+            if delivery.enters and self._is_duplicate(delivery, head, known.instance, seen):
+                continue
+            if self._backlog.is_held(delivery) or (key in holding and not delivery.envelope.opens_run):
+                if delivery.row is not None:
+                    self._backlog.wait_behind(delivery)
+                    continue
+                step = self._plan_accept(delivery, known, head)
+            elif decided := await self._plan_decision(delivery, known, head, definitions, now, corrupt.get(key)):
+                step = decided
+            else:
+                continue
+            if step.holds:
+                holding.add(key)
+            if step.unit.mark is not None:
+                seen[head.pk, step.unit.mark.dedupe_key] = step.unit.mark
+            if step.hot is not None:
+                drafts[key] = step.hot
+            planned.append(step)
+        return planned
+
+    def _plan_accept(self, delivery: Delivery, known: Hot, head: Head) -> _Planned:
+        unit = unit_of_accept(delivery, head, known.head)
+        return _Planned(unit=unit, delivery=delivery, hot=Hot(head, known.instance))
+
+    async def _plan_decision(
+        self,
+        delivery: Delivery,
+        known: Hot,
+        head: Head,
+        definitions: DefinitionSet,
+        now: datetime,
+        corrupt: StoreCorrupt | None,
+    ) -> _Planned | None:
+        envelope, newest = delivery.envelope, known.instance
+        addressed = newest
+        if envelope.run is not None and envelope.run != head.run:
+            # Rare: a reply, timer or child of a run that is not the newest. Such runs are read each time.
+            addressed = await self._store.load_run(envelope.saga_id, envelope.key, envelope.run)
+        definition = definitions.get(envelope.saga_id)
+        if corrupt is not None:
+            decision = _give_up(envelope, now, corrupt)
+        elif definition is None:
+            decision = _give_up(envelope, now, _vanished(envelope.saga_id))
+        else:
+            decision = decide(definition, addressed, envelope, DecideContext(now, head, self._options.limits))
+        waits = decision.disposition == "pending"
+        if delivery.is_offer and waits:
+            self._put_aside(delivery)
+            return None
+        cascaded, dead_letters = self._route(decision, definitions, now)
+        instance, before, head_before = decision.instance, addressed, known.head
+        if instance is not None and instance.run > head.run:
+            before = None
+            head = msgspec.structs.replace(head, run=instance.run, awaits_start=False)
+        elif head.run == 0 and head.awaits_start != waits:
+            head = msgspec.structs.replace(head, awaits_start=waits)
+        unit = unit_of_decision(
+            delivery,
+            decision,
+            head=head,
+            head_before=head_before,
+            before=before,
+            cascaded=cascaded,
+            dead_letters=dead_letters,
+        )
+        hot = None
+        if head_before is not None or unit.head is not None:
+            hot = Hot(head, instance if instance is not None and instance.run == head.run else newest)
+        return _Planned(
+            unit=unit,
+            delivery=delivery,
+            decision=decision,
+            hot=hot,
+            holds=waits
+            and not envelope.opens_run
+            and envelope.run is None
+            and (newest is None or is_terminal(newest.status)),
+        )
+
+    def _route(
+        self, decision: Decision, definitions: DefinitionSet, now: datetime
+    ) -> tuple[list[Envelope], list[DeadLetter]]:
+        envelopes: list[Envelope] = []
+        dead_letters: list[DeadLetter] = []
+        for outgoing in decision.outgoing:
+            routed = route(definitions, outgoing, now=now)
+            envelopes.extend(routed.envelopes)
+            dead_letters.extend(routed.dead_letters)
+        return envelopes, dead_letters
+
+    def _is_duplicate(
+        self,
+        delivery: Delivery,
+        head: Head,
+        instance: Instance | None,
+        seen: dict[tuple[int, str], Mark],
+    ) -> bool:
+        """Answers a message that was seen before. Most are found here; the rest the commit itself finds."""
+        envelope = delivery.envelope
+        where = (head.pk, envelope.dedupe_key or envelope.id)
+        mark = seen.get(where) or self._marks.get(where)
+        if mark is None:
+            return False
+        if mark.digest != content_digest(envelope.type, envelope.payload):
+            _refuse(
+                delivery,
+                IdempotencyKeyReused(
+                    f"idempotency key {mark.dedupe_key!r:.80} of saga {envelope.saga_id!r} was used before for message "
+                    f"{mark.message_id} with other content: give every message a key of its own",
+                    data={"messageId": mark.message_id, "sagaId": envelope.saga_id},
+                ),
+            )
+        elif where in seen:
+            # The first one is in this very batch: its commit has to come before anybody hears of it.
+            self._backlog.add(delivery)
+        else:
+            _answer(delivery, outcome_of_duplicate(envelope, mark, instance))
+        return True
+
+    # ---------------------------------------------------------------- after the commit
+
+    async def _follow_up(self, planned: list[_Planned], result: CommitResult) -> None:
+        inbox_seq, outbox_seq = result.inbox_base, result.outbox_base
+        effects: list[tuple[RowRef, OutboxEffect]] = []
+        conflicting: list[tuple[_Planned, Conflict]] = []
+        written: list[tuple[_Planned, Delivery | None]] = []
+        backlog = self._backlog
+        for number, each in enumerate(planned):
+            conflict = result.conflicts.get(number)
+            if conflict is not None:
+                conflicting.append((each, conflict))
+                continue
+            unit, successor = each.unit, None
+            for position, envelope in enumerate(unit.inbox_add):
+                arrival = Delivery(
+                    envelope, row=RowRef(partition_of(key_hash(envelope.saga_id, envelope.key)), inbox_seq)
+                )
+                inbox_seq += 1
+                if position == 0 and each.delivery is not None and _waits(each):
+                    successor = arrival
+                else:
+                    backlog.add(arrival)
+            for effect in unit.outbox_add:
+                effects.append((RowRef(unit.part, outbox_seq), effect))
+                outbox_seq += 1
+            if unit.timers_add:
+                self._on_timers(unit.timers_add)
+            if each.hot is not None and each.delivery is not None:
+                self._hot.put(each.delivery.key, each.hot)
+            if unit.mark is not None:
+                self._remember(unit.mark_pk, unit.mark)
+            written.append((each, successor))
+        self._report_steps(planned)
+        for each, successor in written:
+            if each.delivery is not None:
+                self._go_on(each, each.delivery, successor)
+            elif each.work is not None:
+                each.work.done(None)
+        if conflicting:
+            await self._resolve(conflicting)
+        if effects:
+            self._on_effects(effects)
+
+    def _go_on(self, each: _Planned, delivery: Delivery, successor: Delivery | None) -> None:
+        """Answers the publisher and gives those who waited for this message their turn."""
+        decision = each.decision
+        if decision is not None and decision.disposition != "pending":
+            outcome = outcome_of(delivery, decision, each.unit, detailed=delivery.settled is not None)
+            _answer(delivery, outcome)
+            if decision.disposition == "applied":
+                self._backlog.moved(delivery.key, delivery)
+            else:
+                self._backlog.gave_up(delivery.key, delivery)
+            return
+        if successor is None:
+            assert each.unit.inbox_update is not None
+            delivery.envelope = each.unit.inbox_update.envelope
+            successor = delivery
+        else:
+            successor.settled = delivery.settled
+        if delivery.answered is not None and not delivery.answered.done():
+            delivery.answered.set_result(outcome_of(delivery, decision, each.unit, detailed=False))
+        if decision is None:
+            self._backlog.wait_behind(successor)
+        elif each.holds:
+            self._backlog.hold(successor)
+            self._set_alarm(successor)
+        else:
+            self._put_aside(successor)
+            self._backlog.gave_up(delivery.key, delivery)
+
+    async def _resolve(self, conflicting: list[tuple[_Planned, Conflict]]) -> None:
+        """Puts the messages of refused units back in front, to be decided on what the store really has."""
+        again: list[Delivery] = []
+        for each, conflict in conflicting:
+            delivery = each.delivery
+            if delivery is None:
+                if each.work is not None:
+                    each.work.done(conflict)
+                continue
+            self._hot.drop(delivery.key)
+            if conflict.kind == "gone":
+                # Somebody else consumed its row: whatever it asked for has been done there.
+                _refuse(delivery, BackendUnavailable(f"message {delivery.envelope.id} was taken over elsewhere"))
+                continue
+            if conflict.kind == "mark" and each.unit.mark is not None:
+                where = (each.unit.mark_pk, each.unit.mark.dedupe_key)
+                (mark,) = await self._store.marks([where])
+                if mark is not None:
+                    self._remember(where[0], mark)
+            again.append(delivery)
+        self._backlog.put_back(again)
+
+    async def _cannot_commit(self, batch: list[Delivery], works: list[Work], error: SagasError) -> None:
+        self._hot.clear()
+        self._marks.clear()
+        rows = [delivery for delivery in batch if not delivery.enters]
+        for delivery in batch:
+            if delivery.enters:
+                _refuse(delivery, error)
+        self._backlog.put_back(rows)
+        for work in works:
+            if not work.is_patient:
+                work.done(error)
+        self._work.extendleft(reversed([work for work in works if work.is_patient]))
+        if isinstance(error, Fenced):
+            self.problem = error
+            raise error
+        if self.problem is None:
+            _log.warning("the store %s does not take commits: %s", self._store.id, error.message)
+        self.problem = error
+        self._failures += 1
+        await asyncio.sleep(min(0.02 * 2**self._failures, _PAUSE_SECONDS_MAX))
+
+    # ---------------------------------------------------------------- small things
+
+    async def _load_missing(self, batch: list[Delivery]) -> dict[InstanceKey, StoreCorrupt]:
+        """Makes every instance of the batch hot. One that cannot be read does not keep the others from their turn."""
+        missing = [key for key in dict.fromkeys(d.key for d in batch) if self._hot.get(key) is None]
+        corrupt: dict[InstanceKey, StoreCorrupt] = {}
+        if not missing:
+            return corrupt
+        try:
+            found = await self._store.load(missing)
+        except StoreCorrupt:
+            found = []
+            for key in missing:
+                try:
+                    found.extend(await self._store.load([key]))
+                except StoreCorrupt as error:
+                    corrupt[key] = error
+            missing = [key for key in missing if key not in corrupt]
+        for key, loaded in zip(missing, found, strict=True):
+            if loaded.head is not None:
+                self._hot.put(key, Hot(loaded.head, loaded.instance))
+        return corrupt
+
+    async def _new_head(self, key: InstanceKey, now: datetime) -> Head:
+        if not self._pks:
+            first = await self._store.reserve_pks(_PKS_AT_ONCE)
+            self._pks = list(range(first + _PKS_AT_ONCE - 1, first - 1, -1))
+        return Head(
+            saga_id=key[0],
+            key=key[1],
+            pk=self._pks.pop(),
+            part=partition_of(key_hash(*key)),
+            run=0,
+            created_at=now,
+            awaits_start=True,
+        )
+
+    async def _add_rows(self, page: list[InboxRow]) -> None:
+        """Queues rows found at start. Those between two attempts go where they were when the process ended."""
+        between = [row for row in page if row.envelope.due_at is not None]
+        known = dict(
+            zip(
+                dict.fromkeys((row.envelope.saga_id, row.envelope.key) for row in between),
+                await self._store.load(list(dict.fromkeys((r.envelope.saga_id, r.envelope.key) for r in between))),
+                strict=True,
+            )
+        )
+        for row in page:
+            delivery = Delivery(row.envelope, row=row.ref)
+            envelope = row.envelope
+            if envelope.due_at is None:
+                self._backlog.add(delivery)
+                continue
+            instance = known[delivery.key].instance
+            starts = instance is None or is_terminal(instance.status)
+            if starts and not envelope.opens_run and envelope.run is None and not self._backlog.is_held(delivery):
+                self._backlog.hold(delivery)
+                self._set_alarm(delivery)
+            else:
+                self._put_aside(delivery)
+
+    def _put_aside(self, delivery: Delivery) -> None:
+        self._backlog.put_aside(delivery)
+        self._set_alarm(delivery)
+
+    def _set_alarm(self, delivery: Delivery) -> None:
+        assert delivery.envelope.due_at is not None
+        self._alarm.set(delivery.envelope.due_at)
+
+    def _remember(self, pk: int, mark: Mark) -> None:
+        self._marks[pk, mark.dedupe_key] = mark
+        if len(self._marks) > _MARKS_REMEMBERED:
+            self._marks.popitem(last=False)
+
+    def forget_mark(self, pk: int, dedupe_key: str) -> None:
+        """A discarded dead letter frees its idempotency key."""
+        self._marks.pop((pk, dedupe_key), None)
+
+    def _report_steps(self, planned: list[_Planned]) -> None:
+        step = self._options.on_step
+        step("committed")
+        for each in planned:
+            if each.unit.outbox_done is not None:
+                step("settled")
+            if each.unit.mark is not None and _waits(each):
+                step("accepted")
+            entry = each.unit.entry
+            if entry is not None and any(moment.phase == "compensate" for moment in entry.steps):
+                step("compensated")
+
+
+def _waits(each: _Planned) -> bool:
+    """Whether the message of this unit is in the inbox now, decided or not."""
+    return each.delivery is not None and (each.decision is None or each.decision.disposition == "pending")
+
+
+def _answer(delivery: Delivery, outcome: Outcome) -> None:
+    for future in (delivery.answered, delivery.settled):
+        if future is not None and not future.done():
+            future.set_result(outcome)
+
+
+def _refuse(delivery: Delivery, error: SagasError) -> None:
+    for future in (delivery.answered, delivery.settled):
+        if future is not None and not future.done():
+            future.set_exception(error)
+            future.exception()  # The one who waits may have gone; that is no reason for a warning at exit.
+
+
+def _vanished(saga_id: str) -> SagasError:
+    return SagasError(
+        f"no loaded definition has the id {saga_id!r}: load its module again and redrive this message",
+        code="SAGA_NOT_FOUND",
+    )
+
+
+def _give_up(envelope: Envelope, now: datetime, error: SagasError) -> Decision:
+    """The decision about a message that no definition can be asked about."""
+    return Decision(
+        disposition="dead_lettered",
+        reason=error.message,
+        dead_letter=DeadLetter(
+            id=dead_letter_id(now, envelope.saga_id, envelope.key, envelope.id, envelope.attempt),
+            at=now,
+            saga_id=envelope.saga_id,
+            key=envelope.key,
+            type=envelope.type,
+            code=error.code,
+            reason=error.message,
+            attempts=envelope.attempt + 1,
+            traceback=traceback_text(error),
+            envelope=envelope,
+        ),
+    )

@@ -1,0 +1,627 @@
+"""What goes over the wire: the JSON shapes of the HTTP API, and how records become them.
+
+Names are camelCase, times ISO 8601 in UTC with milliseconds, what is not known is left out. State, results and payloads
+are passed through as the JSON they are stored as, byte for byte, and nothing is ever written into them.
+
+`sagaName` is the saga's id. `correlationId` and `correlationKey` are two spellings of one key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal, TypeVar
+
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType
+
+from sagaloom.definitions import SagaDefinition, SagaDurabilityTier, SagaInstanceStatus
+from sagaloom.describe import describe
+from sagaloom.engine.records import DeadLetter, Disposition, EffectSummary, HistoryEntry, Instance, Origin, StepRecord
+from sagaloom.ids import instance_id
+from sagaloom.runtime.receipts import Outcome, PublishReceipt
+
+__all__ = [
+    "CompensationView",
+    "ConcurrencyView",
+    "DeadLetterList",
+    "DeadLetterView",
+    "Description",
+    "EffectView",
+    "GraphEdge",
+    "GraphNode",
+    "HandledTypeView",
+    "HealthView",
+    "HistoryEntryView",
+    "HistoryList",
+    "InstanceList",
+    "InstanceView",
+    "LiveView",
+    "OutcomeView",
+    "ParentView",
+    "PublishAnswer",
+    "PublishBody",
+    "ReadyView",
+    "RetryView",
+    "SagaGraph",
+    "SagaList",
+    "SagaView",
+    "StepView",
+    "StoreView",
+    "TakenBy",
+    "dead_letter_view",
+    "history_entry_view",
+    "instance_view",
+    "publish_answer",
+    "saga_view",
+    "wire_time",
+]
+
+Time = Annotated[str, Meta(extra_json_schema={"format": "date-time"})]
+T = TypeVar("T")
+
+
+def wire_time(moment: datetime) -> str:
+    """`moment` as `2026-01-31T12:00:00.000Z`."""
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _wire_time_if(moment: datetime | None) -> str | UnsetType:
+    return UNSET if moment is None else wire_time(moment)
+
+
+def _if_known(value: T | None) -> T | UnsetType:
+    return UNSET if value is None else value
+
+
+def _json(data: bytes | None) -> Raw:
+    return Raw(data or b"null")
+
+
+def _json_if(data: bytes | None) -> Raw | UnsetType:
+    return Raw(data) if data else UNSET
+
+
+class _Shape(Struct, frozen=True, kw_only=True, rename="camel"):
+    pass
+
+
+# --- Publishing ------------------------------------------------------------------------------------------------------
+
+
+class PublishBody(_Shape, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A message. Unknown fields are refused: a misspelt `idempotencyKey` would otherwise make every retry a new
+    message."""
+
+    type: Annotated[str, Meta(min_length=1, description="The message type; a loaded saga must handle it.")]
+    payload: Annotated[Raw, Meta(description="The business data; an object, unless the saga declares otherwise.")] = (
+        Raw(b"{}")
+    )
+    correlation_id: Annotated[
+        str | None, Meta(description="Names the instance, 1 to 1024 bytes, unless the saga has a rule of its own.")
+    ] = None
+    correlation_key: Annotated[
+        str | None, Meta(description="Another spelling of correlationId; both together must agree.")
+    ] = None
+    idempotency_key: Annotated[
+        str | None, Meta(description="Makes a repeat a duplicate; the Idempotency-Key header says the same.")
+    ] = None
+    concurrency_key: str | None = None
+    message_id: Annotated[str | None, Meta(description="The message's own id; made up when left out.")] = None
+    occurred_at: Annotated[
+        Annotated[datetime, Meta(tz=True)] | None,
+        Meta(description="When it happened, with a zone. Never used for ordering."),
+    ] = None
+    topic: Annotated[str | None, Meta(description="Taken for compatibility; messages are routed by type.")] = None
+    traceparent: Annotated[str | None, Meta(description="W3C trace context; the traceparent header says the same.")] = (
+        None
+    )
+    tracestate: str | None = None
+
+
+class TakenBy(_Shape, frozen=True, kw_only=True):
+    """A run that takes the message."""
+
+    saga_name: str
+    instance_id: str
+    correlation_id: str
+    correlation_key: str
+    run: int
+
+
+class OutcomeView(_Shape, frozen=True, kw_only=True):
+    """What the message did to one run. `pending`: safe, but not applied when the wait ended."""
+
+    instance_id: str
+    saga_id: str
+    correlation_id: str
+    correlation_key: str
+    run: int
+    disposition: Disposition
+    effects: Sequence[str]
+    status: SagaInstanceStatus | UnsetType = UNSET
+    revision: int | UnsetType = UNSET
+    state: Any = UNSET
+    result: Any = UNSET
+    reason: str | UnsetType = UNSET
+
+
+class PublishAnswer(_Shape, frozen=True, kw_only=True):
+    """The message is durable. `duplicate`: it was before, and nothing changed. `outcomes` comes with `?wait=`."""
+
+    published: bool
+    message_type: str
+    message_id: str
+    duplicate: bool
+    instances: Sequence[TakenBy]
+    correlation_id: str | UnsetType = UNSET
+    correlation_key: str | UnsetType = UNSET
+    outcomes: Sequence[OutcomeView] | UnsetType = UNSET
+
+
+def publish_answer(receipt: PublishReceipt, *, with_outcomes: bool) -> PublishAnswer:
+    """What a publisher gets for its receipt."""
+    key = _if_known(receipt.correlation_key)
+    return PublishAnswer(
+        published=True,
+        message_type=receipt.message_type,
+        message_id=receipt.message_id,
+        duplicate=receipt.duplicate,
+        instances=[
+            TakenBy(
+                saga_name=one.saga_id,
+                instance_id=one.instance_id,
+                correlation_id=one.correlation_key,
+                correlation_key=one.correlation_key,
+                run=one.run,
+            )
+            for one in receipt.outcomes
+        ],
+        correlation_id=key,
+        correlation_key=key,
+        outcomes=[_outcome_view(one) for one in receipt.outcomes] if with_outcomes else UNSET,
+    )
+
+
+def _outcome_view(outcome: Outcome) -> OutcomeView:
+    is_known = outcome.status is not None
+    return OutcomeView(
+        instance_id=outcome.instance_id,
+        saga_id=outcome.saga_id,
+        correlation_id=outcome.correlation_key,
+        correlation_key=outcome.correlation_key,
+        run=outcome.run,
+        disposition=outcome.disposition,
+        effects=outcome.effects,
+        status=_if_known(outcome.status),
+        revision=_if_known(outcome.revision),
+        state=outcome.state if is_known else UNSET,
+        result=_if_known(outcome.result),
+        reason=_if_known(outcome.reason),
+    )
+
+
+# --- Instances and their history -------------------------------------------------------------------------------------
+
+
+class ParentView(_Shape, frozen=True, kw_only=True):
+    """The run that spawned this one."""
+
+    saga_name: str
+    instance_id: str
+    correlation_id: str
+    correlation_key: str
+    run: int
+
+
+class InstanceView(_Shape, frozen=True, kw_only=True):
+    """One run of a saga. `version` is its revision. `completedAt` is there when it completed, `endedAt` when it ended
+    in whatever way. `pending` with run 0: its first message is accepted and not applied yet."""
+
+    saga_name: str
+    saga_id: str
+    instance_id: str
+    correlation_id: str
+    correlation_key: str
+    run: int
+    status: SagaInstanceStatus
+    state: Annotated[Raw, Meta(description="The business state, exactly as the saga keeps it.")]
+    version: int
+    message_count: int
+    durability_tier: SagaDurabilityTier
+    is_paused: bool
+    created_at: Time
+    updated_at: Time
+    completed_at: Time | UnsetType = UNSET
+    ended_at: Time | UnsetType = UNSET
+    result: Annotated[Raw | UnsetType, Meta(description="What the saga completed with.")] = UNSET
+    reason: str | UnsetType = UNSET
+    last_message_type: str | UnsetType = UNSET
+    parent: ParentView | UnsetType = UNSET
+
+
+class InstanceList(_Shape, frozen=True, kw_only=True):
+    """A page of runs, newest first. `cursor` asks for the next page and is null on the last one."""
+
+    instances: Sequence[InstanceView]
+    total: Annotated[int, Meta(description="Exact up to 10000.")]
+    limit: int
+    offset: int
+    cursor: str | None
+
+
+def instance_view(instance: Instance) -> InstanceView:
+    """One run, as the wire shows it."""
+    parent = instance.parent
+    return InstanceView(
+        saga_name=instance.saga_id,
+        saga_id=instance.saga_id,
+        instance_id=instance_id(instance.saga_id, instance.key, instance.run),
+        correlation_id=instance.key,
+        correlation_key=instance.key,
+        run=instance.run,
+        status=instance.status,
+        state=_json(instance.state),
+        version=instance.revision,
+        message_count=instance.message_count,
+        durability_tier=instance.tier,
+        is_paused=instance.is_paused,
+        created_at=wire_time(instance.created_at),
+        updated_at=wire_time(instance.updated_at),
+        completed_at=_wire_time_if(instance.completed_at),
+        ended_at=_wire_time_if(instance.ended_at),
+        result=_json_if(instance.result),
+        reason=_if_known(instance.reason),
+        last_message_type=_if_known(instance.last_message_type),
+        parent=UNSET
+        if parent is None
+        else ParentView(
+            saga_name=parent.saga_id,
+            instance_id=instance_id(parent.saga_id, parent.key, parent.run),
+            correlation_id=parent.key,
+            correlation_key=parent.key,
+            run=parent.run,
+        ),
+    )
+
+
+class EffectView(_Shape, frozen=True, kw_only=True, omit_defaults=True):
+    """An effect: its kind, where it goes, and the key under which it leaves, if it does."""
+
+    kind: str
+    target: str | None = None
+    effect_key: str | None = None
+    detail: str | None = None
+
+
+class StepView(_Shape, frozen=True, kw_only=True):
+    """One moment of a decision: which handler ran, on what type, what it asked for, and the status after it."""
+
+    phase: Literal["handle", "compensate"]
+    type: str
+    status: SagaInstanceStatus
+    effects: Sequence[EffectView]
+
+
+class HistoryEntryView(_Shape, frozen=True, kw_only=True):
+    """What one message did to one run. `previousState` and `newState` are kept by sagas of tier t2 and above; below
+    that `newState` is null."""
+
+    id: str
+    saga_name: str
+    saga_id: str
+    instance_id: str
+    correlation_id: str
+    correlation_key: str
+    run: int
+    entry_no: int
+    revision: int
+    message_type: str
+    message_id: str
+    payload: Raw
+    disposition: Disposition
+    outcome: Annotated[
+        Literal["success", "compensated", "skipped", "error"], Meta(description="The disposition in one word of four.")
+    ]
+    previous_status: SagaInstanceStatus
+    new_status: SagaInstanceStatus
+    new_state: Raw
+    transition_at: Time
+    attempt: int
+    origin: Origin
+    definition_version: int
+    steps: Sequence[StepView]
+    effects: Annotated[Sequence[EffectView], Meta(description="The effects of all steps, in order.")]
+    previous_state: Raw | UnsetType = UNSET
+    reason: str | UnsetType = UNSET
+    error: Annotated[str | UnsetType, Meta(description="The reason again, when the outcome is an error.")] = UNSET
+    causation_id: str | UnsetType = UNSET
+    traceparent: str | UnsetType = UNSET
+    tracestate: str | UnsetType = UNSET
+
+
+class HistoryList(_Shape, frozen=True, kw_only=True):
+    """A page of a run's history, oldest first. `cursor` is the `after` of the next page, null on the last one."""
+
+    history: Sequence[HistoryEntryView]
+    total: int
+    limit: int
+    cursor: int | None
+
+
+def history_entry_view(instance: Instance, entry: HistoryEntry) -> HistoryEntryView:
+    """One entry of the history of `instance`."""
+    run_id = instance_id(instance.saga_id, instance.key, instance.run)
+    outcome = _outcome_of(entry)
+    return HistoryEntryView(
+        id=f"{run_id}#{entry.entry_no}",
+        saga_name=instance.saga_id,
+        saga_id=instance.saga_id,
+        instance_id=run_id,
+        correlation_id=instance.key,
+        correlation_key=instance.key,
+        run=instance.run,
+        entry_no=entry.entry_no,
+        revision=entry.revision,
+        message_type=entry.type,
+        message_id=entry.message_id,
+        payload=_json(entry.payload),
+        disposition=entry.disposition,
+        outcome=outcome,
+        previous_status=entry.status_before,
+        new_status=entry.status_after,
+        new_state=_json(entry.after),
+        transition_at=wire_time(entry.at),
+        attempt=entry.attempt,
+        origin=entry.origin,
+        definition_version=entry.def_version,
+        steps=[_step_view(step) for step in entry.steps],
+        effects=[_effect_view(effect) for step in entry.steps for effect in step.effects],
+        previous_state=_json_if(entry.before),
+        reason=_if_known(entry.reason),
+        error=_if_known(entry.reason if outcome == "error" else None),
+        causation_id=_if_known(entry.causation_id),
+        traceparent=_if_known(entry.traceparent),
+        tracestate=_if_known(entry.tracestate),
+    )
+
+
+def _outcome_of(entry: HistoryEntry) -> Literal["success", "compensated", "skipped", "error"]:
+    if entry.disposition == "dead_lettered":
+        return "error"
+    if entry.disposition != "applied":
+        return "skipped"
+    return "compensated" if any(step.phase == "compensate" for step in entry.steps) else "success"
+
+
+def _step_view(step: StepRecord) -> StepView:
+    return StepView(
+        phase=step.phase,
+        type=step.type,
+        status=step.status,
+        effects=[_effect_view(effect) for effect in step.effects],
+    )
+
+
+def _effect_view(effect: EffectSummary) -> EffectView:
+    return EffectView(kind=effect.kind, target=effect.target, effect_key=effect.effect_key, detail=effect.detail)
+
+
+# --- Dead letters ----------------------------------------------------------------------------------------------------
+
+
+class DeadLetterView(_Shape, frozen=True, kw_only=True):
+    """A message or an effect that was given up. Payload, traceback and states come with a single one, not in lists."""
+
+    id: str
+    at: Time
+    kind: Literal["message", "effect"]
+    saga_name: str
+    saga_id: str
+    correlation_id: str
+    correlation_key: str
+    type: Annotated[str, Meta(description="The message type, or the target of the effect.")]
+    message_id: str
+    code: str
+    reason: str
+    attempts: int
+    run: int | UnsetType = UNSET
+    instance_id: str | UnsetType = UNSET
+    target: Annotated[str | UnsetType, Meta(description="Of an effect: where it was to go, as kind:id.")] = UNSET
+    effect_key: str | UnsetType = UNSET
+    payload: Raw | UnsetType = UNSET
+    traceback: str | UnsetType = UNSET
+    state_before: Annotated[Raw | UnsetType, Meta(description="Of a broken invariant: the state as it was.")] = UNSET
+    state_after: Annotated[Raw | UnsetType, Meta(description="Of a broken invariant: the state it refused.")] = UNSET
+
+
+class DeadLetterList(_Shape, frozen=True, kw_only=True):
+    """A page of dead letters, newest first. `cursor` asks for the next page and is null on the last one."""
+
+    dead_letters: Sequence[DeadLetterView]
+    limit: int
+    cursor: str | None
+
+
+def dead_letter_view(letter: DeadLetter, *, with_content: bool) -> DeadLetterView:
+    """One dead letter; `with_content` adds what may be long."""
+    envelope, effect = letter.envelope, letter.effect
+    run = effect.run if effect is not None else envelope.run if envelope is not None else None
+    payload = effect.payload if effect is not None else envelope.payload if envelope is not None else None
+    return DeadLetterView(
+        id=letter.id,
+        at=wire_time(letter.at),
+        kind="message" if effect is None else "effect",
+        saga_name=letter.saga_id,
+        saga_id=letter.saga_id,
+        correlation_id=letter.key,
+        correlation_key=letter.key,
+        type=letter.type,
+        message_id=effect.message_id if effect is not None else envelope.id if envelope is not None else "",
+        code=letter.code,
+        reason=letter.reason,
+        attempts=letter.attempts,
+        run=_if_known(run),
+        instance_id=UNSET if run is None else instance_id(letter.saga_id, letter.key, run),
+        target=UNSET if effect is None else f"{effect.target_kind}:{effect.target_id}",
+        effect_key=UNSET if effect is None else effect.effect_key,
+        payload=_json_if(payload) if with_content else UNSET,
+        traceback=_if_known(letter.traceback) if with_content else UNSET,
+        state_before=_json_if(letter.state_before) if with_content else UNSET,
+        state_after=_json_if(letter.state_after) if with_content else UNSET,
+    )
+
+
+# --- Sagas -----------------------------------------------------------------------------------------------------------
+
+
+class HandledTypeView(_Shape, frozen=True, kw_only=True):
+    """A message type with a handler. `starts`: it may open an instance."""
+
+    type: str
+    starts: bool
+    on_missing: str
+    schema: Mapping[str, Any]
+
+
+class CompensationView(_Shape, frozen=True, kw_only=True):
+    """A message type with an undo handler."""
+
+    type: str
+    schema: Mapping[str, Any]
+
+
+class RetryView(_Shape, frozen=True, kw_only=True):
+    """When a failed attempt is made again. Delays are milliseconds."""
+
+    max_attempts: int
+    initial_delay: int
+    max_delay: int
+    backoff_multiplier: float
+    jitter: float
+    non_retryable_error_types: Sequence[str]
+
+
+class ConcurrencyView(_Shape, frozen=True, kw_only=True):
+    """How many messages run at once, per key."""
+
+    limit: int
+    on_limit: str
+
+
+class GraphNode(_Shape, frozen=True, kw_only=True):
+    """A node: `start`, `instance`, a message type or a compensation."""
+
+    id: str
+    kind: str
+
+
+class GraphEdge(Struct, frozen=True, kw_only=True, rename={"from_": "from"}):
+    """An edge of the graph: which types start an instance, which continue one, which compensations undo them."""
+
+    from_: str
+    to: str
+    kind: str
+
+
+class SagaGraph(_Shape, frozen=True, kw_only=True):
+    """What can be known of a saga's course without running it."""
+
+    nodes: Sequence[GraphNode]
+    edges: Sequence[GraphEdge]
+
+
+class SagaView(_Shape, frozen=True, kw_only=True):
+    """A loaded saga definition."""
+
+    id: str
+    name: str
+    description: str
+    topic: str
+    enabled: bool
+    entrypoint: str
+    tags: Sequence[str]
+    version: int
+    durability_tier: SagaDurabilityTier
+    handled_message_types: Sequence[HandledTypeView]
+    compensations: Sequence[CompensationView]
+    correlations: Sequence[str]
+    signals: Sequence[str]
+    queries: Sequence[str]
+    retry: RetryView
+    concurrency: ConcurrencyView | None
+    schedule: str | None
+    reuse: str
+    singleton: bool
+    invariants: Sequence[str]
+    migrates_from: Sequence[int]
+    state_schema: Mapping[str, Any]
+    initial_state: Any
+    fingerprint: str
+    graph: SagaGraph
+
+
+class SagaList(_Shape, frozen=True, kw_only=True):
+    """A page of the loaded sagas, by id."""
+
+    sagas: Sequence[SagaView]
+    total: int
+    limit: int
+    offset: int
+
+
+_CONFIGURED_BY_DEFAULT: Mapping[str, object] = {"topic": "default", "enabled": True, "entrypoint": "", "tags": []}
+
+
+def saga_view(definition: SagaDefinition[Any]) -> dict[str, Any]:
+    """A definition as a document of the shape `SagaView`. What a saga's configuration would say beside its definition
+    (topic, tags and the like) has the value it has for a saga without one."""
+    return {**_CONFIGURED_BY_DEFAULT, "description": definition.id, **describe(definition)}
+
+
+# --- The service itself ----------------------------------------------------------------------------------------------
+
+
+class StoreView(_Shape, frozen=True, kw_only=True):
+    """The store behind this service, and the durability tiers it can promise."""
+
+    id: str
+    store_id: str
+    tiers: Sequence[str]
+
+
+class Description(_Shape, frozen=True, kw_only=True):
+    """What this service is, and what it can do."""
+
+    plugin_name: str
+    version: str
+    contract_versions: Sequence[str]
+    route_groups: Sequence[str]
+    capabilities: Sequence[str]
+    store: StoreView
+    sagas: Sequence[SagaView]
+
+
+class HealthView(_Shape, frozen=True, kw_only=True):
+    """How the service is. A check says `ok`, or what is wrong. `degraded`: ready, with a check that is not ok."""
+
+    status: Literal["healthy", "degraded", "unhealthy"]
+    timestamp: Time
+    version: str
+    checks: Mapping[str, str]
+    backlog: Annotated[int, Meta(description="Messages waiting to be applied.")]
+    outbox: Annotated[int, Meta(description="Effects waiting to leave.")]
+    stalled_lanes: Annotated[int, Meta(description="Lanes that stand still behind a dead letter.")]
+    oldest_waiting_seconds: float
+
+
+class ReadyView(_Shape, frozen=True, kw_only=True):
+    """Whether messages are taken and applied."""
+
+    ready: bool
+    checks: Mapping[str, str]
+
+
+class LiveView(_Shape, frozen=True, kw_only=True):
+    """The process answers."""
+
+    status: Literal["ok"]

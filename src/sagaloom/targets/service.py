@@ -1,0 +1,307 @@
+"""HTTP services as a target: `send("service:payments", {...})` becomes one POST under the effect's key.
+
+Rules:
+
+1. The address is looked up for every effect, so that a service may move: the mapping given by the host first, else
+   `services__<name>__https__0`, else `services__<name>__http__0`.
+2. 2xx means that the service has taken the effect over. A JSON body `{"messages": [{"type", "payload", ...}]}` holds
+   its answers, which go back to the sender's run; an empty body, or any other, holds none.
+3. 408, 409, 425, 429, 5xx (but 501 and 505) and network errors are tried again, after `Retry-After` if it says so.
+   409 is among them because a service that is still busy with the same idempotency key answers so.
+   Every other status, redirects included, is a dead letter: the same request would be refused again.
+4. The service can see a request twice (when its answer got lost), always under the same `Effect-Key`.
+
+What we dislike about it: a service that answers 2xx before it has stored anything loses the effect, and nothing here
+can tell.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, urlsplit
+
+import msgspec
+
+from sagaloom.clock import Clock, SystemClock
+from sagaloom.engine.records import OutboxEffect
+from sagaloom.errors import ConfigurationError, DeliveryFailed
+from sagaloom.messages import SagaMessage
+
+if TYPE_CHECKING:
+    import httpx2
+
+__all__ = ["ServiceTarget", "discover_service"]
+
+_RETRYABLE_4XX = frozenset((408, 409, 425, 429))
+_FINAL_5XX = frozenset((501, 505))
+_RETRY_AFTER_SECONDS_MAX = 86_400.0
+_SAFE_KEY = re.compile(r"[!-$&-~](?:[ -$&-~]*[!-$&-~])?")
+_LOOPBACK = ("all://127.0.0.1", "all://localhost", "all://[::1]")
+
+
+def discover_service(
+    name: str, *, services: Mapping[str, str] | None = None, read_env: Callable[[str], str | None] = os.environ.get
+) -> str | None:
+    """The base address of the service `name`, or None: `services[name]`, else `services__<name>__https__0`, else
+    `services__<name>__http__0`. Raises `ConfigurationError` for an address that is no http(s) URL."""
+    sources = [
+        ("services", (services or {}).get(name)),
+        *((variable, read_env(variable)) for variable in _variables_of(name)),
+    ]
+    for source, value in sources:
+        if value is not None and value.strip():
+            return _checked_address(value.strip(), name=name, source=source)
+    return None
+
+
+class ServiceTarget:
+    """Delivers effects of kind `service` by HTTP POST, through one shared pool of connections.
+
+    `services` maps service names to addresses. `headers` gives further headers by service name, such as its token.
+    `timeout_seconds` bounds a whole call. An answer above `response_bytes_max` is a dead letter.
+    """
+
+    kind = "service"
+
+    def __init__(
+        self,
+        services: Mapping[str, str] | None = None,
+        *,
+        read_env: Callable[[str], str | None] = os.environ.get,
+        headers: Callable[[str], Mapping[str, str]] | None = None,
+        timeout_seconds: float = 20.0,
+        response_bytes_max: int = 1 << 20,
+        connections_max: int = 100,
+        clock: Clock | None = None,
+        transport: httpx2.AsyncBaseTransport | None = None,
+    ) -> None:
+        self._services = dict(services or {})
+        self._read_env = read_env
+        self._headers = headers
+        self._timeout_seconds = timeout_seconds
+        self._response_bytes_max = response_bytes_max
+        self._connections_max = connections_max
+        self._clock = clock or SystemClock()
+        self._transport = transport
+        self._client: httpx2.AsyncClient | None = None
+
+    async def deliver(self, effect: OutboxEffect) -> Sequence[SagaMessage[Any]]:
+        import httpx2
+
+        name = effect.target_id
+        address = self._address_of(name)
+        client = self._client or self._open()
+        shown = _without_credentials(address)
+        try:
+            async with asyncio.timeout(self._timeout_seconds):
+                async with client.stream(
+                    "POST", address, content=effect.payload, headers=self._headers_of(effect)
+                ) as response:
+                    body, is_whole = await self._read(response)
+        except TimeoutError as error:
+            raise DeliveryFailed(
+                f"service {name!r} at {shown} did not answer within {self._timeout_seconds:g} s"
+            ) from error
+        except httpx2.TimeoutException as error:
+            raise DeliveryFailed(f"service {name!r} at {shown} did not answer: {type(error).__name__}") from error
+        except httpx2.InvalidURL as error:
+            raise DeliveryFailed(f"service {name!r}: {shown} is no address: {error}", retryable=False) from error
+        except (httpx2.HTTPError, OSError) as error:
+            cause = str(error) or type(error).__name__
+            raise DeliveryFailed(f"service {name!r} at {shown} could not be reached: {cause}") from error
+        if not 200 <= response.status_code < 300:
+            raise self._refusal(name, shown, response, body)
+        if not is_whole:
+            raise DeliveryFailed(
+                f"service {name!r} at {shown} answered with more than {self._response_bytes_max} bytes: "
+                "answers are messages; send large data another way",
+                retryable=False,
+                data={"status": response.status_code},
+            )
+        return _replies(body, f"service {name!r} at {shown}")
+
+    async def close(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            await client.aclose()
+
+    def _open(self) -> httpx2.AsyncClient:
+        import httpx2
+
+        self._client = httpx2.AsyncClient(
+            follow_redirects=False,
+            timeout=httpx2.Timeout(self._timeout_seconds, connect=min(5.0, self._timeout_seconds)),
+            limits=httpx2.Limits(
+                max_connections=self._connections_max, max_keepalive_connections=self._connections_max // 2
+            ),
+            transport=self._transport,
+            # A proxy of the environment is for the outside; it cannot know what our loopback is.
+            mounts=dict.fromkeys(_LOOPBACK) if self._transport is None else None,
+        )
+        return self._client
+
+    def _address_of(self, name: str) -> str:
+        try:
+            address = discover_service(name, services=self._services, read_env=self._read_env)
+        except ConfigurationError as error:
+            raise DeliveryFailed(error.message) from error
+        if address is None:
+            https, http = _variables_of(name)
+            raise DeliveryFailed(
+                f"no address for service {name!r}: neither services={{{name!r}: ...}} nor {https} nor {http} is set. "
+                f"Set {http}=http://HOST:PORT, or give the runtime services={{{name!r}: 'http://HOST:PORT'}}"
+            )
+        return address
+
+    def _headers_of(self, effect: OutboxEffect) -> dict[str, str]:
+        headers = dict(self._headers(effect.target_id)) if self._headers is not None else {}
+        headers |= {
+            "Content-Type": "application/json",
+            "Accept": "application/json",
+            "Accept-Encoding": "identity",  # a bound on the bytes is a bound on the answer
+            "Effect-Key": effect.effect_key,
+            "Idempotency-Key": effect.effect_key,
+            "Saga-Id": effect.saga_id,
+            "Saga-Run": str(effect.run),
+            "Correlation-Key": _header_text(effect.key),
+            "Effect-Attempt": str(effect.attempt + 1),
+        }
+        if effect.traceparent is not None:
+            headers["traceparent"] = _header_text(effect.traceparent)
+            if effect.tracestate is not None:
+                headers["tracestate"] = _header_text(effect.tracestate, quoted=False)
+        return headers
+
+    async def _read(self, response: httpx2.Response) -> tuple[bytes, bool]:
+        """The body up to its bound, and whether that was all of it."""
+        chunks: list[bytes] = []
+        size = 0
+        async for chunk in response.aiter_bytes():
+            size += len(chunk)
+            if size > self._response_bytes_max:
+                return b"".join(chunks), False
+            chunks.append(chunk)
+        return b"".join(chunks), True
+
+    def _refusal(self, name: str, shown: str, response: httpx2.Response, body: bytes) -> DeliveryFailed:
+        status = response.status_code
+        data: dict[str, object] = {"status": status}
+        if 300 <= status < 400:
+            return DeliveryFailed(
+                f"service {name!r} at {shown} answered {status} to {response.headers.get('location', 'nowhere')!r:.200}: "
+                f"redirects are not followed; give the final address in {_variables_of(name)[1]}",
+                retryable=False,
+                data=data,
+            )
+        is_retryable = status in _RETRYABLE_4XX or (status >= 500 and status not in _FINAL_5XX)
+        if is_retryable:
+            seconds = _retry_after_seconds(response.headers.get("retry-after"), self._clock.now())
+            if seconds is not None:
+                data["retryAfterSeconds"] = seconds
+        said = body[:200].decode("utf-8", "replace").strip()
+        return DeliveryFailed(
+            f"service {name!r} at {shown} answered {status}" + (f": {said}" if said else ""),
+            retryable=is_retryable,
+            data=data,
+        )
+
+
+class _Reply(msgspec.Struct, rename="camel"):
+    """A message as services write it. Fields we do not know are theirs."""
+
+    type: str
+    payload: Any = None
+    correlation_key: str | None = None
+    correlation_id: str | None = None
+    idempotency_key: str | None = None
+    concurrency_key: str | None = None
+    occurred_at: datetime | None = None
+    id: str | None = None
+    message_id: str | None = None
+    traceparent: str | None = None
+    tracestate: str | None = None
+
+
+def _replies(body: bytes, who: str) -> list[SagaMessage[Any]]:
+    try:
+        document = msgspec.json.decode(body) if body.strip() else None
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return []
+    listed = document.get("messages") if isinstance(document, dict) else None
+    # {"messages": ["charged"]} is somebody else's vocabulary; objects in the list are meant for us.
+    if not isinstance(listed, list) or not any(isinstance(item, dict) for item in listed):
+        return []
+    try:
+        replies = msgspec.convert(listed, list[_Reply])
+    except msgspec.ValidationError as error:
+        raise DeliveryFailed(
+            f"{who} answered with messages that cannot be read: {error}; each needs a 'type' and may have a 'payload'",
+            retryable=False,
+        ) from error
+    return [
+        SagaMessage(
+            reply.type,
+            {} if reply.payload is None else reply.payload,
+            correlation_key=reply.correlation_key or reply.correlation_id,
+            idempotency_key=reply.idempotency_key,
+            concurrency_key=reply.concurrency_key,
+            occurred_at=reply.occurred_at,
+            id=reply.id or reply.message_id,
+            traceparent=reply.traceparent,
+            tracestate=reply.tracestate,
+        )
+        for reply in replies
+    ]
+
+
+def _variables_of(name: str) -> tuple[str, str]:
+    return f"services__{name}__https__0", f"services__{name}__http__0"
+
+
+def _checked_address(address: str, *, name: str, source: str) -> str:
+    try:
+        parts = urlsplit(address)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        is_address = False
+    if not is_address:
+        raise ConfigurationError(
+            f"the address of service {name!r} in {source} is no http(s) URL: {address!r:.200}; "
+            "write for example http://127.0.0.1:8093"
+        )
+    return address
+
+
+def _without_credentials(address: str) -> str:
+    return re.sub(r"//[^/@]*@", "//", address)
+
+
+def _header_text(text: str, *, quoted: bool = True) -> str:
+    """`text` as a header value: as it is when it is plain visible ASCII, else percent-encoded UTF-8. A percent sign is
+    encoded too, so that decoding always gives `text` back."""
+    if _SAFE_KEY.fullmatch(text) or (not quoted and text.isascii() and text.isprintable()):
+        return text
+    return quote(text, safe=" !#$&'()*+,/:;=?@[]~" if text == text.strip() else "")
+
+
+def _retry_after_seconds(value: str | None, now: datetime) -> float | None:
+    if value is None:
+        return None
+    value = value.strip()
+    if value.isascii() and value.isdigit():
+        seconds = float(value[:12])
+    else:
+        try:
+            moment = parsedate_to_datetime(value)
+        except ValueError:
+            return None
+        if moment.tzinfo is None:
+            return None
+        seconds = (moment - now).total_seconds()
+    return min(max(seconds, 0.0), _RETRY_AFTER_SECONDS_MAX)

@@ -1,0 +1,380 @@
+"""A saga under test, without a runtime: what comes in, what comes out, as three sentences.
+
+    scenario(order_saga)
+        .given(OrderPlaced(order_id="o-1"), PaymentCaptured(order_id="o-1"))
+        .when(FulfillmentFailed(order_id="o-1", reason="no stock"))
+        .then(status="failed", effects=[send("service:payments", {"refund": "p-1"}), saga_fail("no stock")])
+
+It is a thin layer over `engine.decide`, so what it says is what the runtime does: correlation, compensations in the
+same decision, retries, invariants, runs and timers included. Nothing is stored, nothing is sent, and time stands still
+until `advance`. Rules:
+
+1. `given` is the past: each message must be applied, or the test stops there.
+2. `when` is the one message that the test is about. It may be refused, retried or ignored; `then` looks at that.
+3. `advance` moves the time. Timers, and attempts that failed, come in when they are due, in order.
+4. `then` compares only what it is given. It looks at what happened since the last `when` or `advance`, and at the
+   instance as it is now; everything that differs is shown at once.
+5. Messages between sagas are effects here like any other: they are seen, not delivered.
+"""
+
+from __future__ import annotations
+
+import difflib
+import pprint
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime, timedelta
+from typing import Any, Final, Generic, TypeVar, cast
+
+import msgspec
+
+from sagaloom.codec import encode_any
+from sagaloom.definitions import (
+    CompensationBinding,
+    HandlerBinding,
+    Saga,
+    SagaContext,
+    SagaDefinition,
+    SagaHandler,
+    SagaInstanceStatus,
+)
+from sagaloom.durations import parse_duration
+from sagaloom.effects import CascadedMessage
+from sagaloom.engine.correlation import address
+from sagaloom.engine.decide import DecideContext, decide
+from sagaloom.engine.limits import Limits
+from sagaloom.engine.records import Decision, Disposition, Envelope, Head, Instance, Timer
+from sagaloom.ids import instance_id, key_hash, partition_of
+from sagaloom.messages import SagaMessage, as_message
+from sagaloom.testing.clock import ManualClock
+
+__all__ = ["Scenario", "scenario"]
+
+S = TypeVar("S")
+
+_DUE_MAX: Final = 10_000
+
+
+class _Unset:
+    def __repr__(self) -> str:
+        return "..."
+
+
+_UNSET: Final = _Unset()
+
+
+def scenario(
+    definition: SagaDefinition[S], *, now: datetime | None = None, limits: Limits | None = None
+) -> Scenario[S]:
+    """Starts a scenario for one definition; `now` is when it begins, 2026-01-01T00:00:00Z unless told.
+
+    >>> from sagaloom import define_saga, saga_complete, send
+    >>> def placed(saga, event, context):
+    ...     saga.state = {"status": "awaiting-payment"}
+    ...     return [send("service:payments", {"charge": event.payload["orderId"]})]
+    >>> def paid(saga, event, context):
+    ...     saga.state = {"status": "paid"}
+    ...     return [saga_complete({"paid": True})]
+    >>> orders = (
+    ...     define_saga("orders")
+    ...     .state({})
+    ...     .on("OrderPlaced", placed)
+    ...     .on("PaymentCaptured", paid, starts=False)
+    ...     .correlate(lambda message: message.payload["orderId"])
+    ...     .build()
+    ... )
+    >>> story = scenario(orders).given({"type": "OrderPlaced", "payload": {"orderId": "o-1"}})
+    >>> story = story.when({"type": "PaymentCaptured", "payload": {"orderId": "o-1"}})
+    >>> story.then(status="completed", state={"status": "paid"}, result={"paid": True}).state
+    {'status': 'paid'}
+    """
+    clock = ManualClock() if now is None else ManualClock(now)
+    return Scenario(definition, clock=clock, limits=limits if limits is not None else Limits())
+
+
+class Scenario(Generic[S]):
+    """One definition, and what has happened to its instances so far. Made by `scenario`; every verb returns it."""
+
+    def __init__(self, definition: SagaDefinition[S], *, clock: ManualClock, limits: Limits) -> None:
+        self._returned: list[CascadedMessage] = []
+        self._definition = replace(
+            definition,
+            handlers={name: self._watched(binding) for name, binding in definition.handlers.items()},
+            compensations={name: self._watched(binding) for name, binding in definition.compensations.items()},
+        )
+        self._clock = clock
+        self._limits = limits
+        self._heads: dict[str, Head] = {}
+        self._runs: dict[tuple[str, int], Instance] = {}
+        self._seen: set[tuple[str, str]] = set()
+        self._messages = 0
+        self._waiting: list[Envelope] = []
+        self._timers: dict[str, Timer] = {}
+        self._addressed: tuple[str, int] | None = None
+        self._decision: Decision | None = None
+        self._effects: list[CascadedMessage] = []
+        self._story: list[str] = []
+
+    # ------------------------------------------------------------------ what comes in
+
+    def given(self, *messages: object) -> Scenario[S]:
+        """The past: messages that must all be applied. Anything else is an `AssertionError` that says why."""
+        for message in messages:
+            self._deliver(message, "given")
+            decision = self.decision
+            if decision.disposition != "applied":
+                why = decision.error or decision.reason or "no reason recorded"
+                raise AssertionError(
+                    f"{self._told()}\n  was {decision.disposition}, not applied: {why}\n  use when() for a message "
+                    "that may be refused"
+                )
+        return self
+
+    def when(self, message: object) -> Scenario[S]:
+        """The message that the test is about. Raises `MessageRejected` when the door would refuse it."""
+        self._deliver(message, "when")
+        return self
+
+    def advance(self, by: timedelta | float | str) -> Scenario[S]:
+        """Moves the time by a timedelta, milliseconds or `"5m"`. What falls due on the way comes in at its moment."""
+        end = self._clock.now() + parse_duration(by)
+        self._effects = []
+        self._story.append(f"advance {parse_duration(by)}")
+        for _ in range(_DUE_MAX):
+            envelope = self._next_due(end)
+            if envelope is None:
+                self._clock.advance_to(end)
+                return self
+            if envelope.due_at is not None:
+                self._clock.advance_to(envelope.due_at)
+            else:
+                self._clock.advance_to(envelope.accepted_at)
+            self._story.append(f"due {envelope.type}")
+            self._decide(envelope)
+        raise AssertionError(
+            f"{self._told()}\n  more than {_DUE_MAX} messages fell due: a saga that schedules itself in a loop? "
+            "advance by less"
+        )
+
+    # ------------------------------------------------------------------ what came out
+
+    def then(
+        self,
+        *,
+        status: SagaInstanceStatus | _Unset = _UNSET,
+        state: object = _UNSET,
+        effects: Sequence[CascadedMessage] | _Unset = _UNSET,
+        result: object = _UNSET,
+        reason: str | _Unset | None = _UNSET,
+        disposition: Disposition | _Unset = _UNSET,
+        revision: int | _Unset = _UNSET,
+        run: int | _Unset = _UNSET,
+    ) -> Scenario[S]:
+        """Compares what is given, and raises one `AssertionError` with every difference.
+
+        `state` is a value of the saga's state type, or its JSON as a dict; `result` likewise. `effects` are all that
+        the handlers returned since the last `when` or `advance`, compensations included, in order; none unless the
+        message was applied. `reason` is the instance's, or that of a message that was not applied.
+        """
+        decision = self.decision
+        instance = self.instance
+        differences: list[str] = []
+        if not isinstance(disposition, _Unset) and disposition != decision.disposition:
+            differences.append(_line("disposition", disposition, decision.disposition))
+        if not isinstance(status, _Unset):
+            actual = instance.status if instance is not None else None
+            if status != actual:
+                differences.append(_line("status", status, actual if actual is not None else "no instance"))
+        if not isinstance(revision, _Unset):
+            at = instance.revision if instance is not None else 0
+            if revision != at:
+                differences.append(_line("revision", revision, at))
+        if not isinstance(run, _Unset):
+            newest = instance.run if instance is not None else 0
+            if run != newest:
+                differences.append(_line("run", run, newest))
+        if not isinstance(reason, _Unset) and reason != self.reason:
+            differences.append(_line("reason", reason, self.reason))
+        if not isinstance(state, _Unset):
+            differences += self._compare_state(state, instance)
+        if not isinstance(result, _Unset) and not _same_json(result, self.result):
+            differences.append(_diff("result", result, self.result))
+        if not isinstance(effects, _Unset) and list(effects) != self._effects:
+            differences.append(_diff("effects", list(effects), self._effects))
+        if differences:
+            hint = decision.error or (decision.dead_letter.reason if decision.dead_letter is not None else None)
+            if hint is not None and decision.disposition != "applied":
+                differences.append(f"  the last message was {decision.disposition}: {hint}")
+            raise AssertionError("\n".join([self._told(), *differences]))
+        return self
+
+    @property
+    def decision(self) -> Decision:
+        """What the engine decided about the last message."""
+        if self._decision is None:
+            raise AssertionError("nothing has happened yet: call given() or when() first")
+        return self._decision
+
+    @property
+    def instance(self) -> Instance | None:
+        """The run that the last message was for, as it is now; None when there is none."""
+        return None if self._addressed is None else self._runs.get(self._addressed)
+
+    @property
+    def state(self) -> S:
+        """The state of that run, decoded."""
+        instance = self.instance
+        if instance is None:
+            raise AssertionError(f"{self._told()}\n  there is no instance, so it has no state")
+        return self._definition.state_codec.decode(instance.state)
+
+    @property
+    def result(self) -> Any:
+        """The result of that run as plain JSON values, None while there is none."""
+        instance = self.instance
+        return None if instance is None or instance.result is None else msgspec.json.decode(instance.result)
+
+    @property
+    def reason(self) -> str | None:
+        """Why the last message was not applied, else why that run ended."""
+        decision, instance = self.decision, self.instance
+        if decision.disposition != "applied":
+            return decision.error or decision.reason
+        return instance.reason if instance is not None else None
+
+    @property
+    def effects(self) -> list[CascadedMessage]:
+        """What the handlers returned since the last `when` or `advance`."""
+        return list(self._effects)
+
+    @property
+    def now(self) -> datetime:
+        return self._clock.now()
+
+    # ------------------------------------------------------------------ the little runtime
+
+    def _deliver(self, message: object, verb: str) -> None:
+        said = as_message(message)
+        self._messages += 1
+        self._story.append(f"{verb} {said.type}")
+        self._effects = []
+        envelope = address(
+            self._definition,
+            said,
+            payload_json=encode_any(said.payload),
+            accepted_at=self._clock.now(),
+            message_id=said.id or f"m{self._messages}",
+        )
+        if (envelope.key, envelope.dedupe_key) in self._seen:
+            head = self._heads.get(envelope.key)
+            self._addressed = (envelope.key, head.run if head is not None else 0)
+            self._decision = Decision("duplicate", reason=f"{envelope.dedupe_key!r} came before")
+            return
+        self._seen.add((envelope.key, envelope.dedupe_key))
+        self._decide(envelope)
+
+    def _decide(self, envelope: Envelope) -> None:
+        head = self._heads.get(envelope.key) or self._new_head(envelope.key)
+        run = envelope.run if envelope.run is not None else head.run
+        before = self._runs.get((envelope.key, run))
+        self._returned.clear()
+        decision = decide(self._definition, before, envelope, DecideContext(self._clock.now(), head, self._limits))
+        self._decision = decision
+        if decision.disposition == "applied":
+            self._effects += self._returned
+        elif decision.disposition == "pending":
+            self._waiting.append(
+                msgspec.structs.replace(
+                    envelope,
+                    attempt=envelope.attempt + decision.spends_attempt,
+                    due_at=decision.retry_at,
+                    last_error=decision.error,
+                )
+            )
+        if decision.instance is not None:
+            run = decision.instance.run
+            self._runs[envelope.key, run] = decision.instance
+            head = msgspec.structs.replace(head, run=max(head.run, run))
+        self._heads[envelope.key] = head
+        self._addressed = (envelope.key, run)
+        for ended in decision.timers_ended:
+            self._timers.pop(ended.id, None)
+        for timer in decision.timers:
+            self._timers[timer.id] = timer
+
+    def _new_head(self, key: str) -> Head:
+        part = partition_of(key_hash(self._definition.id, key))
+        return Head(self._definition.id, key, len(self._heads) + 1, part, 0, self._clock.now())
+
+    def _next_due(self, end: datetime) -> Envelope | None:
+        """Takes what is due first, at `end` or before: an attempt before a timer of the same moment."""
+        retries = [(envelope.due_at or end, 0, at) for at, envelope in enumerate(self._waiting)]
+        timers = [(timer.due_at, 1, timer.id) for timer in self._timers.values()]
+        first = min((moment for moment, _, _ in (*retries, *timers)), default=None)
+        if first is None or first > end:
+            return None
+        for moment, _, at in retries:
+            if moment == first:
+                return self._waiting.pop(at)
+        identifier = min(identifier for moment, _, identifier in timers if moment == first)
+        return self._timers.pop(identifier).envelope
+
+    def _watched(self, binding: _B) -> _B:
+        return replace(binding, handler=self._watching(binding.handler))
+
+    def _watching(self, handler: SagaHandler[Any, Any]) -> SagaHandler[Any, Any]:
+        def watched(saga: Saga[Any], event: SagaMessage[Any], context: SagaContext[Any]) -> Sequence[CascadedMessage]:
+            returned = handler(saga, event, context)
+            if isinstance(returned, (list, tuple)):  # anything else is an error that decide() reports
+                self._returned += returned
+            return returned
+
+        return watched
+
+    # ------------------------------------------------------------------ telling
+
+    def _compare_state(self, expected: object, instance: Instance | None) -> list[str]:
+        if instance is None:
+            return [_line("state", expected, "no instance")]
+        actual: object = self._definition.state_codec.decode(instance.state)
+        if expected != actual and _is_json_object(expected):
+            actual = msgspec.json.decode(instance.state)
+        return [] if expected == actual else [_diff("state", expected, actual)]
+
+    def _told(self) -> str:
+        shown = self._story[-8:]
+        left_out = len(self._story) - len(shown)
+        told = (f"... ({left_out} more), " if left_out else "") + ", ".join(shown)
+        if self._addressed is None:
+            return f"saga {self._definition.id!r}: {told}"
+        key, run = self._addressed
+        return f"{instance_id(self._definition.id, key, max(run, 1))}: {told}"
+
+
+_B = TypeVar("_B", HandlerBinding, CompensationBinding)
+
+
+def _line(what: str, expected: object, actual: object) -> str:
+    return f"  {what}: expected {expected!r}, got {actual!r}"
+
+
+def _diff(what: str, expected: object, actual: object) -> str:
+    lines = difflib.ndiff(_lines_of(expected), _lines_of(actual))
+    return "\n".join([f"  {what}: (- expected, + got)", *(f"    {line}" for line in lines if line[0] != "?")])
+
+
+def _lines_of(value: object) -> list[str]:
+    if isinstance(value, list):
+        # One effect a line, or more when it is long: so that a missing one shows as one missing line.
+        return [
+            line for item in cast("list[object]", value) for line in pprint.pformat(item, width=100).splitlines()
+        ] or ["(nothing)"]
+    return pprint.pformat(value, width=100).splitlines()
+
+
+def _is_json_object(value: object) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _same_json(expected: object, actual: object) -> bool:
+    return expected == actual or encode_any(expected) == encode_any(actual)

@@ -1,0 +1,70 @@
+"""What every test group shares: the event loop, the order of the groups, the seconds each took, and the rule for
+servers that are not there.
+
+A group is a folder directly under `tests`. The groups run from the floor of the house upwards, so that the first
+failure is the nearest to its cause.
+"""
+
+import os
+from collections import defaultdict
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+GROUPS = ("core", "authoring", "stores", "runtime", "doors", "typing", "examples", "bugs")
+
+_HERE = Path(__file__).parent
+_seconds: dict[str, float] = defaultdict(float)
+_tests: dict[str, set[str]] = defaultdict(set)
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """The one event loop we support. Under `anyio_mode = "auto"` every coroutine test runs on it."""
+    return "asyncio"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def floor(item: pytest.Item) -> int:
+        group = _group_of(item.path)
+        return GROUPS.index(group) if group in GROUPS else len(GROUPS)
+
+    items.sort(key=floor)  # stable: within a group the order stays
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """With SAGALOOM_REQUIRE_SERVERS=1 a test marked `server` may not skip itself.
+
+    A machine that starts the servers wants to know when one did not come up; everywhere else a skip is right.
+    """
+    report = yield
+    marker = item.get_closest_marker("server")
+    required = os.environ.get("SAGALOOM_REQUIRE_SERVERS", "0") not in {"", "0"}
+    if marker and required and report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"SAGALOOM_REQUIRE_SERVERS is set, but {' '.join(marker.args)} is missing: {reason}"
+    return report
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    group = _group_of(_HERE.parent / report.location[0])
+    _seconds[group] += report.duration
+    _tests[group].add(report.nodeid)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not _seconds:
+        return
+    terminalreporter.write_sep("=", "seconds per group")
+    for group, seconds in _seconds.items():
+        count = len(_tests[group])
+        terminalreporter.write_line(f"{seconds:8.2f} s  {group}, {count} {'test' if count == 1 else 'tests'}")
+
+
+def _group_of(path: Path) -> str:
+    """The folder under `tests` that holds `path`; `tests` itself for a file directly in it."""
+    parts = path.relative_to(_HERE).parts if path.is_relative_to(_HERE) else ()
+    return parts[0] if len(parts) > 1 else "tests"

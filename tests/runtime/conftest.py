@@ -1,0 +1,124 @@
+"""A bench for the runtime: one store file, a manual clock, and as many lives as a test wants."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sagaloom import SagaDefinition, SagaMessage
+from sagaloom.engine.records import HistoryEntry, Instance, OutboxEffect
+from sagaloom.kv.sqlite import SqliteKeyValue
+from sagaloom.runtime.options import RuntimeOptions
+from sagaloom.runtime.receipts import Outcome, PublishReceipt
+from sagaloom.runtime.runtime import SagaRuntime
+from sagaloom.stores.kv import KvSagaStore
+from sagaloom.testing.clock import ManualClock
+
+
+class Receiver:
+    """A target that writes down what it gets, and answers as the test says."""
+
+    def __init__(self, kind: str = "service") -> None:
+        self.kind = kind
+        self.got: list[OutboxEffect] = []
+        self.answer: Callable[[OutboxEffect], Any] = lambda effect: ()
+        self.gate: asyncio.Event | None = None
+
+    async def deliver(self, effect: OutboxEffect) -> Iterable[SagaMessage[Any]]:
+        if self.gate is not None:
+            await self.gate.wait()
+        self.got.append(effect)
+        answer = self.answer(effect)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    async def close(self) -> None:
+        return None
+
+    @property
+    def payloads(self) -> list[bytes]:
+        return [effect.payload for effect in self.got]
+
+
+class Life:
+    """One runtime on the store file of the bench; several may follow each other."""
+
+    def __init__(self, runtime: SagaRuntime, kv: SqliteKeyValue) -> None:
+        self.runtime = runtime
+        self.kv = kv
+
+    async def publish(self, type: str, payload: object = None, *, key: str | None = None, **fields: Any) -> Outcome:
+        """Publishes and returns the only outcome, whatever it is."""
+        wait = fields.pop("wait", None)
+        message = SagaMessage(type, {} if payload is None else payload, correlation_key=key, **fields)
+        receipt = await self.runtime.publish(message, wait=wait)
+        assert isinstance(receipt, PublishReceipt), receipt
+        (outcome,) = receipt.outcomes
+        return outcome
+
+    async def instance(self, saga_id: str, key: str, run: int | None = None) -> Instance:
+        found = await self.runtime.get_instance(saga_id, key, run=run)
+        assert found is not None
+        return found
+
+    async def history(self, saga_id: str, key: str, run: int | None = None) -> list[HistoryEntry]:
+        return await self.runtime.history(saga_id, key, run=run)
+
+
+class Bench:
+    """Makes lives on one store file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.clock = ManualClock()
+        self.receiver = Receiver()
+        self._lives: list[Life] = []
+
+    async def live(self, *definitions: SagaDefinition[Any], **options: Any) -> Life:
+        kv = await SqliteKeyValue.open(self.path)
+        runtime = SagaRuntime(
+            KvSagaStore(kv),
+            definitions=definitions,
+            targets=[self.receiver],
+            clock=self.clock,
+            options=RuntimeOptions(**options),
+        )
+        await runtime.start()
+        life = Life(runtime, kv)
+        self._lives.append(life)
+        return life
+
+    async def die(self, life: Life) -> None:
+        """Ends a life as a kill would: nothing is drained."""
+        await life.runtime.abandon()
+        await life.kv.close()
+        self._lives.remove(life)
+
+    async def end(self, life: Life) -> None:
+        await life.runtime.stop()
+        await life.kv.close()
+        self._lives.remove(life)
+
+    async def advance(self, by: str) -> None:
+        """Moves the clock and lets everything that became due run to its end."""
+        self.clock.advance(by)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        for life in self._lives:
+            await life.runtime.settled()
+
+    async def close(self) -> None:
+        for life in list(self._lives):
+            await self.end(life)
+
+
+@pytest.fixture
+async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
+    made = Bench(tmp_path / "sagas.db")
+    yield made
+    await made.close()
