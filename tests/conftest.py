@@ -50,7 +50,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    group = _group_of(_HERE.parent / report.location[0])
+    group = _group_of(_HERE.parent / report.nodeid.partition("::")[0])
     _seconds[group] += report.duration
     _tests[group].add(report.nodeid)
 

@@ -435,8 +435,8 @@ def _not_json(value: object, path: str) -> _Problem | None:
             if (problem := _not_json(part, _at(path, key))) is not None:
                 return problem
         return None
-    if isinstance(value, (list, tuple)):
-        for position, part in enumerate(cast("list[Any]", value)):
+    if _is_array(value):
+        for position, part in _numbered(cast("list[Any]", value)):
             if (problem := _not_json(part, _at(path, position))) is not None:
                 return problem
         return None
@@ -457,7 +457,7 @@ def _not_writable(value: object, path: str, dump: typing.Callable[[Any], bytes])
     """The innermost place in a typed value that cannot even be written."""
     parts = _parts(value)
     if isinstance(value, (list, tuple, set, frozenset)):
-        parts = list(enumerate(cast("list[Any]", value)))
+        parts = _numbered(cast("list[Any]", value))
     for key, part in parts:
         if not _can(dump, part):
             return _not_writable(part, _at(path, key), dump)
@@ -480,12 +480,11 @@ def _difference(before: Any, after: Any, path: str, name: str) -> _Problem | Non
     """The first place where what came back is not what was written, forgiving classes without an equality."""
     if before == after:
         return None
-    kind, other_kind = cast("type[Any]", type(before)), cast("type[Any]", type(after))
-    parts: list[tuple[Any, Any]]
-    if issubclass(kind, (list, tuple)) and issubclass(other_kind, (list, tuple)):
+    kind, other_kind = _class_of(before), _class_of(after)
+    if _is_array(before) and _is_array(after):
         if len(before) != len(after):
             return _Problem(path, before, f"it comes back as {after!r:.80}")
-        parts, others = list(enumerate(before)), dict(enumerate(after))
+        parts, others = _numbered(before), dict(_numbered(after))
     elif kind is not other_kind:
         return _Problem(
             path,
@@ -510,12 +509,24 @@ def _difference(before: Any, after: Any, path: str, name: str) -> _Problem | Non
     return None
 
 
+def _class_of(value: object) -> Any:
+    return type(value)
+
+
+def _is_array(value: object) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+def _numbered(values: typing.Iterable[Any]) -> list[tuple[Any, Any]]:
+    return list(enumerate(values))
+
+
 def _parts(value: object) -> list[tuple[Any, object]]:
     """Keys or field names of a compound value, with what they hold."""
     if isinstance(value, dict):
         return list(cast("dict[Any, object]", value).items())
     names: typing.Iterable[str] = ()
-    kind: Any = type(value)
+    kind = _class_of(value)
     if isinstance(value, msgspec.Struct):
         names = value.__struct_fields__
     elif dataclasses.is_dataclass(value):

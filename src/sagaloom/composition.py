@@ -105,6 +105,7 @@ def create_durable_saga_runtime(
     backend: Literal["kv", "sql", "prisma"] | None = None,
     *,
     kv: KeyValue | None = None,
+    path: str | os.PathLike[str] | None = None,
     engine: object | None = None,
     url: str | None = None,
     store: SagaStore | None = None,
@@ -117,7 +118,8 @@ def create_durable_saga_runtime(
     """A runtime over a durable store. `await` gives it not yet started; `async with` starts and disposes it.
 
     An injected `store` wins. `engine`, `url` or `backend="sql"` selects the relational store; otherwise it is the
-    key-value store over `kv`, which is opened for you (`open_saga_runtime_kv`) when it is not given.
+    key-value store over `kv`, which is opened for you when it is not given, at `path` or where
+    `open_saga_runtime_kv` finds it.
 
     `targets` deliver effects; one for HTTP services comes by itself, with `services` as its address book (service
     name to URL) before the environment's `services__<name>__http__0`.
@@ -130,7 +132,7 @@ def create_durable_saga_runtime(
         async with AsyncExitStack() as owned:
             chosen = store
             if chosen is None:
-                chosen = await _open_store(_selected(backend, engine, url), kv, engine, url, owned)
+                chosen = await _open_store(_selected(backend, engine, url), kv, path, engine, url, owned)
             given = list(targets)
             if not any(target.kind == "service" for target in given):
                 from sagaloom.targets import ServiceTarget
@@ -172,12 +174,19 @@ def _selected(backend: str | None, engine: object | None, url: str | None) -> Sa
         raise ConfigurationError(f'Invalid saga store backend "{backend}" from backend=; expected kv or sql.')
     has_database = engine is not None or url is not None
     if backend == "kv" and has_database:
-        raise ConfigurationError('backend="kv" contradicts engine= and url=, which belong to "sql": leave one of them out')
+        raise ConfigurationError(
+            'backend="kv" contradicts engine= and url=, which belong to "sql": leave one of them out'
+        )
     return "sql" if has_database or backend in ("sql", "prisma") else "kv"
 
 
 async def _open_store(
-    backend: SagaStoreBackend, kv: KeyValue | None, engine: object | None, url: str | None, owned: AsyncExitStack
+    backend: SagaStoreBackend,
+    kv: KeyValue | None,
+    path: str | os.PathLike[str] | None,
+    engine: object | None,
+    url: str | None,
+    owned: AsyncExitStack,
 ) -> SagaStore:
     if backend == "sql":
         if engine is None and url is None:
@@ -185,9 +194,15 @@ async def _open_store(
         raise NotImplementedYet(
             "the sql saga store is not part of this version: choose kv (NETSCRIPT_SAGA_STORE=kv), or inject a store"
         )
+    from sagaloom.kv import SqliteKeyValue
+    from sagaloom.kv.ownership import OwnerLock
     from sagaloom.stores import KvSagaStore
 
+    chosen = await open_saga_runtime_kv(path) if kv is None else kv
+    # A file that two processes serve would have them take the lease from each other all day.
+    owner = OwnerLock(chosen.name.removeprefix("kv:")) if isinstance(chosen, SqliteKeyValue) else None
+    store = KvSagaStore(chosen, owner=owner)
     if kv is None:
-        kv = await open_saga_runtime_kv()
-        owned.push_async_callback(kv.close)
-    return await KvSagaStore.open(kv)
+        owned.push_async_callback(store.close)  # and with it the file
+    await store.open()
+    return store

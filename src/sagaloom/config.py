@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from types import MappingProxyType
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from sagaloom.durations import parse_duration
 from sagaloom.errors import DefinitionError
@@ -88,10 +88,12 @@ class SagaConfigBuilder:
         given: list[object] = []
         for tag in tags:
             given.extend([tag] if isinstance(tag, str) or not isinstance(tag, Iterable) else tag)
-        for tag in given:
-            if not isinstance(tag, str):
-                raise DefinitionError(f"Saga tags must be strings. Saga {self._entry.id!r}: got {tag!r:.80}.")
-        added = [tag.strip() for tag in cast("list[str]", given) if tag.strip()]
+        added: list[str] = []
+        for one in given:
+            if not isinstance(one, str):
+                raise self._refusal("Saga tags must be strings.", one)
+            if one.strip():
+                added.append(one.strip())
         return self._with(tags=tuple(dict.fromkeys((*self._entry.tags, *added))))
 
     def timeout(self, timeout: timedelta | float | str) -> SagaConfigBuilder:

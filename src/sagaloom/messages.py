@@ -80,8 +80,7 @@ def as_message(value: object) -> SagaMessage[Any]:
     'o-1'
     """
     if isinstance(value, SagaMessage):
-        message: SagaMessage[Any] = value
-        return _checked(message)
+        return _checked(value)
     if isinstance(value, Mapping):
         return _from_mapping(cast("Mapping[object, Any]", value))
     if not is_declared_class(type(value)):
@@ -117,7 +116,7 @@ def _from_mapping(value: Mapping[object, Any]) -> SagaMessage[Any]:
     return _checked(SagaMessage(**fields))
 
 
-def _checked(message: SagaMessage[Any]) -> SagaMessage[Any]:
+def _checked(message: Any) -> SagaMessage[Any]:
     """Returns `message` when its fields have the types that they declare. Keys are checked where they are used."""
     if not isinstance(message.type, str) or not message.type:
         raise MessageRejected(f"message without a type: 'type' must be a non-empty string, got {message.type!r:.80}")
@@ -125,10 +124,11 @@ def _checked(message: SagaMessage[Any]) -> SagaMessage[Any]:
         text = getattr(message, field)
         if text is not None and not isinstance(text, str):
             raise MessageRejected(f"message {message.type!r:.80}: {field} must be a string, got {text!r:.80}")
-    at: object = message.occurred_at
+    at = message.occurred_at
     if at is not None and not (isinstance(at, datetime) and at.utcoffset() is not None):
         raise MessageRejected(
             f"message {message.type!r:.80}: occurred_at must be a moment with a time zone, such as "
             f"'2026-01-31T12:00:00Z', got {at!r:.80}"
         )
-    return message
+    checked: SagaMessage[Any] = message
+    return checked

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -47,6 +48,7 @@ def start_sagas(
     auto_start: bool = True,
     backend: Literal["kv", "sql", "prisma"] | None = None,
     kv: KeyValue | None = None,
+    path: str | os.PathLike[str] | None = None,
     engine: object | None = None,
     url: str | None = None,
     store: SagaStore | None = None,
@@ -68,6 +70,7 @@ def start_sagas(
         durable = await create_durable_saga_runtime(
             backend,
             kv=kv,
+            path=path,
             engine=engine,
             url=url,
             store=store,

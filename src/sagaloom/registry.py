@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Final, cast
+from typing import Any, Final, TypeGuard, cast
 
 from sagaloom.definitions import SagaDefinition
 from sagaloom.errors import ConfigurationError
@@ -111,7 +111,9 @@ def _modules_in(project: Path) -> tuple[str, ...]:
     section: object = document.get("tool", {}).get("sagaloom", {}).get("sagas", [])
     names: object = [section] if isinstance(section, str) else section
     if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in cast("Any", names)):
-        raise ConfigurationError(f"{project}: [tool.sagaloom] sagas must be a list of module names, got {section!r:.80}")
+        raise ConfigurationError(
+            f"{project}: [tool.sagaloom] sagas must be a list of module names, got {section!r:.80}"
+        )
     return tuple(name.strip() for name in cast("list[str]", names))
 
 
@@ -175,18 +177,22 @@ def _definitions_of(module: ModuleType, attribute: str | None, name: str) -> lis
         # `from . import registry` puts a module under that name; it is no export of definitions.
         if export in exported and not isinstance(exported[export], ModuleType):
             return _checked(exported[export], name, export)
-    found = {id(value): value for value in exported.values() if isinstance(value, SagaDefinition)}
+    found = {id(value): value for value in exported.values() if _is_definition(value)}
     if not found:
         raise ConfigurationError(
             f"Saga registry module {name} must export sagas, saga_registry, registry, definitions, or default, "
             "or have saga definitions among its globals."
         )
-    return cast("list[SagaDefinition[Any]]", list(found.values()))
+    return list(found.values())
+
+
+def _is_definition(value: object) -> TypeGuard[SagaDefinition[Any]]:
+    return isinstance(value, SagaDefinition)
 
 
 def _checked(value: object, name: str, export: str) -> list[SagaDefinition[Any]]:
-    if isinstance(value, SagaDefinition):
-        return [cast("SagaDefinition[Any]", value)]
+    if _is_definition(value):
+        return [value]
     if isinstance(value, Mapping):
         entries = list(cast("Mapping[Any, object]", value).values())
     elif isinstance(value, (list, tuple, set, frozenset)):
@@ -197,7 +203,7 @@ def _checked(value: object, name: str, export: str) -> list[SagaDefinition[Any]]
             f"got {type(value).__name__}"
         )
     for entry in entries:
-        if not isinstance(entry, SagaDefinition):
+        if not _is_definition(entry):
             raise ConfigurationError(
                 f"Saga registry module {name} contains a non-SagaDefinition entry in {export}: {entry!r:.80}; "
                 "did you forget .build()?"

@@ -72,6 +72,7 @@ def refuse_open_door(settings: DoorSettings, *, is_insecure: bool) -> None:
     """Raises `ConfigurationError` when others could reach the API and nothing would ask who they are."""
     if settings.token is None and not is_insecure and not is_loopback(settings.host):
         raise ConfigurationError(
-            f"refusing to listen on {settings.host} without a token: anybody who reaches it could publish, cancel and discard. "
-            "Set SAGALOOM_TOKEN, or listen on 127.0.0.1, or say --insecure if something in front of it asks for one."
+            f"refusing to listen on {settings.host} without a token: anybody who reaches it could publish, cancel and "
+            "discard. Set SAGALOOM_TOKEN, or listen on 127.0.0.1, or say --insecure if something in front of it asks "
+            "who they are."
         )

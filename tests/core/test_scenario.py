@@ -137,6 +137,20 @@ def test_state_and_result_compare_as_json_too(orders: SagaDefinition[OrderState]
     )
 
 
+def test_a_missing_effect_is_one_line_of_the_difference(orders: SagaDefinition[OrderState]) -> None:
+    story = scenario(orders).when(OrderPlaced("o-1"))
+
+    with pytest.raises(AssertionError) as failure:
+        story.then(effects=[send("service:payments", {"charge": "o-1"})])
+
+    assert str(failure.value).splitlines()[1:] == [
+        "  effects: (- expected, + got)",
+        "      send(target='service:payments', payload={'charge': 'o-1'})",
+        "    + scheduled(message={'type': 'PaymentOverdue', 'payload': {'order_id': 'o-1'}}, delay='1h',"
+        " name='overdue')",
+    ]
+
+
 def test_effects_are_those_of_the_last_message_alone(orders: SagaDefinition[OrderState]) -> None:
     scenario(orders).given(OrderPlaced("o-1")).when(PaymentCaptured("o-1", "p-1")).then(effects=[])
 
@@ -203,7 +217,7 @@ def test_a_failure_shows_every_difference_at_once(orders: SagaDefinition[OrderSt
         "    - OrderState(status='paid', payment_id='p-2', notes=[])",
         "    + OrderState(status='paid', payment_id='p-1', notes=[])",
         "  effects: (- expected, + got)",
-        "    - Complete(result=None)",
+        "    - complete()",
         "    + (nothing)",
     ]
 

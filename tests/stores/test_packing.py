@@ -1,6 +1,6 @@
 """The order of packed keys is the order of the tuples."""
 
-from enum import Enum, IntEnum
+from enum import IntEnum, StrEnum
 
 import pytest
 from hypothesis import example, given
@@ -115,7 +115,7 @@ def test_subclasses_pack_as_what_they_are() -> None:
     class Lane(IntEnum):
         FAST = 3
 
-    class Kind(str, Enum):
+    class Kind(StrEnum):
         TIMER = "timer"
 
     assert pack((Lane.FAST, Kind.TIMER)) == pack((3, "timer"))

@@ -119,9 +119,7 @@ def serve(
     _serve(modules or [], settings, path=_kv_path(settings), is_insecure=insecure, as_json=as_json)
 
 
-def _serve(
-    modules: Sequence[str], settings: DoorSettings, *, path: Path, is_insecure: bool, as_json: bool
-) -> None:
+def _serve(modules: Sequence[str], settings: DoorSettings, *, path: Path, is_insecure: bool, as_json: bool) -> None:
     from sagaloom.cli.logs import configure_logs
     from sagaloom.cli.server import PORT_HINT, Plan, announcer, listen, run
     from sagaloom.registry import load_definitions
@@ -161,7 +159,8 @@ def _require_kv_for_dev(settings: DoorSettings) -> None:
 
     if settings.store is not None and resolve_saga_store_backend({"NETSCRIPT_SAGA_STORE": settings.store}) != "kv":
         raise CommandFailed(
-            f"dev keeps its sagas in a file, and NETSCRIPT_SAGA_STORE={settings.store}: unset it, or use 'sagaloom serve'"
+            f"dev keeps its sagas in a file, and NETSCRIPT_SAGA_STORE is {settings.store}: unset it, or use "
+            "'sagaloom serve'"
         )
 
 
@@ -244,7 +243,9 @@ def _json_of(payload: str) -> object:
     except (OSError, UnicodeError) as error:
         raise CommandFailed(f"--payload {payload:.80} cannot be read: {error}", exit_code=2) from error
     except msgspec.DecodeError as error:
-        raise CommandFailed(f"--payload is no JSON: {error}; for example --payload '{{\"orderId\": \"o-1\"}}'", exit_code=2) from error
+        raise CommandFailed(
+            f'--payload is no JSON: {error}; for example --payload \'{{"orderId": "o-1"}}\'', exit_code=2
+        ) from error
 
 
 # --- Looking ---------------------------------------------------------------------------------------------------------
@@ -411,7 +412,15 @@ def dead_letters_list(
     print_table(
         ("id", "kind", "type", "saga", "key", "attempts", "reason"),
         [
-            (one["id"], one["kind"], one["type"], one["sagaName"], one["correlationKey"], one["attempts"], one["reason"])
+            (
+                one["id"],
+                one["kind"],
+                one["type"],
+                one["sagaName"],
+                one["correlationKey"],
+                one["attempts"],
+                one["reason"],
+            )
             for one in answer["deadLetters"]
         ],
         empty="no dead letters",

@@ -102,7 +102,7 @@ class ApiClient:
         except httpx2.TimeoutException as error:
             raise CommandFailed(f"the server at {self.url} did not answer in time ({type(error).__name__})") from error
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-            raise CommandFailed(f"talking to {self.url} failed: {error or type(error).__name__}") from error
+            raise CommandFailed(f"talking to {self.url} failed: {str(error) or type(error).__name__}") from error
         if len(response.content) > _ANSWER_BYTES_MAX:
             raise CommandFailed(f"the server at {self.url} answered with more than 64 MiB: use a smaller --limit")
         try:
@@ -113,7 +113,7 @@ class ApiClient:
             ) from error
 
     def _explained(self, status: int, headers: Mapping[str, str], answer: object) -> str:
-        fields = cast("Mapping[str, object]", answer) if isinstance(answer, Mapping) else {}
+        fields: Mapping[str, object] = cast("Mapping[str, object]", answer) if isinstance(answer, Mapping) else {}
         said = str(fields.get("message") or fields.get("detail") or "")
         code = f" ({fields['code']})" if fields.get("code") else ""
         if status == 401:

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import signal
 import socket
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -32,7 +33,9 @@ from sagaloom.settings import DoorSettings
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
-__all__ = ["Companion", "Plan", "address_of", "listen", "run"]
+__all__ = ["PORT_HINT", "Companion", "Plan", "address_of", "announcer", "listen", "run"]
+
+PORT_HINT: Final = "is a server running already? 'sagaloom doctor' looks; --port or PORT chooses another"
 
 _log = logging.getLogger("sagaloom.serve")
 _EXIT_SECONDS_MAX: Final = 2.8
@@ -85,9 +88,18 @@ def listen(host: str, port: int, *, hint: str) -> socket.socket:
 def address_of(listener: socket.socket) -> str:
     """The URL under which `listener` is reached from this machine."""
     host, port = listener.getsockname()[:2]
-    if host in ("0.0.0.0", "::"):  # noqa: S104 - told apart, not bound
+    if host in ("0.0.0.0", "::"):
         host = "127.0.0.1"
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def announcer(text: str, *, as_json: bool) -> Callable[[str], None]:
+    """Says on stdout that the server answers: `text` with its {url}, or a line of JSON."""
+
+    def announce(url: str) -> None:
+        print(json.dumps({"event": "listening", "url": url}) if as_json else text.replace("{url}", url), flush=True)
+
+    return announce
 
 
 def run(plan: Plan) -> None:
@@ -96,7 +108,7 @@ def run(plan: Plan) -> None:
 
 
 async def _serve(plan: Plan) -> None:
-    from sagaloom.composition import create_durable_saga_runtime, open_saga_runtime_kv
+    from sagaloom.composition import create_durable_saga_runtime
     from sagaloom.runtime import RuntimeOptions
     from sagaloom.service import create_app
 
@@ -106,21 +118,20 @@ async def _serve(plan: Plan) -> None:
             await stack.enter_async_context(_serving(companion.app, companion.listener))
             for companion in plan.companions
         ]
-        kv = await open_saga_runtime_kv(plan.kv_path)
-        stack.push_async_callback(kv.close)
         for target in plan.targets:
             stack.push_async_callback(target.close)
         durable = await stack.enter_async_context(
             create_durable_saga_runtime(
                 "kv",
-                kv=kv,
+                path=plan.kv_path,
                 definitions=plan.definitions,
                 targets=plan.targets,
                 services=plan.services or None,
                 options=RuntimeOptions(drain_seconds=_DRAIN_SECONDS),
             )
         )
-        app = create_app(durable.runtime, settings=service_settings(plan.settings))
+        token = plan.settings.token
+        app = create_app(durable.runtime, token=token.get_secret_value() if token is not None else None)
         api = await stack.enter_async_context(_serving(app, plan.listener))
         if not stopping.is_set():
             plan.announce(address_of(plan.listener))
@@ -132,14 +143,15 @@ async def _serve(plan: Plan) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _serving(app: ASGIApp, listener: socket.socket) -> AsyncIterator[asyncio.Task[None]]:
+async def _serving(app: ASGIApp, listener: socket.socket) -> AsyncGenerator[asyncio.Task[None]]:
     """Serves `app` while inside; on the way out takes no more connections and lets open requests finish."""
     import uvicorn
 
     class Server(uvicorn.Server):
-        def capture_signals(self) -> contextlib.AbstractContextManager[None]:
+        @contextlib.contextmanager
+        def capture_signals(self) -> Generator[None]:
             # Signals are ours: uvicorn would end the process by the signal, and there are several servers here.
-            return contextlib.nullcontext()
+            yield
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
@@ -169,7 +181,7 @@ async def _serving(app: ASGIApp, listener: socket.socket) -> AsyncIterator[async
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[asyncio.Event]:
+def _signals() -> Generator[asyncio.Event]:
     """An event that the first SIGTERM or SIGINT sets; the second ends the process."""
     loop = asyncio.get_running_loop()
     stopping = asyncio.Event()

@@ -1,8 +1,8 @@
 """The order saga: charge first, and give the money back when the order cannot be fulfilled.
 
-    OrderPlaced         awaiting-payment                         send payments {orderId}
-    PaymentCaptured     awaiting-fulfillment
-    FulfillmentFailed   refunded, and the instance has failed    send payments {refund}
+OrderPlaced         awaiting-payment                         send payments {orderId}
+PaymentCaptured     awaiting-fulfillment
+FulfillmentFailed   refunded, and the instance has failed    send payments {refund}
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ AnyOrderMessage = SagaMessage[OrderPlaced] | SagaMessage[PaymentCaptured] | Saga
 
 
 def order_id_of(message: AnyOrderMessage) -> str:
-    """All messages of one order meet in one instance."""
-    return message.payload["orderId"]
+    """All messages of one order meet in one instance; a publisher that names the instance itself is believed."""
+    return message.correlation_key or message.payload["orderId"]
 
 
 def on_order_placed(
     saga: Saga[OrderState], event: SagaMessage[OrderPlaced], context: SagaContext[OrderState]
 ) -> Sequence[CascadedMessage]:
     """An order was placed: record it and ask the payments service to charge."""
-    saga.state = {**saga.state, "orderId": event.payload["orderId"]}
+    saga.state = OrderState(status="awaiting-payment", orderId=event.payload["orderId"])
     # An effect, not a call: it leaves after the new state has been committed, and then as often as it takes.
     return [send({"kind": "service", "id": "payments"}, {"orderId": event.payload["orderId"]})]
 
@@ -67,7 +67,7 @@ def on_payment_captured(
     saga: Saga[OrderState], event: SagaMessage[PaymentCaptured], context: SagaContext[OrderState]
 ) -> Sequence[CascadedMessage]:
     """The payment is in: on to fulfillment."""
-    saga.state = {**saga.state, "status": "awaiting-fulfillment", "paymentId": event.payload["paymentId"]}
+    saga.state = saga.state | {"status": "awaiting-fulfillment", "paymentId": event.payload["paymentId"]}
     return []
 
 
@@ -82,7 +82,7 @@ def undo_payment(
     saga: Saga[OrderState], event: SagaMessage[FulfillmentFailed], context: SagaContext[OrderState]
 ) -> Sequence[CascadedMessage]:
     """Undo the payment that was applied, then fail the instance."""
-    saga.state = {**saga.state, "status": "refunded"}
+    saga.state = saga.state | {"status": "refunded"}
     return [
         send({"kind": "service", "id": "payments"}, {"refund": saga.state.get("paymentId")}),
         saga_fail(f"order {event.payload['orderId']} unfulfilled: {event.payload['reason']}"),

@@ -111,12 +111,16 @@ def create_payments_app(ledger: Ledger | None = None, *, fail_first: int = 0) ->
             command = msgspec.json.decode(await request.body(), type=dict[str, Any])
         except msgspec.DecodeError as error:
             return _json(422, {"error": f"the body must be a JSON object: {error}"})
+        order_id: str | None
+        payment_id: str | None
         if "orderId" in command:
             kind: Literal["charge", "refund"] = "charge"
-            order_id, payment_id = str(command["orderId"]), f"pay-{command['orderId']}"
+            order_id = _text(command["orderId"])
+            payment_id = f"pay-{order_id}"
         elif "refund" in command:
             kind = "refund"
-            order_id, payment_id = None, None if command["refund"] is None else str(command["refund"])
+            order_id = None
+            payment_id = _text(command["refund"])
         else:
             return _json(422, {"error": 'expected {"orderId": ...} for a charge or {"refund": paymentId}'})
         seen = book.entries.get(effect_key)
@@ -151,6 +155,10 @@ def create_payments_app(ledger: Ledger | None = None, *, fail_first: int = 0) ->
             Route("/health/live", live, methods=["GET"]),
         ]
     )
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)
 
 
 def _json(status: int, body: object) -> Response:

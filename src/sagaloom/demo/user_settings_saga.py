@@ -27,7 +27,7 @@ def on_user_settings_created(
 ) -> Sequence[CascadedMessage]:
     """Advance the saga's own state, then end with a recorded outcome."""
     processed_at = context.now.isoformat()
-    saga.state = {**saga.state, "status": "completed", "processedAt": processed_at}
+    saga.state = saga.state | {"status": "completed", "processedAt": processed_at}
     return [saga_complete({"userId": event.payload["userId"], "processedAt": processed_at})]
 
 

@@ -42,6 +42,8 @@ def carry_out(transition: Transition, asked: Asked) -> None:
     own = transition.definition.compensations.get(current) if isinstance(ending, Fail) else None
     if own is not None or asked.compensations or isinstance(ending, Compensate):
         transition.status = next_status(transition.status, "compensate")
+        first = asked.compensations[0] if asked.compensations else ending
+        transition.undo_reason = first.reason if isinstance(first, (Compensate, Fail)) else None
     _compensate_each(transition, asked.compensations, path=())
     if own is not None and not transition.is_current_undone:
         transition.is_current_undone = True

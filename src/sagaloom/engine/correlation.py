@@ -51,6 +51,7 @@ __all__ = [
 ]
 
 CORRELATION_REQUIRED: Final = "CORRELATION_REQUIRED"
+_TEXT_FIELDS: Final = ("idempotency_key", "concurrency_key", "traceparent", "tracestate")
 SINGLETON_KEY: Final = "singleton"
 """The correlation key of every instance of a `.singleton()` saga."""
 
@@ -162,6 +163,12 @@ def address(
     `correlation_key` counts as the message's own where that has none. `key_if_none` is the key for a message that no
     rule and no key names an instance for. Raises `MessageRejected`.
     """
+    # Keys are checked where they are found. These are stored beside them, and an unstorable one must not get far.
+    check_key(message_id, what="message id")
+    for field in _TEXT_FIELDS:
+        text = getattr(message, field)
+        if text is not None:
+            check_key(text, what=field)
     if correlation_key is not None and message.correlation_key is None:
         message = msgspec.structs.replace(message, correlation_key=correlation_key)
     try:

@@ -69,7 +69,7 @@ from sagaloom.engine.records import (
     ParentLink,
     PendingTimer,
 )
-from sagaloom.engine.retrying import USER_ERRORS, backoff, describe, is_retryable, traceback_text
+from sagaloom.engine.retrying import USER_ERRORS, backoff, describe, is_retryable, storable, traceback_text
 from sagaloom.engine.transition import STATE_UNREADABLE, HandlerRaised, Transition
 from sagaloom.errors import HandlerError, InstanceNotFound, SagasError
 from sagaloom.ids import instance_id
@@ -220,7 +220,8 @@ def _written(
 ) -> Decision:
     """The Decision of a message that was applied."""
     now, ledger = context.now, transition.ledger
-    status, reason, state = transition.status, transition.reason, transition.state
+    status, state = transition.status, transition.state
+    reason = None if transition.reason is None else storable(transition.reason)
     parent = instance.parent if instance is not None else message.parent
     is_over = is_terminal(status)
     if is_over:
@@ -296,7 +297,8 @@ def _written(
     for record in records:
         if record.phase == "compensate" and not was_compensating:
             was_compensating = True
-            events.append(event("saga:compensating", "compensating", reason))
+            why = None if transition.undo_reason is None else storable(transition.undo_reason)
+            events.append(event("saga:compensating", "compensating", why))
         detail = None if record.phase == "handle" else f"compensated {record.type}"
         events.append(event("saga:state_changed", record.status, detail))
     if is_over:
@@ -348,7 +350,7 @@ def _tell_parent(
     if transition.status == "completed":
         payload["result"] = None if transition.result is None else msgspec.json.decode(transition.result)
     else:
-        payload["reason"] = transition.reason
+        payload["reason"] = None if transition.reason is None else storable(transition.reason)
     transition.ledger.child_end(parent, f"{definition.id}:{transition.status}", payload)
 
 

@@ -28,8 +28,9 @@ from sagaloom.engine.records import (
     PendingTimer,
     Timer,
 )
+from sagaloom.engine.retrying import storable
 from sagaloom.errors import HandlerError, SagasError
-from sagaloom.ids import effect_key, instance_id
+from sagaloom.ids import KEY_BYTES_MAX, check_key, effect_key, instance_id
 from sagaloom.messages import SagaMessage
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "Refused",
 ]
 
+_TEXT_FIELDS: Final = ("id", "correlation_key", "idempotency_key", "concurrency_key", "traceparent", "tracestate")
 HANDLER_RESULT: Final = "SAGA_HANDLER_RESULT"
 LIMIT_EXCEEDED: Final = "SAGA_LIMIT_EXCEEDED"
 
@@ -57,14 +59,15 @@ class Ledger:
 
     __slots__ = (
         "_bytes",
-        "_context",
         "_definition",
+        "_envelope",
         "_key",
         "_limits",
         "_now",
         "_position",
         "_revision",
         "_run",
+        "_saga_id",
         "effects",
         "open_timers",
         "outgoing",
@@ -84,10 +87,11 @@ class Ledger:
         timers: tuple[PendingTimer, ...],
     ) -> None:
         self._definition = definition
+        self._saga_id = definition.id
         self._key = envelope.key
         self._run = run
         self._revision = revision
-        self._context = envelope
+        self._envelope = envelope
         self._now = now
         self._limits = limits
         self._position = 0
@@ -101,79 +105,83 @@ class Ledger:
 
     def send(self, effect: Send) -> EffectSummary:
         """Writes a command down: one that leaves goes to the outbox, one for a saga stays in the store."""
-        target = effect.target
-        position, key = self._next()
+        target, saga_id, key, run, envelope = effect.target, self._saga_id, self._key, self._run, self._envelope
+        place = f"{target.kind}:{target.id}"
+        self._check_text("target", place)
+        self._check_text("idempotency_key", effect.idempotency_key)
+        self._check_text("concurrency_key", effect.concurrency_key)
+        position, name = self._next()
         if target.kind == "saga":
-            body = effect.payload
-            message = as_sent(body)
-            encoded = self._encode("send", message.payload if message is not None else body)
+            payload, encoded = self._encode_sent("send", effect.payload)
             self.outgoing.append(
                 Outgoing(
                     "send",
                     target.id,
-                    body if message is None else message,
-                    key,
-                    (self._definition.id, self._key, self._run),
-                    self._context.id,
-                    self._context.hops + 1,
+                    payload,
+                    name,
+                    (saga_id, key, run),
+                    envelope.id,
+                    envelope.hops + 1,
                     self._key_to_pass_on(),
                     effect.idempotency_key,
                     effect.concurrency_key,
-                    traceparent=self._context.traceparent,
-                    tracestate=self._context.tracestate,
+                    traceparent=envelope.traceparent,
+                    tracestate=envelope.tracestate,
                     encoded=encoded,
                 )
             )
-            return EffectSummary("send", f"saga:{target.id}", key)
-        place = f"{target.kind}:{target.id}"
-        saga_id = self._definition.id
+            return EffectSummary("send", place, name)
+        self._check_text("queue", effect.queue)
         self.effects.append(
             OutboxEffect(
-                key,
-                f"{saga_id}\0{self._key}\0{self._run}\0{place}",
+                name,
+                f"{saga_id}\0{key}\0{run}\0{place}",
                 target.kind,
                 target.id,
                 self._encode("send", effect.payload),
                 saga_id,
-                self._key,
-                self._run,
+                key,
+                run,
                 self._revision,
                 position,
-                self._context.id,
+                envelope.id,
                 self._now,
-                self._context.hops + 1,
+                envelope.hops + 1,
                 effect.idempotency_key,
                 effect.concurrency_key,
                 effect.queue,
                 effect.retry,
                 effect.on_dead_letter == "continue",
-                self._context.traceparent,
-                self._context.tracestate,
+                envelope.traceparent,
+                envelope.tracestate,
             )
         )
-        return EffectSummary("send", place, key)
+        return EffectSummary("send", place, name)
 
     def spawn(self, effect: Spawn) -> EffectSummary:
         """Writes down that a child starts, with the link by which its end finds its way back."""
+        self._check_text("child", effect.child)
+        self._check_text("idempotency_key", effect.idempotency_key)
+        self._check_text("concurrency_key", effect.concurrency_key)
         _, key = self._next()
-        message = as_sent(effect.input)
-        sender = (self._definition.id, self._key, self._run)
+        payload, encoded = self._encode_sent("spawn", effect.input)
+        sender = (self._saga_id, self._key, self._run)
         self.outgoing.append(
             Outgoing(
                 "spawn",
                 effect.child,
-                effect.input if message is None else message,
+                payload,
                 key,
                 sender,
-                self._context.id,
-                self._context.hops + 1,
+                self._envelope.id,
+                self._envelope.hops + 1,
                 None,
                 effect.idempotency_key,
                 effect.concurrency_key,
                 parent=ParentLink(*sender, key),
-                traceparent=self._context.traceparent,
-                tracestate=self._context.tracestate,
-                encoded=self._encode("spawn", message.payload if message is not None else effect.input),
+                traceparent=self._envelope.traceparent,
+                tracestate=self._envelope.tracestate,
+                encoded=encoded,
             )
         )
         return EffectSummary("spawn", effect.child, key)
@@ -182,6 +190,8 @@ class Ledger:
         """Writes a timer down; one of the same name ends."""
         _, key = self._next()
         name, message, now = effect.name, effect.message, self._now
+        self._check_text("the name of a timer", name)
+        self._check_message("schedule", message)
         try:
             due_at = resolve_delay(effect.delay, now)
         except OverflowError:
@@ -199,7 +209,7 @@ class Ledger:
             identifier,
             due_at,
             Envelope(
-                self._definition.id,
+                self._saga_id,
                 self._key,
                 message.type,
                 identifier,
@@ -209,14 +219,14 @@ class Ledger:
                 self._run,
                 False,
                 message.idempotency_key or message.id or identifier,
-                message.correlation_key or self._context.correlation_key,
+                message.correlation_key or self._envelope.correlation_key,
                 message.idempotency_key,
                 message.concurrency_key,
                 message.occurred_at,
-                message.traceparent or self._context.traceparent,
-                message.tracestate or self._context.tracestate,
-                self._context.id,
-                0 if due_at > now else self._context.hops + 1,
+                message.traceparent or self._envelope.traceparent,
+                message.tracestate or self._envelope.tracestate,
+                self._envelope.id,
+                0 if due_at > now else self._envelope.hops + 1,
             ),
             name,
         )
@@ -234,6 +244,7 @@ class Ledger:
         """Takes a position for an effect that the engine carries out itself."""
         self._next_position()
         if detail is not None:
+            detail = storable(detail)
             self._count_bytes(len(detail))
         return EffectSummary(kind, target, None, detail)
 
@@ -250,13 +261,13 @@ class Ledger:
                 parent.saga_id,
                 SagaMessage(message_type, payload),
                 key,
-                (self._definition.id, self._key, self._run),
-                self._context.id,
-                self._context.hops + 1,
+                (self._saga_id, self._key, self._run),
+                self._envelope.id,
+                self._envelope.hops + 1,
                 parent.key,
                 to_run=parent.run,
-                traceparent=self._context.traceparent,
-                tracestate=self._context.tracestate,
+                traceparent=self._envelope.traceparent,
+                tracestate=self._envelope.tracestate,
                 encoded=self._encode("end of a child", payload),
             )
         )
@@ -270,7 +281,7 @@ class Ledger:
 
     def refuse(self, code: str, what: str) -> NoReturn:
         raise Refused(
-            f"saga {self._definition.id!r}, message {self._context.type!r}: {what}", code=code, retryable=False
+            f"saga {self._saga_id!r}, message {self._envelope.type!r}: {what}", code=code, retryable=False
         )
 
     def _next_position(self) -> int:
@@ -282,7 +293,7 @@ class Ledger:
 
     def _next(self) -> tuple[int, str]:
         position = self._next_position()
-        return position, effect_key(self._definition.id, self._key, self._run, self._revision, position)
+        return position, effect_key(self._saga_id, self._key, self._run, self._revision, position)
 
     def _encode(self, what: str, value: Any) -> bytes:
         try:
@@ -291,6 +302,27 @@ class Ledger:
             self.refuse(HANDLER_RESULT, f"{what}: {error.message}")
         self._count_bytes(len(encoded))
         return encoded
+
+    def _encode_sent(self, what: str, payload: Any) -> tuple[Any, bytes]:
+        """The payload of a message that stays in the store, as it is routed, and as JSON."""
+        message = as_sent(payload)
+        if message is None:
+            return payload, self._encode(what, payload)
+        self._check_message(what, message)
+        return message, self._encode(what, message.payload)
+
+    def _check_message(self, what: str, message: SagaMessage[Any]) -> None:
+        self._check_text(f"{what}: message type", message.type)
+        for field in _TEXT_FIELDS:
+            self._check_text(f"{what}: {field} of {message.type!r}", getattr(message, field))
+
+    def _check_text(self, what: str, value: str | None) -> None:
+        # A text that UTF-8 cannot carry would come up as an error of the store, in the middle of everybody's commit.
+        if value is not None and not (value.isascii() and value.isprintable() and 0 < len(value) <= KEY_BYTES_MAX):
+            try:
+                check_key(value, what=what)
+            except SagasError as error:
+                self.refuse(HANDLER_RESULT, error.message)
 
     def _count_bytes(self, size: int) -> None:
         self._bytes += size
@@ -316,5 +348,5 @@ class Ledger:
     def _key_to_pass_on(self) -> str:
         # Runs of the default key have nothing to do with each other; passed on, that key would merge their partners.
         if has_default_key(self._definition, self._key):
-            return instance_id(self._definition.id, self._key, self._run)
+            return instance_id(self._saga_id, self._key, self._run)
         return self._key

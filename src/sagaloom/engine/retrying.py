@@ -16,7 +16,7 @@ from datetime import timedelta
 from sagaloom.definitions import RetryPolicy
 from sagaloom.errors import SagasError
 
-__all__ = ["USER_ERRORS", "backoff", "describe", "is_retryable", "traceback_text"]
+__all__ = ["USER_ERRORS", "backoff", "describe", "is_retryable", "storable", "traceback_text"]
 
 USER_ERRORS = (Exception, SystemExit)
 """What a call into user code may raise without ending the worker. `sys.exit()` in a handler is a bug of that handler:
@@ -53,7 +53,12 @@ def describe(error: BaseException) -> str:
     except USER_ERRORS as broken:
         text = f"(its text cannot be shown: {type(broken).__name__})"
     name = type(error).__name__
-    return (f"{name}: {text}" if text else name)[:_TEXT_MAX]
+    return storable(f"{name}: {text}" if text else name)[:_TEXT_MAX]
+
+
+def storable(text: str) -> str:
+    """`text` as UTF-8 can carry it: lone surrogates, which file names and broken input bring along, are spelled out."""
+    return text if text.isascii() else text.encode(errors="backslashreplace").decode()
 
 
 def traceback_text(error: BaseException) -> str:
@@ -63,4 +68,4 @@ def traceback_text(error: BaseException) -> str:
         lines = traceback.format_exception(type(error), error, frames.tb_next if frames is not None else None)
     except USER_ERRORS:
         return describe(error)
-    return "".join(lines)[-_TRACEBACK_MAX:]
+    return storable("".join(lines))[-_TRACEBACK_MAX:]

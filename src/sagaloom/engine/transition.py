@@ -64,6 +64,7 @@ class Transition:
         "result",
         "state",
         "status",
+        "undo_reason",
     )
 
     def __init__(
@@ -88,6 +89,8 @@ class Transition:
         """The applied steps that are not undone, oldest first."""
         self.is_current_undone = False
         self.reason: str | None = None
+        self.undo_reason: str | None = None
+        """Why the first compensation of this decision was asked for."""
         self.result: bytes | None = None
         self._run = run
         self._now = now

@@ -31,6 +31,7 @@ class Backlog:
         self._aside: dict[InstanceKey, list[Delivery]] = {}
         self._due: list[tuple[datetime, int, Delivery]] = []
         self._count = itertools.count()
+        self._lined_up = 0
 
     def __len__(self) -> int:
         """How many could be taken now."""
@@ -39,7 +40,7 @@ class Backlog:
     @property
     def waiting(self) -> int:
         """How many wait in all, for their turn, a starter or their next attempt."""
-        return len(self._queue) + len(self._due) + sum(map(len, self._behind.values()))
+        return len(self._queue) + len(self._due) + self._lined_up
 
     def add(self, delivery: Delivery) -> None:
         self._queue.append(delivery)
@@ -72,6 +73,7 @@ class Backlog:
     def wait_behind(self, delivery: Delivery) -> None:
         """Lines a delivery up behind the starter that holds its key."""
         self._behind.setdefault(delivery.key, []).append(delivery)
+        self._lined_up += 1
 
     def put_aside(self, delivery: Delivery) -> None:
         """Lets others go on until the delivery is due, or its instance has moved."""
@@ -98,7 +100,9 @@ class Backlog:
         if self._starters.get(key) is not by:
             return []
         del self._starters[key]
-        return self._behind.pop(key, [])
+        behind = self._behind.pop(key, [])
+        self._lined_up -= len(behind)
+        return behind
 
     def bring_back(self, now: datetime) -> datetime | None:
         """Queues what is due at `now`; returns when the next one will be."""

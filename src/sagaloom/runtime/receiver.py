@@ -204,6 +204,11 @@ class Receiver:
         except SagasError as error:
             await self._cannot_commit(batch, works, error)
             return
+        except Exception as error:
+            # A bug of ours or of the store's. It must not end the loop, for then nobody would hear of anything again.
+            _log.exception("a turn has failed")
+            await self._cannot_commit(batch, works, BackendUnavailable(f"a turn has failed: {error!r}"))
+            return
         await self._follow_up(planned, result)
 
     async def _plan(self, batch: list[Delivery]) -> list[_Planned]:

@@ -167,7 +167,8 @@ async def _on_invalid_request(request: Request, error: Exception) -> Response:
     for found in error.errors():
         _, *names = found["loc"]  # The first one says where to look: query or path.
         field = ".".join(map(str, names))
-        fields.setdefault(field, []).append(f"{found['msg']}, got {str(found['input'])!r:.80}")
+        problem = "is no parameter of this route" if found["type"] == "extra_forbidden" else found["msg"]
+        fields.setdefault(field, []).append(f"{problem}, got {str(found['input'])!r:.80}")
     message = "; ".join(f"{field}: {problem}" for field, problems in fields.items() for problem in problems)
     refused = MessageRejected(message, data={"formErrors": [], "fieldErrors": fields})
     return _response_of(answer_error(refused, request.scope["headers"]))

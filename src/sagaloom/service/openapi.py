@@ -18,7 +18,7 @@ from sagaloom.service import shapes
 from sagaloom.service.problems import STATUS_OF_CODE, Problem
 from sagaloom.service.reading import API_PREFIX, Route
 
-__all__ = ["openapi_document"]
+__all__ = ["EXAMPLES", "openapi_document"]
 
 _JSON: Final = "application/json"
 _SCHEMAS: Final = "#/components/schemas/"
@@ -55,7 +55,22 @@ _INSTANCE_EXAMPLE: Final[Mapping[str, Any]] = {
     "updatedAt": "2026-01-31T12:00:00.000Z",
     "lastMessageType": "OrderPlaced",
 }
-_EXAMPLES: Final[Mapping[type, Any]] = {
+_EFFECT_EXAMPLE: Final = {"kind": "send", "target": "service:payments", "effectKey": "8f14e45fceea167a5a36dedd4bea2543"}
+_DEAD_LETTER_EXAMPLE: Final[Mapping[str, Any]] = {
+    "id": "dl019a0c2e4f6b8f14e45fceea167a",
+    "at": "2026-01-31T12:00:00.000Z",
+    "kind": "message",
+    "sagaName": "order",
+    "sagaId": "order",
+    "correlationId": "o-1",
+    "correlationKey": "o-1",
+    "type": "OrderPlaced",
+    "messageId": "019a0c2e4f6b3d1c9e8f7a6b5c4d3e2f",
+    "code": "SAGA_HANDLER_FAILED",
+    "reason": "KeyError: 'orderId'",
+    "attempts": 5,
+}
+EXAMPLES: Final[Mapping[type, Any]] = {
     shapes.PublishBody: {
         "type": "OrderPlaced",
         "payload": {"orderId": "o-1", "amount": 120},
@@ -81,6 +96,52 @@ _EXAMPLES: Final[Mapping[type, Any]] = {
     },
     shapes.InstanceView: _INSTANCE_EXAMPLE,
     shapes.InstanceList: {"instances": [_INSTANCE_EXAMPLE], "total": 1, "limit": 50, "offset": 0, "cursor": None},
+    shapes.HistoryList: {
+        "history": [
+            {
+                "id": "order:o-1#1",
+                "sagaName": "order",
+                "sagaId": "order",
+                "instanceId": "order:o-1",
+                "correlationId": "o-1",
+                "correlationKey": "o-1",
+                "run": 1,
+                "entryNo": 1,
+                "revision": 1,
+                "messageType": "OrderPlaced",
+                "messageId": "019a0c2e4f6b3d1c9e8f7a6b5c4d3e2f",
+                "payload": {"orderId": "o-1", "amount": 120},
+                "disposition": "applied",
+                "outcome": "success",
+                "previousStatus": "pending",
+                "newStatus": "running",
+                "newState": None,
+                "transitionAt": "2026-01-31T12:00:00.000Z",
+                "attempt": 1,
+                "origin": "door",
+                "definitionVersion": 1,
+                "steps": [
+                    {"phase": "handle", "type": "OrderPlaced", "status": "running", "effects": [_EFFECT_EXAMPLE]}
+                ],
+                "effects": [_EFFECT_EXAMPLE],
+            }
+        ],
+        "total": 1,
+        "limit": 50,
+        "cursor": None,
+    },
+    shapes.DeadLetterView: {**_DEAD_LETTER_EXAMPLE, "payload": {"orderId": "o-1"}, "traceback": "Traceback ..."},
+    shapes.DeadLetterList: {"deadLetters": [_DEAD_LETTER_EXAMPLE], "limit": 50, "cursor": None},
+    shapes.HealthView: {
+        "status": "healthy",
+        "timestamp": "2026-01-31T12:00:00.000Z",
+        "version": "0.1.0",
+        "checks": {"store": "ok", "receiver": "ok", "timekeeper": "ok", "dispatcher": "ok"},
+        "backlog": 0,
+        "outbox": 0,
+        "stalledLanes": 0,
+        "oldestWaitingSeconds": 0.0,
+    },
     shapes.LiveView: {"status": "ok"},
     shapes.ReadyView: {"ready": True, "checks": {"store": "ok", "receiver": "ok"}},
 }
@@ -101,6 +162,9 @@ def openapi_document(routes: Sequence[BaseRoute], answers: Sequence[Route], *, n
     ordered = sorted(shown, key=lambda shape: shape.__name__)
     references, schemas = msgspec.json.schema_components(ordered, ref_template=_SCHEMAS + "{name}")
     refs = dict(zip(ordered, references, strict=True))
+    for schema in schemas.values():
+        if "description" in schema:
+            schema["description"] = " ".join(schema["description"].split())
     # Its own schemas for validation errors are shapes that this service never answers with.
     document["components"] = {"schemas": dict(sorted(schemas.items()))}
     always = (401,) if needs_token else (403,)
@@ -152,8 +216,8 @@ def _header(name: str, description: str) -> dict[str, Any]:
 
 def _content(shape: type, refs: Mapping[type, Any]) -> dict[str, Any]:
     content: dict[str, Any] = {"schema": refs[shape]}
-    if shape in _EXAMPLES:
-        content["example"] = _EXAMPLES[shape]
+    if shape in EXAMPLES:
+        content["example"] = EXAMPLES[shape]
     return {_JSON: content}
 
 

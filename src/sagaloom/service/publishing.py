@@ -179,9 +179,11 @@ def _message_of(body: bytes, headers: dict[bytes, bytes]) -> SagaMessage[Any]:
         tracestate = None
     occurred_at = wanted.occurred_at
     payload = wanted.payload
+    if isinstance(payload, msgspec.UnsetType) or (memoryview(payload).nbytes == 4 and bytes(payload) == b"null"):
+        payload = _NO_PAYLOAD
     return SagaMessage(
         wanted.type,
-        _NO_PAYLOAD if memoryview(payload).nbytes == 4 and bytes(payload) == b"null" else payload,
+        payload,
         key,
         idempotency_key,
         wanted.concurrency_key,

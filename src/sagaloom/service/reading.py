@@ -74,6 +74,7 @@ class RouteTable:
         """Serves `path` by the decorated coroutine."""
 
         def decorate(endpoint: F) -> F:
+            name = endpoint.__name__.lstrip("_")
             self._router.add_api_route(
                 path,
                 endpoint,
@@ -81,7 +82,8 @@ class RouteTable:
                 tags=[tag],
                 response_class=Response,
                 response_model=None,
-                operation_id=to_camel(endpoint.__name__.lstrip("_")),
+                operation_id=to_camel(name),
+                summary=name.replace("_", " ").capitalize(),
                 include_in_schema=is_documented,
                 route_class_override=route_class,
             )

@@ -93,9 +93,9 @@ class PublishBody(_Shape, frozen=True, kw_only=True, forbid_unknown_fields=True)
     message."""
 
     type: Annotated[str, Meta(min_length=1, description="The message type; a loaded saga must handle it.")]
-    payload: Annotated[Raw, Meta(description="The business data; an object, unless the saga declares otherwise.")] = (
-        Raw(b"{}")
-    )
+    payload: Annotated[
+        Raw | UnsetType, Meta(description="The business data: an object, unless the saga declares otherwise.")
+    ] = UNSET
     correlation_id: Annotated[
         str | None, Meta(description="Names the instance, 1 to 1024 bytes, unless the saga has a rule of its own.")
     ] = None

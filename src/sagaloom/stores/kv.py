@@ -124,7 +124,7 @@ _RunFacts = tuple[int, int, SagaInstanceStatus, datetime]
 
 
 # What a named tuple's own constructor does, without its Python frame: a third of the time, for each row of a commit.
-_check: Final = cast("Callable[[tuple[Key, int | None]], Check]", partial(tuple.__new__, Check))
+_check: Final = cast("Callable[[tuple[Key, int | None]], Check]", partial(tuple.__new__, Check))  # pyright: ignore[reportUnknownMemberType]
 
 
 @lru_cache(maxsize=16_384)

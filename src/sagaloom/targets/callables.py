@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import msgspec
 
@@ -47,12 +47,17 @@ class CallableTarget:
 
     def __init__(self, kind: str, fn: Callable[[EffectRequest], EffectResult | Awaitable[EffectResult]]) -> None:
         if not kind.strip():
-            raise DefinitionError("callable_target: the kind must not be empty; send(...) names it, as in 'email:welcome'")
+            raise DefinitionError(
+                "callable_target: the kind must not be empty; send(...) names it, as in 'email:welcome'"
+            )
         if not callable(fn):
-            raise DefinitionError(f"callable_target({kind!r}): expected a function, got {type(fn).__name__}: {fn!r:.80}")
+            raise DefinitionError(
+                f"callable_target({kind!r}): expected a function, got {type(fn).__name__}: {fn!r:.80}"
+            )
         self._kind = kind.strip()
         self._fn = fn
-        self._is_async = inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(getattr(fn, "__call__", None))
+        called = fn if inspect.isroutine(fn) else type(fn).__call__
+        self._is_async = inspect.iscoroutinefunction(called)
 
     @property
     def kind(self) -> str:
@@ -80,7 +85,7 @@ class CallableTarget:
             answer = await answer
         if answer is None:
             return []
-        answers: Sequence[object] = answer if isinstance(answer, (list, tuple)) else [answer]
+        answers = cast("Sequence[object]", answer) if isinstance(answer, (list, tuple)) else [answer]
         try:
             return [as_message(one) for one in answers]
         except MessageRejected as error:
@@ -95,9 +100,7 @@ class CallableTarget:
         """Nothing to release."""
 
 
-def callable_target(
-    kind: str, fn: Callable[[EffectRequest], EffectResult | Awaitable[EffectResult]]
-) -> CallableTarget:
+def callable_target(kind: str, fn: Callable[[EffectRequest], EffectResult | Awaitable[EffectResult]]) -> CallableTarget:
     """A target that calls `fn`, sync (in a thread) or async, with an `EffectRequest`, at least once for each effect.
 
     What `fn` returns (None, a message, a list of messages) goes back to the sender's run. When it raises, the effect

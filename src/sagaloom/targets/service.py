@@ -23,7 +23,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote, urlsplit
 
 import msgspec
@@ -194,7 +194,7 @@ class ServiceTarget:
         data: dict[str, object] = {"status": status}
         if 300 <= status < 400:
             return DeliveryFailed(
-                f"service {name!r} at {shown} answered {status} to {response.headers.get('location', 'nowhere')!r:.200}: "
+                f"service {name!r} at {shown} answered {status}, to {response.headers.get('location', '?')!r:.200}: "
                 f"redirects are not followed; give the final address in {_variables_of(name)[1]}",
                 retryable=False,
                 data=data,
@@ -230,12 +230,12 @@ class _Reply(msgspec.Struct, rename="camel"):
 
 def _replies(body: bytes, who: str) -> list[SagaMessage[Any]]:
     try:
-        document = msgspec.json.decode(body) if body.strip() else None
+        document: object = msgspec.json.decode(body) if body.strip() else None
     except (msgspec.DecodeError, UnicodeDecodeError):
         return []
-    listed = document.get("messages") if isinstance(document, dict) else None
+    listed = cast("dict[str, object]", document).get("messages") if isinstance(document, dict) else None
     # {"messages": ["charged"]} is somebody else's vocabulary; objects in the list are meant for us.
-    if not isinstance(listed, list) or not any(isinstance(item, dict) for item in listed):
+    if not isinstance(listed, list) or not any(isinstance(item, dict) for item in cast("list[object]", listed)):
         return []
     try:
         replies = msgspec.convert(listed, list[_Reply])

@@ -24,7 +24,7 @@ import pprint
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
-from typing import Any, Final, Generic, TypeVar, cast
+from typing import Any, Final, Generic, TypeGuard, TypeVar
 
 import msgspec
 
@@ -39,7 +39,7 @@ from sagaloom.definitions import (
     SagaInstanceStatus,
 )
 from sagaloom.durations import parse_duration
-from sagaloom.effects import CascadedMessage
+from sagaloom.effects import CascadedMessage, Target
 from sagaloom.engine.correlation import address
 from sagaloom.engine.decide import DecideContext, decide
 from sagaloom.engine.limits import Limits
@@ -174,7 +174,9 @@ class Scenario(Generic[S]):
 
         `state` is a value of the saga's state type, or its JSON as a dict; `result` likewise. `effects` are all that
         the handlers returned since the last `when` or `advance`, compensations included, in order; none unless the
-        message was applied. `reason` is the instance's, or that of a message that was not applied.
+        message was applied. Payloads compare as JSON, and of messages in effects only the fields that are given: so
+        `saga_compensate(FulfillmentFailed(...))` matches one that passes the event on, whatever id it has. `reason`
+        is the instance's, or that of a message that was not applied.
         """
         decision = self.decision
         instance = self.instance
@@ -199,8 +201,8 @@ class Scenario(Generic[S]):
             differences += self._compare_state(state, instance)
         if not isinstance(result, _Unset) and not _same_json(result, self.result):
             differences.append(_diff("result", result, self.result))
-        if not isinstance(effects, _Unset) and list(effects) != self._effects:
-            differences.append(_diff("effects", list(effects), self._effects))
+        if not isinstance(effects, _Unset):
+            differences += _compare_effects(effects, self._effects)
         if differences:
             hint = decision.error or (decision.dead_letter.reason if decision.dead_letter is not None else None)
             if hint is not None and decision.disposition != "applied":
@@ -359,17 +361,78 @@ def _line(what: str, expected: object, actual: object) -> str:
 
 
 def _diff(what: str, expected: object, actual: object) -> str:
-    lines = difflib.ndiff(_lines_of(expected), _lines_of(actual))
+    return _diff_of_lines(what, _lines(expected), _lines(actual))
+
+
+def _diff_of_lines(what: str, expected: list[str], actual: list[str]) -> str:
+    lines = difflib.ndiff(expected, actual)
     return "\n".join([f"  {what}: (- expected, + got)", *(f"    {line}" for line in lines if line[0] != "?")])
 
 
-def _lines_of(value: object) -> list[str]:
-    if isinstance(value, list):
-        # One effect a line, or more when it is long: so that a missing one shows as one missing line.
-        return [
-            line for item in cast("list[object]", value) for line in pprint.pformat(item, width=100).splitlines()
-        ] or ["(nothing)"]
+def _lines(value: object) -> list[str]:
     return pprint.pformat(value, width=100).splitlines()
+
+
+def _compare_effects(expected: Sequence[CascadedMessage], actual: Sequence[CascadedMessage]) -> list[str]:
+    patterns = [*expected, *(None for _ in actual)]
+    wanted = [_told_effect(effect, effect) for effect in expected]
+    got = [_told_effect(effect, pattern) for effect, pattern in zip(actual, patterns, strict=False)]
+    if wanted == got:
+        return []
+    # One effect a line, or more when it is long: so that a missing one shows as one missing line.
+    nothing = ["(nothing)"]
+    return [
+        _diff_of_lines(
+            "effects",
+            [line for told in wanted for line in _wrapped(told)] or nothing,
+            [line for told in got for line in _wrapped(told)] or nothing,
+        )
+    ]
+
+
+def _told_effect(effect: CascadedMessage, pattern: CascadedMessage | None) -> tuple[str, dict[str, object]]:
+    """The kind of `effect` and what it says, without defaults, and of messages only the fields that `pattern` has."""
+    said: dict[str, object] = {}
+    for field in msgspec.structs.fields(effect):
+        value: object = getattr(effect, field.name)
+        if _is_message(value):
+            shown: object = getattr(pattern, field.name, None) if type(pattern) is type(effect) else None
+            said[field.name] = _told_message(value, shown if _is_message(shown) else SagaMessage("", None))
+        elif isinstance(value, Target):
+            said[field.name] = f"{value.kind}:{value.id}"
+        elif field.name in ("payload", "input", "result"):
+            if value is not None:
+                said[field.name] = _as_json(value)
+        elif value != field.default:
+            said[field.name] = value
+    return effect.kind, said
+
+
+def _told_message(message: SagaMessage[Any], pattern: SagaMessage[Any]) -> dict[str, object]:
+    told: dict[str, object] = {"type": message.type, "payload": _as_json(message.payload)}
+    for name in _METADATA:
+        if getattr(pattern, name) is not None:
+            told[name] = getattr(message, name)
+    return told
+
+
+_METADATA: Final = tuple(name for name in SagaMessage.__struct_fields__ if name not in ("type", "payload"))
+
+
+def _wrapped(told: tuple[str, dict[str, object]]) -> list[str]:
+    kind, said = told
+    lines = f"{kind}({', '.join(f'{name}={value!r}' for name, value in said.items())})"
+    return [lines] if len(lines) <= 110 else [f"{kind}", *(f"    {name}={value!r}" for name, value in said.items())]
+
+
+def _as_json(value: object) -> object:
+    if _is_message(value):
+        return {"type": value.type, "payload": _as_json(value.payload)}
+    return msgspec.json.decode(encode_any(value))
+
+
+def _is_message(value: object) -> TypeGuard[SagaMessage[Any]]:
+    return isinstance(value, SagaMessage)
 
 
 def _is_json_object(value: object) -> bool:

@@ -1,0 +1,194 @@
+"""The bare loop: our tables, our rows, our keys and our durability, written by hand, and nothing else.
+
+Everything is made before the clock starts: keys, values, batches. What is timed is what no engine on this store could
+leave out: one transaction a batch that checks the lease, takes numbers, writes the rows of its messages, deletes the
+outbox rows that the batch before has settled, and commits with synchronous=FULL.
+
+The dedupe is the primary key of its row, the check of the revision is in the UPDATE, and the number of changed rows
+says whether both held. Rows go in key order, one statement a table.
+
+    python -m bench.bare.loop FILE [ORDERS [BATCH]]
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import apsw
+
+from bench.bare import rows
+
+__all__ = ["Batch", "connect", "prepared", "run", "run_timed"]
+
+Row = tuple[Any, ...]
+
+INSERT_CORRELATION = "INSERT INTO t_correlation (k, v, s) VALUES (?, ?, ?)"
+INSERT_STATE = "INSERT INTO t_state (k, v, s) VALUES (?, ?, ?)"
+UPDATE_STATE = "UPDATE t_state SET v = ?, s = ? WHERE k = ? AND s = ?"
+INSERT_INDEX = "INSERT INTO t_instance_index (k, v, s) VALUES (?, ?, ?)"
+DELETE_INDEX = "DELETE FROM t_instance_index WHERE k = ?"
+INSERT_TRANSITION = "INSERT INTO t_transition (k, v, s) VALUES (?, ?, ?)"
+INSERT_DEDUPE = "INSERT INTO t_dedupe (k, v, s) VALUES (?, ?, ?)"
+INSERT_INBOX = "INSERT INTO t_inbox (k, v, s) VALUES (?, ?, ?)"
+DELETE_INBOX = "DELETE FROM t_inbox WHERE k = ?"
+INSERT_OUTBOX = "INSERT INTO t_outbox (k, v, s) VALUES (?, ?, ?)"
+DELETE_OUTBOX = "DELETE FROM t_outbox WHERE k = ?"
+INSERT_FEED = "INSERT INTO t_feed (k, v, s) VALUES (?, ?, ?)"
+
+_CHECK_LEASE = "SELECT s FROM t_lease WHERE k = ?"
+_NEXT_VERSIONSTAMP = "UPDATE kv_counter SET n = n + 1 WHERE name = 'versionstamp'"
+_RESERVE = "UPDATE kv_counter SET n = n + ? WHERE name = ?"
+
+
+class Batch(NamedTuple):
+    """One commit. `reserved` counts the numbers it takes of (inbox, outbox, feed)."""
+
+    reserved: tuple[tuple[int, str], ...]
+    statements: tuple[tuple[str, list[Row]], ...]
+    changes: int
+    messages: int
+
+
+def connect(path: Path) -> apsw.Connection:
+    """A new file with the tables of the store, set up as the store sets itself up."""
+    connection = apsw.Connection(str(path), statementcachesize=512)
+    connection.set_busy_timeout(5000)
+    connection.pragma("journal_mode", "WAL")
+    connection.pragma("synchronous", "FULL")
+    connection.pragma("cache_size", -64 * 1024)
+    connection.pragma("journal_size_limit", 64 * 1024 * 1024)
+    connection.wal_autocheckpoint(4000)
+    connection.execute("BEGIN")
+    connection.execute("CREATE TABLE kv_counter (name TEXT PRIMARY KEY, n INTEGER NOT NULL) STRICT, WITHOUT ROWID")
+    for counter in ("versionstamp", "c:inbox", "c:outbox", "c:feed"):
+        connection.execute("INSERT INTO kv_counter (name, n) VALUES (?, 0)", (counter,))
+    for table in rows.TABLES:
+        connection.execute(
+            f"CREATE TABLE t_{table} (k BLOB PRIMARY KEY, v BLOB NOT NULL, s INTEGER NOT NULL) STRICT, WITHOUT ROWID"
+        )
+    lease = [(bytes((0x11, part)), b"abc", 1) for part in range(rows.PARTITIONS)]
+    connection.executemany("INSERT INTO t_lease (k, v, s) VALUES (?, ?, ?)", lease)
+    connection.execute("COMMIT")
+    return connection
+
+
+def prepared(orders: int, batch: int) -> list[Batch]:
+    """The commits of `orders` orders: `batch` orders side by side, all their first messages in one commit, all their
+    second, all their third; each commit settles the effects of the one before."""
+    parts = rows.partitions(orders)
+    batches: list[Batch] = []
+    stamp_of_state: dict[int, int] = {}
+    settled: list[Row] = []
+    effects = events = 0
+    stamp = 1
+    for first in range(0, orders, batch):
+        side_by_side = range(first + 1, min(first + batch, orders) + 1)
+        for step in range(3):
+            stamp += 1
+            feed_value = bytes(rows.FEED_BYTES[step] * len(side_by_side))
+            numbered = [(pk, rows.outbox_key(parts[pk - 1], effects + at)) for at, pk in enumerate(side_by_side)]
+            statements: list[tuple[str, list[Row]]] = []
+            if settled:
+                statements.append((DELETE_OUTBOX, settled))
+            if step == 0:
+                heads: list[Row] = [(rows.correlation_key(pk), bytes(rows.HEAD_BYTES), stamp) for pk in side_by_side]
+                statements.append((INSERT_CORRELATION, sorted(heads)))
+                values = bytes(rows.STATE_BYTES[0])
+                statements.append((INSERT_STATE, [(rows.state_key(pk), values, stamp) for pk in side_by_side]))
+                statements.append(
+                    (INSERT_INDEX, [(rows.index_key(pk, b"running"), b"", stamp) for pk in side_by_side])
+                )
+            else:
+                values = bytes(rows.STATE_BYTES[step])
+                statements.append(
+                    (
+                        UPDATE_STATE,
+                        [(values, stamp, rows.state_key(pk), stamp_of_state[pk]) for pk in side_by_side],
+                    )
+                )
+            if step == 2:
+                statements.append((DELETE_INDEX, [(rows.index_key(pk, b"running"),) for pk in side_by_side]))
+                statements.append(
+                    (INSERT_INDEX, [(rows.index_key(pk, b"completed"), b"", stamp) for pk in side_by_side])
+                )
+            value = bytes(rows.TRANSITION_BYTES[step])
+            statements.append(
+                (INSERT_TRANSITION, [(rows.transition_key(pk, step + 1), value, stamp) for pk in side_by_side])
+            )
+            value = bytes(rows.DEDUPE_BYTES)
+            statements.append((INSERT_DEDUPE, [(rows.dedupe_key(pk, step + 1), value, stamp) for pk in side_by_side]))
+            value = bytes(rows.EFFECT_BYTES[step])
+            statements.append((INSERT_OUTBOX, sorted((key, value, stamp) for _, key in numbered)))
+            statements.append((INSERT_FEED, [(rows.feed_key(events), feed_value, stamp)]))
+            reserved = ((len(side_by_side), "c:outbox"), (rows.EVENTS[step] * len(side_by_side), "c:feed"))
+            batches.append(_batch(reserved, statements, messages=len(side_by_side)))
+            stamp_of_state.update(dict.fromkeys(side_by_side, stamp))
+            settled = sorted((key,) for _, key in numbered)
+            effects += len(side_by_side)
+            events += rows.EVENTS[step] * len(side_by_side)
+    if settled:
+        batches.append(_batch((), [(DELETE_OUTBOX, settled)], messages=0))
+    return batches
+
+
+def _batch(
+    reserved: tuple[tuple[int, str], ...], statements: Sequence[tuple[str, list[Row]]], *, messages: int
+) -> Batch:
+    written = sum(len(bindings) for _, bindings in statements)
+    return Batch(reserved, tuple(statements), 1 + len(reserved) + written, messages)
+
+
+def run(connection: apsw.Connection, batches: Sequence[Batch]) -> float:
+    """Commits all batches; the seconds it took."""
+    cursor = connection.cursor()
+    began = time.perf_counter()
+    for batch in batches:
+        commit(connection, cursor, batch)
+    return time.perf_counter() - began
+
+
+def run_timed(connection: apsw.Connection, batches: Sequence[Batch]) -> list[float]:
+    """Commits all batches; the seconds that each took."""
+    cursor = connection.cursor()
+    seconds: list[float] = []
+    for batch in batches:
+        began = time.perf_counter()
+        commit(connection, cursor, batch)
+        seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+def commit(connection: apsw.Connection, cursor: apsw.Cursor, batch: Batch) -> None:
+    execute, executemany = cursor.execute, cursor.executemany
+    execute("BEGIN IMMEDIATE")
+    changes = connection.total_changes()
+    if execute(_CHECK_LEASE, (b"\x11\x00",)).fetchall() != [(1,)]:
+        raise RuntimeError("the lease is lost")
+    execute(_NEXT_VERSIONSTAMP)
+    for reserved in batch.reserved:
+        execute(_RESERVE, reserved)
+    for statement, bindings in batch.statements:
+        if len(bindings) == 1:
+            execute(statement, bindings[0])
+        else:
+            executemany(statement, bindings)
+    if connection.total_changes() - changes != batch.changes:
+        raise RuntimeError("a row was not where it was expected")
+    execute("COMMIT")
+
+
+def _main() -> None:
+    path = Path(sys.argv[1])
+    orders = int(sys.argv[2]) if len(sys.argv) > 2 else 4_000
+    batch = int(sys.argv[3]) if len(sys.argv) > 3 else 64
+    batches = prepared(orders, batch)
+    seconds = run(connect(path), batches)
+    print(f"{3 * orders / seconds:.0f} messages/s in batches of {batch}")
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,28 @@
+"""Serves the demo sagas and their payments service: `NETSCRIPT_SAGA_STORE=kv python -m examples.serve`.
+
+The sagas are in `sagaloom.demo`; `sagaloom serve MODULE` serves yours the same way. PORT, NETSCRIPT_SAGA_KV_PATH,
+SAGALOOM_TOKEN, PAYMENTS_PORT and FAIL_FIRST are read from the environment.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from sagaloom.cli.demo import serve_demo
+from sagaloom.discovery import load_appsettings, resolve_saga_store_backend
+from sagaloom.errors import ConfigurationError, SagasError
+from sagaloom.settings import DEFAULT_KV_PATH, load_settings
+
+
+def main() -> None:
+    settings = load_settings()
+    if resolve_saga_store_backend(appsettings=load_appsettings()) != "kv":
+        raise ConfigurationError("the demo keeps its sagas in a file: set NETSCRIPT_SAGA_STORE=kv")
+    serve_demo(settings, kv_path=settings.kv_path or DEFAULT_KV_PATH)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except SagasError as error:
+        sys.exit(f"error: {error.message}")

@@ -1,0 +1,370 @@
+"""The saga store as plain dicts: what every other store is compared with.
+
+The rules of `sagaloom.ports.store`, written down so that one can see at a glance that they hold; nothing is fast, and
+nothing survives the process. One unit after the other is looked at, then written.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from datetime import datetime
+
+import msgspec
+
+from sagaloom.definitions import SagaDurabilityTier
+from sagaloom.engine.records import (
+    DeadLetter,
+    Envelope,
+    FeedEvent,
+    Head,
+    HistoryEntry,
+    Instance,
+    Mark,
+    OutboxEffect,
+    PendingTimer,
+    Timer,
+)
+from sagaloom.errors import BackendUnavailable, Fenced, MessageRejected
+from sagaloom.ids import key_hash, partition_of
+from sagaloom.ports.store import (
+    CommitResult,
+    Conflict,
+    InboxRow,
+    InstanceFilter,
+    Lease,
+    Loaded,
+    OutboxRow,
+    RegisteredDefinition,
+    RowRef,
+    UnitOfWork,
+)
+
+__all__ = ["MemoryStore"]
+
+
+class MemoryStore:
+    """A `SagaStore` in memory, for tests. Its contents are public: look at them, compare them.
+
+    >>> import asyncio
+    >>> async def example() -> int:
+    ...     return len(await MemoryStore().definitions())
+    >>> asyncio.run(example())
+    0
+    """
+
+    def __init__(self) -> None:
+        self.heads: dict[tuple[str, str], Head] = {}
+        self.instances_by_run: dict[tuple[int, int], Instance] = {}
+        self.entries: dict[tuple[int, int], list[HistoryEntry]] = {}
+        self.marks_by_key: dict[tuple[int, str], Mark] = {}
+        self.inbox: dict[RowRef, Envelope] = {}
+        self.outbox: dict[RowRef, OutboxEffect] = {}
+        self.timers_by_place: dict[tuple[datetime, str], Timer] = {}
+        self.dead_letters_by_id: dict[str, DeadLetter] = {}
+        self.events: list[FeedEvent] = []
+        self.definitions_by_id: dict[str, RegisteredDefinition] = {}
+        self.lease: Lease | None = None
+        self._epoch = 0
+        self._last_pk = 0
+        self._last_inbox = 0
+        self._last_outbox = 0
+        self._store_id = uuid.uuid4().hex
+        self._is_closed = False
+
+    @property
+    def id(self) -> str:
+        return "memory-saga-store"
+
+    @property
+    def store_id(self) -> str:
+        return self._store_id
+
+    @property
+    def tiers(self) -> frozenset[SagaDurabilityTier]:
+        return frozenset({"t1", "t2"})
+
+    @property
+    def problem(self) -> str | None:
+        return "the store is closed" if self._is_closed else None
+
+    async def acquire(self, holder: str, *, now: datetime) -> Lease:
+        self._refuse_if_closed()
+        self._epoch += 1
+        self.lease = Lease(holder, self._epoch)
+        return self.lease
+
+    async def release(self, lease: Lease) -> None:
+        if self.lease == lease:
+            self.lease = None
+
+    async def reserve_pks(self, count: int) -> int:
+        self._refuse_if_closed()
+        first = self._last_pk + 1
+        self._last_pk += count
+        return first
+
+    async def probe(self) -> None:
+        self._refuse_if_closed()
+
+    async def close(self) -> None:
+        self._is_closed = True
+
+    # -- writing --------------------------------------------------------------------------------------------------
+
+    async def commit(self, units: Sequence[UnitOfWork], *, lease: Lease) -> CommitResult:
+        self._refuse_if_closed()
+        if lease != self.lease:
+            raise Fenced(f"the lease of {lease.holder!r} (epoch {lease.epoch}) is over, now: {self.lease}")
+        conflicts: dict[int, Conflict] = {}
+        unwritten_pks: set[int] = set()
+        before = self._last_inbox, self._last_outbox, len(self.events)
+        for index, unit in enumerate(units):
+            pk = unit.instance.pk if unit.instance else unit.head.pk if unit.head else unit.mark_pk
+            conflict = self._why_refused(unit)
+            if conflict is None and pk and pk in unwritten_pks:
+                conflict = Conflict("revision", "an earlier unit of this instance was not written")
+            if conflict is None:
+                conflict = self._why_conflicting(unit)
+            if conflict is None:
+                self._write(unit)
+            else:
+                conflicts[index] = conflict
+                unwritten_pks.add(pk)
+        after = self._last_inbox, self._last_outbox, len(self.events)
+        bases = [first + 1 if last > first else 0 for first, last in zip(before, after, strict=True)]
+        return CommitResult(conflicts, *bases)
+
+    def _why_refused(self, unit: UnitOfWork) -> Conflict | None:
+        try:
+            msgspec.msgpack.encode(unit)
+        except (TypeError, ValueError, OverflowError) as error:
+            return Conflict("refused", f"cannot be encoded: {error}")
+        if unit.instance is None:
+            return None if unit.entry is None else Conflict("refused", "an entry without its instance")
+        revision, entries = unit.revision_before or 0, unit.entries_before
+        is_next_revision = unit.instance.revision == revision + 1 and unit.instance.entries >= entries
+        is_more_history = unit.instance.revision == revision and unit.instance.entries > entries
+        if not is_next_revision and not is_more_history:
+            return Conflict("refused", f"no step leads from {revision} to {unit.instance.revision}")
+        if unit.entry is not None and not entries < unit.entry.entry_no <= unit.instance.entries:
+            return Conflict("refused", f"entry {unit.entry.entry_no} is none of the next")
+        return None
+
+    def _why_conflicting(self, unit: UnitOfWork) -> Conflict | None:
+        if unit.instance is not None:
+            stored = self.instances_by_run.get((unit.instance.pk, unit.instance.run))
+            if unit.revision_before is None:
+                fits = stored is None
+            else:
+                expected = (unit.revision_before, unit.entries_before)
+                fits = stored is not None and (stored.revision, stored.entries) == expected
+            if not fits:
+                return Conflict("revision", f"stored is {stored}")
+        if unit.head is not None and self.heads.get((unit.head.saga_id, unit.head.key)) != unit.head_before:
+            return Conflict("revision", "another head is stored")
+        if unit.mark is not None:
+            place = (unit.mark_pk, unit.mark.dedupe_key)
+            if place in self.marks_by_key and place != unit.unmark:
+                return Conflict("mark", unit.mark.dedupe_key)
+        if unit.inbox_update is not None and unit.inbox_update.ref not in self.inbox:
+            return Conflict("gone", str(unit.inbox_update.ref))
+        if unit.inbox_done is not None and unit.inbox_done not in self.inbox:
+            return Conflict("gone", str(unit.inbox_done))
+        if unit.outbox_update is not None and unit.outbox_update.ref not in self.outbox:
+            return Conflict("gone", str(unit.outbox_update.ref))
+        if unit.outbox_done is not None and unit.outbox_done not in self.outbox:
+            return Conflict("gone", str(unit.outbox_done))
+        if unit.timer_done is not None and _place(unit.timer_done) not in self.timers_by_place:
+            return Conflict("gone", unit.timer_done.id)
+        if unit.dead_letter_done is not None and unit.dead_letter_done not in self.dead_letters_by_id:
+            return Conflict("gone", unit.dead_letter_done)
+        return None
+
+    def _write(self, unit: UnitOfWork) -> None:
+        if unit.instance is not None:
+            run = (unit.instance.pk, unit.instance.run)
+            self.instances_by_run[run] = unit.instance
+            if unit.entry is not None:
+                self.entries.setdefault(run, []).append(unit.entry)
+        if unit.head is not None:
+            self.heads[unit.head.saga_id, unit.head.key] = unit.head
+        if unit.unmark is not None:
+            self.marks_by_key.pop(unit.unmark, None)
+        if unit.mark is not None:
+            self.marks_by_key[unit.mark_pk, unit.mark.dedupe_key] = unit.mark
+
+        if unit.inbox_update is not None:
+            self.inbox[unit.inbox_update.ref] = unit.inbox_update.envelope
+        if unit.inbox_done is not None:
+            del self.inbox[unit.inbox_done]
+        for envelope in unit.inbox_add:
+            self._last_inbox += 1
+            self.inbox[RowRef(partition_of(key_hash(envelope.saga_id, envelope.key)), self._last_inbox)] = envelope
+
+        if unit.outbox_update is not None:
+            self.outbox[unit.outbox_update.ref] = unit.outbox_update.effect
+        if unit.outbox_done is not None:
+            del self.outbox[unit.outbox_done]
+        for effect in unit.outbox_add:
+            self._last_outbox += 1
+            self.outbox[RowRef(unit.part, self._last_outbox)] = effect
+
+        if unit.timer_done is not None:
+            del self.timers_by_place[_place(unit.timer_done)]
+        for pending in unit.timers_remove:
+            self.timers_by_place.pop(_place(pending), None)
+        for timer in unit.timers_add:
+            self.timers_by_place[_place(timer)] = timer
+
+        if unit.dead_letter_done is not None:
+            del self.dead_letters_by_id[unit.dead_letter_done]
+        for letter in unit.dead_letters_add:
+            self.dead_letters_by_id[letter.id] = letter
+
+        self.events.extend(unit.events)
+
+    # -- what the runtime reads -----------------------------------------------------------------------------------
+
+    async def load(self, keys: Sequence[tuple[str, str]]) -> list[Loaded]:
+        heads = [self.heads.get(key) for key in keys]
+        return [Loaded(head, self.instances_by_run.get((head.pk, head.run)) if head else None) for head in heads]
+
+    async def load_run(self, saga_id: str, key: str, run: int) -> Instance | None:
+        head = self.heads.get((saga_id, key))
+        return self.instances_by_run.get((head.pk, run)) if head else None
+
+    async def marks(self, wanted: Sequence[tuple[int, str]]) -> list[Mark | None]:
+        return [self.marks_by_key.get(place) for place in wanted]
+
+    async def inbox_page(self, *, after: RowRef | None, limit: int) -> list[InboxRow]:
+        rows = [InboxRow(ref, self.inbox[ref]) for ref in sorted(self.inbox) if after is None or ref > after]
+        return rows[:limit]
+
+    async def inbox_rows(self, refs: Sequence[RowRef]) -> list[Envelope | None]:
+        return [self.inbox.get(ref) for ref in refs]
+
+    async def outbox_page(self, *, after: RowRef | None, limit: int) -> list[OutboxRow]:
+        rows = [OutboxRow(ref, self.outbox[ref]) for ref in sorted(self.outbox) if after is None or ref > after]
+        return rows[:limit]
+
+    async def outbox_rows(self, refs: Sequence[RowRef]) -> list[OutboxEffect | None]:
+        return [self.outbox.get(ref) for ref in refs]
+
+    async def timers(
+        self, *, due_by: datetime | None = None, after: PendingTimer | None = None, limit: int = 100
+    ) -> list[Timer]:
+        timers = [
+            timer
+            for place, timer in sorted(self.timers_by_place.items())
+            if (due_by is None or timer.due_at <= due_by) and (after is None or place > _place(after))
+        ]
+        return timers[:limit]
+
+    # -- what people read -----------------------------------------------------------------------------------------
+
+    async def instances(
+        self, wanted: InstanceFilter, *, limit: int, offset: int = 0, cursor: str | None = None
+    ) -> tuple[list[Instance], str | None]:
+        found = self._listed(wanted)
+        if cursor is not None:
+            found = [instance for instance in found if _rank(instance) < _from_cursor(cursor)]
+        page = found[offset : offset + limit]
+        has_more = len(found) > offset + limit
+        return page, _to_cursor(page[-1]) if page and has_more else None
+
+    async def count_instances(self, wanted: InstanceFilter, *, limit: int = 10_000) -> int:
+        return min(len(self._listed(wanted)), limit)
+
+    def _listed(self, wanted: InstanceFilter) -> list[Instance]:
+        waiting = [_pending(head) for head in self.heads.values() if head.awaits_start and head.run == 0]
+        found = [instance for instance in (*self.instances_by_run.values(), *waiting) if _is_wanted(instance, wanted)]
+        return sorted(found, key=_rank, reverse=True)
+
+    async def runs(self, saga_id: str, key: str) -> list[Instance]:
+        head = self.heads.get((saga_id, key))
+        found = [instance for (pk, _), instance in self.instances_by_run.items() if head and pk == head.pk]
+        return sorted(found, key=lambda instance: instance.run, reverse=True)
+
+    async def history(self, instance: Instance, *, after_entry: int = 0, limit: int = 50) -> list[HistoryEntry]:
+        entries = self.entries.get((instance.pk, instance.run), [])
+        return [entry for entry in entries if entry.entry_no > after_entry][:limit]
+
+    async def dead_letters(
+        self, *, saga_id: str | None = None, key: str | None = None, after: str | None = None, limit: int = 50
+    ) -> list[DeadLetter]:
+        found = [
+            letter
+            for letter_id, letter in sorted(self.dead_letters_by_id.items(), reverse=True)
+            if (saga_id is None or letter.saga_id == saga_id)
+            and (key is None or letter.key == key)
+            and (after is None or letter_id < after)
+        ]
+        return found[:limit]
+
+    async def dead_letter(self, dead_letter_id: str) -> DeadLetter | None:
+        return self.dead_letters_by_id.get(dead_letter_id)
+
+    async def feed(self, *, after: int, limit: int) -> list[tuple[int, FeedEvent]]:
+        return [(number, event) for number, event in enumerate(self.events, 1) if number > after][:limit]
+
+    async def feed_bounds(self) -> tuple[int, int]:
+        return 1, len(self.events)
+
+    async def put_definitions(self, definitions: Sequence[RegisteredDefinition]) -> None:
+        self._refuse_if_closed()
+        for definition in definitions:
+            self.definitions_by_id[definition.saga_id] = definition
+
+    async def definitions(self) -> list[RegisteredDefinition]:
+        return [definition for _, definition in sorted(self.definitions_by_id.items())]
+
+    def _refuse_if_closed(self) -> None:
+        if self._is_closed:
+            raise BackendUnavailable("the memory store is closed: make another one", retryable=False)
+
+
+def _place(timer: Timer | PendingTimer) -> tuple[datetime, str]:
+    return timer.due_at, timer.id
+
+
+def _rank(instance: Instance) -> tuple[datetime, int, int]:
+    return instance.created_at, instance.pk, instance.run
+
+
+def _is_wanted(instance: Instance, wanted: InstanceFilter) -> bool:
+    return (
+        (not wanted.saga_ids or instance.saga_id in wanted.saga_ids)
+        and (not wanted.statuses or instance.status in wanted.statuses)
+        and instance.key.startswith(wanted.key_prefix)
+        and (wanted.created_after is None or instance.created_at >= wanted.created_after)
+        and (wanted.created_before is None or instance.created_at < wanted.created_before)
+    )
+
+
+def _pending(head: Head) -> Instance:
+    return Instance(
+        saga_id=head.saga_id,
+        key=head.key,
+        pk=head.pk,
+        run=0,
+        status="pending",
+        revision=0,
+        state=b"null",
+        def_version=0,
+        tier="t1",
+        created_at=head.created_at,
+        updated_at=head.created_at,
+    )
+
+
+def _to_cursor(instance: Instance) -> str:
+    return f"{instance.created_at.isoformat()} {instance.pk} {instance.run}"
+
+
+def _from_cursor(cursor: str) -> tuple[datetime, int, int]:
+    try:
+        created_at, pk, run = cursor.split(" ")
+        return datetime.fromisoformat(created_at), int(pk), int(run)
+    except ValueError as error:
+        raise MessageRejected(f"{cursor!r} is no cursor of this listing") from error

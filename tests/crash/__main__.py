@@ -1,0 +1,121 @@
+"""Kills workers, and counts what was lost: `python -m tests.crash`, or `make crash`.
+
+    KILLS      how many workers are killed (100): each named step at least once, the rest at random
+    MESSAGES   how many messages are published (10000), three to an order
+    SEED       repeats a run's choices; the timing of processes stays the machine's own
+    PROCESSES  how many workers share the store; the embedded store has one
+
+Exits with 0 when nothing was lost, duplicated or stuck and every invariant held, else with 1.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from sagaloom.testing.faults import STEPS
+from tests.crash.driver import RANDOM, CrashRun, Report, plan_kills
+from tests.crash.power import PowerReport, PowerRun, plan_power_losses
+from tests.crash.story import orders
+
+
+def main() -> int:
+    kills, messages = _number("KILLS", 100), _number("MESSAGES", 10_000)
+    seed = _number("SEED", random.SystemRandom().randrange(1_000_000))
+    if _number("PROCESSES", 1) != 1:
+        print("PROCESSES: the embedded store has one worker at a time, so only PROCESSES=1 can be run", file=sys.stderr)
+        return 2
+    # SIGTERM ends the run as Ctrl-C does: through the code that ends every process.
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+    try:
+        with tempfile.TemporaryDirectory(prefix="sagaloom-crash-") as directory:
+            return asyncio.run(_run(Path(directory), kills=kills, messages=messages, seed=seed))
+    except KeyboardInterrupt:
+        print("interrupted; every process was ended", file=sys.stderr)
+        return 130
+
+
+async def _run(directory: Path, *, kills: int, messages: int, seed: int) -> int:
+    print(f"SEED={seed}; the same choices again: make crash KILLS={kills} MESSAGES={messages} SEED={seed}", flush=True)
+    rng = random.Random(seed)
+    plan = plan_kills(kills, rng)
+    print(f"kill -9: {len(plan)} kills, {messages} messages", flush=True)
+    killed = await CrashRun(
+        directory, orders=orders(messages, rng), kills=plan, rng=rng, tell=lambda line: print(line, flush=True)
+    ).run()
+    _print_kills(killed)
+    losses = plan_power_losses(max(kills // 3, 1), rng)
+    print(f"\npower loss: {len(losses)} times, {messages // 5} messages", flush=True)
+    powerless = await PowerRun(
+        directory,
+        orders=orders(messages // 5, rng, prefix="p"),
+        losses=losses,
+        rng=rng,
+        tell=lambda line: print(line, flush=True),
+    ).run()
+    _print_losses(powerless)
+    is_clean = killed.verdict.is_clean and powerless.verdict.is_clean
+    if not is_clean:
+        _keep(directory)
+    return 0 if is_clean else 1
+
+
+def _print_kills(report: Report) -> None:
+    restarts = sorted(report.restart_seconds)
+    _table("killed", report.kills, [*STEPS, RANDOM])
+    print(
+        f"{report.seconds:.1f} s; restart {restarts[len(restarts) // 2] * 1000:.0f} ms (median), "
+        f"{restarts[-1] * 1000:.0f} ms (slowest); {report.cut_answers} answers cut off, "
+        f"{report.duplicates_sent} duplicates sent"
+    )
+    verdict = report.verdict
+    print(
+        f"kills={report.kills.total()} messages={report.messages} lost={len(verdict.lost)} "
+        f"duplicated={len(verdict.duplicated)} stuck={len(verdict.stuck)} repeats={verdict.repeats}"
+    )
+    print("\n".join(verdict.lines()), flush=True)
+
+
+def _print_losses(report: PowerReport) -> None:
+    _table("power lost", report.losses, list(report.losses))
+    verdict = report.verdict
+    print(f"{report.seconds:.1f} s; {report.forgotten} unacknowledged messages were gone and were sent again")
+    print(
+        f"power_losses={report.losses.total()} messages={report.messages} lost={len(verdict.lost)} "
+        f"duplicated={len(verdict.duplicated)} stuck={len(verdict.stuck)} repeats={verdict.repeats}"
+    )
+    print("\n".join(verdict.lines()), flush=True)
+
+
+def _table(what: str, counted: dict[str, int], rows: list[str]) -> None:
+    width = max(map(len, [*rows, "step"])) + 2
+    print(f"\n{'step':<{width}}{what}")
+    for row in rows:
+        print(f"{row:<{width}}{counted.get(row, 0):>{len(what)}}")
+
+
+def _keep(directory: Path) -> None:
+    """Leaves what a failed run wrote for whoever wants to know why."""
+    kept = Path(tempfile.gettempdir()) / f"sagaloom-crash-kept-{int(time.time())}"
+    directory.rename(kept)
+    directory.mkdir()
+    print(f"the store, the worker's log and the receiver's log are in {kept}", file=sys.stderr)
+
+
+def _number(name: str, default: int) -> int:
+    given = os.environ.get(name, "").strip()
+    if not given:
+        return default
+    if not given.isdigit() or int(given) < 1:
+        raise SystemExit(f"{name}={given!r} is no number above 0")
+    return int(given)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

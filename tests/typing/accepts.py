@@ -1,0 +1,190 @@
+"""Sagas that are right. Both checkers accept every line, and infer the types that are asserted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypedDict, assert_type
+
+import attrs
+import msgspec
+import pydantic
+
+from sagaloom import (
+    ALL_STEPS,
+    CascadedMessage,
+    QueryDefinition,
+    RetryPolicy,
+    Saga,
+    SagaBuilder,
+    SagaContext,
+    SagaDefinition,
+    SagaMessage,
+    SagaState,
+    SagaWithHandlers,
+    SagaWithState,
+    define_query,
+    define_saga,
+    define_signal,
+    saga_compensate,
+    saga_complete,
+    saga_fail,
+    schedule,
+    send,
+    spawn,
+)
+from sagaloom.config import define_saga_config
+
+
+@dataclass(frozen=True)
+class Order:
+    status: str = "new"
+    paid: int = 0
+
+
+class OrderDict(TypedDict):
+    status: str
+
+
+class OrderStruct(msgspec.Struct):
+    status: str = "new"
+
+
+@attrs.frozen
+class OrderAttrs:
+    status: str = "new"
+
+
+class OrderModel(pydantic.BaseModel):
+    status: str = "new"
+
+
+@dataclass(frozen=True)
+class OrderPlaced:
+    order_id: str
+
+
+class PaymentCaptured(TypedDict):
+    order_id: str
+    payment_id: str
+
+
+class Shipped(msgspec.Struct):
+    order_id: str
+
+
+class Cancelled(pydantic.BaseModel):
+    reason: str
+
+
+# Every way to declare a state is inferred.
+draft = define_saga("order")
+assert_type(draft.state({"status": "new"}), SagaWithState[dict[str, Any]])
+assert_type(draft.state({}), SagaWithState[dict[str, Any]])
+assert_type(draft.state(Order()), SagaWithState[Order])
+assert_type(draft.state(OrderStruct()), SagaWithState[OrderStruct])
+assert_type(draft.state(OrderAttrs()), SagaWithState[OrderAttrs])
+assert_type(draft.state(OrderModel()), SagaWithState[OrderModel])
+assert_type(draft.state(OrderDict(status="new")), SagaWithState[OrderDict])
+assert_type(draft.state({"status": "new"}, type=OrderDict), SagaWithState[OrderDict])
+
+
+# Handlers with full annotations, over a class, a wire type, and a wire type with a payload.
+def placed(saga: Saga[Order], event: SagaMessage[OrderPlaced], context: SagaContext[Order]) -> list[CascadedMessage]:
+    assert_type(event.payload.order_id, str)
+    saga.state = replace(saga.state, status="placed")
+    return [send({"kind": "service", "id": "payments"}, {"orderId": event.payload.order_id}, {})]
+
+
+def captured(
+    saga: Saga[Order], event: SagaMessage[PaymentCaptured], context: SagaContext[Order]
+) -> Sequence[CascadedMessage]:
+    assert_type(event.payload["payment_id"], str)
+    return []
+
+
+def anything(saga: Saga[Order], event: SagaMessage[Any], context: SagaContext[Order]) -> tuple[CascadedMessage, ...]:
+    return (saga_complete(), saga_fail("no"), saga_compensate(ALL_STEPS), saga_compensate(event, "why"))
+
+
+def shipped(saga: Saga[Order], event: SagaMessage[Shipped], context: SagaContext[Order]) -> list[CascadedMessage]:
+    return [schedule(Shipped(order_id="o-1"), "5m"), spawn("child", {"a": 1}, {"idempotency_key": "k"})]
+
+
+def cancelled(saga: Saga[Order], event: SagaMessage[Cancelled], context: SagaContext[Order]) -> list[CascadedMessage]:
+    return [saga_fail(event.payload.reason)]
+
+
+def rule(message: SagaMessage[OrderPlaced]) -> str | None:
+    return message.payload.order_id
+
+
+def general_rule(message: SagaMessage[Any]) -> str | None:
+    return message.correlation_key
+
+
+def from_version_1(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {**state, "paid": 0}
+
+
+class Handler:
+    def __call__(
+        self, saga: Saga[Order], event: SagaMessage[OrderPlaced], context: SagaContext[Order]
+    ) -> list[CascadedMessage]:
+        return []
+
+
+full = (
+    define_saga("order")
+    .durability("t2")
+    .correlate(general_rule)
+    .correlate(OrderPlaced, rule)
+    .correlate("PaymentCaptured", lambda message: str(message.payload["order_id"]))
+    .retry(RetryPolicy(maximum_attempts=3))
+    .reuse("new_run")
+    .singleton()
+    .version(2, migrate={1: from_version_1})
+    .state(Order())
+    .invariant("paid is not negative", lambda state: state.paid >= 0)
+    .on(OrderPlaced, placed)
+    .on(PaymentCaptured, captured, starts=False, on_missing="discard")
+    .on("Anything", anything)
+    .on("Shipment", shipped, payload=Shipped)
+    .on(Cancelled, cancelled)
+    .compensate(OrderPlaced, placed)
+    .compensate("Anything", anything)
+    .compensate("Shipment", shipped, payload=Shipped)
+)
+assert_type(full, SagaWithHandlers[Order])
+assert_type(full.build(), SagaDefinition[Order])
+stage: SagaBuilder = full
+entry = define_saga_config("order", "sagas/order.py").tags("a", "b").tags(["c"]).timeout("5m").retry(3).build()
+
+# Lambdas and callable objects; their parameters are inferred.
+draft.state(Order()).on(OrderPlaced, Handler()).build()
+draft.state(Order()).on(OrderPlaced, lambda saga, event, context: [saga_complete(event.payload.order_id)]).build()
+draft.state({"n": 0}).on("Tick", lambda saga, event, context: [saga_complete(saga.state["n"])]).build()
+
+
+# An untyped state is changed in place.
+def counted(saga: Saga[SagaState], event: SagaMessage[Any], context: SagaContext[SagaState]) -> list[CascadedMessage]:
+    saga.state["n"] = 1
+    return []
+
+
+draft.state({"n": 0}).on("Tick", counted).build()
+
+# Signals and queries.
+approve = define_signal("approve", OrderPlaced)
+progress = define_query("progress", int)
+assert_type(progress, QueryDefinition[int])
+with_state = draft.state(Order())
+
+
+def with_signals_and_queries() -> SagaWithState[Order]:
+    return (
+        with_state.on_signal(approve, placed)
+        .on_query(progress, lambda state: state.paid)
+        .on_query(define_query("all"), lambda state: {"status": state.status, "paid": [state.paid]})
+        .on_update(approve, placed)
+    )
