@@ -22,7 +22,27 @@ import apsw
 
 from bench.bare import rows
 
-__all__ = ["Batch", "connect", "prepared", "run", "run_timed"]
+__all__ = [
+    "DELETE_INBOX",
+    "DELETE_INDEX",
+    "DELETE_OUTBOX",
+    "INSERT_CORRELATION",
+    "INSERT_DEDUPE",
+    "INSERT_FEED",
+    "INSERT_INBOX",
+    "INSERT_INDEX",
+    "INSERT_OUTBOX",
+    "INSERT_STATE",
+    "INSERT_TRANSITION",
+    "UPDATE_STATE",
+    "Batch",
+    "Row",
+    "commit",
+    "connect",
+    "prepared",
+    "run",
+    "run_timed",
+]
 
 Row = tuple[Any, ...]
 
@@ -45,12 +65,16 @@ _RESERVE = "UPDATE kv_counter SET n = n + ? WHERE name = ?"
 
 
 class Batch(NamedTuple):
-    """One commit. `reserved` counts the numbers it takes of (inbox, outbox, feed)."""
+    """One commit: how many numbers it takes of which counters, its rows by statement, and how many rows that changes."""
 
     reserved: tuple[tuple[int, str], ...]
     statements: tuple[tuple[str, list[Row]], ...]
     changes: int
-    messages: int
+
+    @staticmethod
+    def of(reserved: tuple[tuple[int, str], ...], statements: Sequence[tuple[str, list[Row]]]) -> Batch:
+        written = sum(len(bindings) for _, bindings in statements)
+        return Batch(reserved, tuple(statements), 1 + len(reserved) + written)
 
 
 def connect(path: Path) -> apsw.Connection:
@@ -125,21 +149,14 @@ def prepared(orders: int, batch: int) -> list[Batch]:
             statements.append((INSERT_OUTBOX, sorted((key, value, stamp) for _, key in numbered)))
             statements.append((INSERT_FEED, [(rows.feed_key(events), feed_value, stamp)]))
             reserved = ((len(side_by_side), "c:outbox"), (rows.EVENTS[step] * len(side_by_side), "c:feed"))
-            batches.append(_batch(reserved, statements, messages=len(side_by_side)))
+            batches.append(Batch.of(reserved, statements))
             stamp_of_state.update(dict.fromkeys(side_by_side, stamp))
             settled = sorted((key,) for _, key in numbered)
             effects += len(side_by_side)
             events += rows.EVENTS[step] * len(side_by_side)
     if settled:
-        batches.append(_batch((), [(DELETE_OUTBOX, settled)], messages=0))
+        batches.append(Batch.of((), [(DELETE_OUTBOX, settled)]))
     return batches
-
-
-def _batch(
-    reserved: tuple[tuple[int, str], ...], statements: Sequence[tuple[str, list[Row]]], *, messages: int
-) -> Batch:
-    written = sum(len(bindings) for _, bindings in statements)
-    return Batch(reserved, tuple(statements), 1 + len(reserved) + written, messages)
 
 
 def run(connection: apsw.Connection, batches: Sequence[Batch]) -> float:
@@ -163,6 +180,7 @@ def run_timed(connection: apsw.Connection, batches: Sequence[Batch]) -> list[flo
 
 
 def commit(connection: apsw.Connection, cursor: apsw.Cursor, batch: Batch) -> None:
+    """One transaction, durable when this returns."""
     execute, executemany = cursor.execute, cursor.executemany
     execute("BEGIN IMMEDIATE")
     changes = connection.total_changes()

@@ -120,11 +120,17 @@ def is_declared_class(declared: object) -> bool:
     >>> is_declared_class(dict)
     False
     """
-    return isinstance(declared, type) and (
+    return isinstance(declared, type) and _declares_fields(declared)
+
+
+# Asked for every message and result, and always with the same answer for one class.
+@functools.lru_cache(maxsize=4096)
+def _declares_fields(declared: type) -> bool:
+    return (
         hasattr(declared, "__struct_fields__")
         or hasattr(declared, "__dataclass_fields__")
         or hasattr(declared, "__attrs_attrs__")
-        or typing.is_typeddict(declared)
+        or hasattr(declared, "__required_keys__")  # a TypedDict, of typing or of typing_extensions
         or _is_pydantic(declared)
     )
 

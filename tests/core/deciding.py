@@ -24,7 +24,7 @@ def nothing(saga: Slot, event: Event, context: Context) -> Effects:
     return []
 
 
-def returning(*effects: CascadedMessage) -> Any:
+def returning(*effects: object) -> Any:
     """A handler that returns these effects, whatever comes."""
     return lambda saga, event, context: list(effects)
 
@@ -46,7 +46,9 @@ def saga_with(handler: Any, *, compensation: Any = None, saga_id: str = "s") -> 
     return stage.build()
 
 
-def envelope(message_type: str, payload: object = None, *, saga_id: str = "s", key: str = "k", **fields: Any) -> Envelope:
+def envelope(
+    message_type: str, payload: object = None, *, saga_id: str = "s", key: str = "k", **fields: Any
+) -> Envelope:
     """A message that was addressed already."""
     fields.setdefault("id", f"id-of-{message_type}")
     encoded = payload if isinstance(payload, bytes) else msgspec.json.encode({} if payload is None else payload)
@@ -79,7 +81,12 @@ def begun(definition: SagaDefinition[Any], payload: object = None, **fields: Any
     return decision.instance
 
 
-def gone(definition: SagaDefinition[Any], *, limits: Limits = Limits(), payload: object = None) -> Decision:  # noqa: B008
+def gone(
+    definition: SagaDefinition[Any],
+    *,
+    limits: Limits = Limits(),  # noqa: B008 - frozen
+    payload: object = None,
+) -> Decision:
     """What `Go` does to an instance that was begun."""
     return decided(definition, envelope("Go", payload, saga_id=definition.id), begun(definition), limits=limits)
 

@@ -169,7 +169,9 @@ def test_a_bound_message_never_opens_a_run() -> None:
 
 
 def _not_starting(on_missing: Any) -> SagaDefinition[Any]:
-    return define_saga("s").state({}).on("Begin", nothing).on("Go", nothing, starts=False, on_missing=on_missing).build()
+    return (
+        define_saga("s").state({}).on("Begin", nothing).on("Go", nothing, starts=False, on_missing=on_missing).build()
+    )
 
 
 def test_a_message_that_may_not_start_and_finds_no_instance_is_a_dead_letter() -> None:
@@ -392,25 +394,29 @@ def test_a_state_above_the_limit_is_a_dead_letter() -> None:
 # --- What a handler may return ---------------------------------------------------------------------------------------
 
 
-async def _asynchronous(saga: Slot, event: Event, context: Context) -> Effects:
-    return []
+def test_a_coroutine_is_a_dead_letter_and_is_closed() -> None:
+    async def asynchronous() -> Effects:
+        return []
+
+    decision = gone(saga_with(lambda saga, event, context: asynchronous()))
+
+    assert "its handler for 'Go' returned a coroutine: handlers are synchronous" in refusal(decision)
 
 
 @pytest.mark.parametrize(
-    ("handler", "came_back"),
+    ("returned", "came_back"),
     [
-        (lambda saga, event, context: _asynchronous(saga, event, context), "a coroutine"),
-        (lambda saga, event, context: None, "None"),
-        (lambda saga, event, context: {"not": "a list"}, "dict {'not': 'a list'}"),
-        (lambda saga, event, context: "text", "str 'text'"),
-        (lambda saga, event, context: saga_complete(), "a single effect (complete)"),
-        (lambda saga, event, context: [send("service:x", {}), 42], "a list with int 42 in it"),
-        (lambda saga, event, context: [saga_complete], "a list with function"),
-        (lambda saga, event, context: (effect for effect in ()), "generator"),
+        (None, "None"),
+        ({"not": "a list"}, "dict {'not': 'a list'}"),
+        ("text", "str 'text'"),
+        (saga_complete(), "a single effect (complete)"),
+        ([send("service:x", {}), 42], "a list with int 42 in it"),
+        ([saga_complete], "a list with function"),
+        (iter(()), "tuple_iterator"),
     ],
 )
-def test_what_is_no_list_of_effects_is_a_dead_letter_that_says_what_came_back(handler: Any, came_back: str) -> None:
-    decision = gone(saga_with(handler))
+def test_what_is_no_list_of_effects_is_a_dead_letter_that_says_what_came_back(returned: Any, came_back: str) -> None:
+    decision = gone(saga_with(lambda saga, event, context: returned))
 
     assert decision.disposition == "dead_lettered"
     assert refusal(decision).startswith("saga 's', message 'Go': its handler for 'Go' returned ")
@@ -489,7 +495,12 @@ def test_the_end_of_a_child_goes_to_the_very_run_of_its_parent(effect: Any, stat
 
     outgoing = sent(decided(definition, envelope("Go", saga_id="child", hops=2), instance))
 
-    assert (outgoing.kind, outgoing.target, outgoing.correlation_key, outgoing.to_run) == ("child_end", "parent", "p", 4)
+    assert (outgoing.kind, outgoing.target, outgoing.correlation_key, outgoing.to_run) == (
+        "child_end",
+        "parent",
+        "p",
+        4,
+    )
     assert outgoing.payload.type == f"child:{status}"
     facts = {"instanceId": "child:k", "sagaId": "child", "correlationKey": "k", "run": 1}
     assert msgspec.json.decode(outgoing.encoded) == facts | outcome

@@ -1,11 +1,12 @@
 """The status table, walked."""
 
 from itertools import product
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from sagaloom import SAGA_INSTANCE_STATUSES
+from sagaloom.definitions import SagaInstanceStatus
 from sagaloom.engine.lifecycle import (
     HAPPENINGS,
     STATUS_TABLE,
@@ -30,7 +31,7 @@ def test_nothing_leads_out_of_a_terminal_status(status: Any) -> None:
 
 
 def test_every_pair_either_has_a_status_or_is_refused() -> None:
-    for status, happening in product(SAGA_INSTANCE_STATUSES, HAPPENINGS):
+    for status, happening in product(get_args(SagaInstanceStatus), HAPPENINGS):
         if (status, happening) in STATUS_TABLE:
             assert next_status(status, happening) in SAGA_INSTANCE_STATUSES
         else:

@@ -7,14 +7,13 @@
 The kills are planned before anything starts: each named step at least once, the others at random steps and at random
 moments. The orders are let out in portions, one before each kill, so that every kill hits a worker under load. A
 worker that is to die at a step kills itself there (`SAGALOOM_FAULT`); one that does not get there in time is killed
-from outside, and the step is planned again. Every process is started here, and ended here by its process id.
+from outside, and the step is planned again. Every process is ended by its process id, however the run ends.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import random
 import signal
 import sys
@@ -31,8 +30,9 @@ import msgspec
 from sagaloom.kv.ownership import OwnerLock
 from sagaloom.kv.sqlite import SqliteKeyValue
 from sagaloom.stores.kv import KvSagaStore
-from sagaloom.testing.faults import ENV_FAULT, STEPS
+from sagaloom.testing.faults import STEPS
 from tests.crash.ledger import Ledger
+from tests.crash.nursery import Nursery, Worker
 from tests.crash.receiver import Arrival
 from tests.crash.story import Order
 from tests.crash.verdict import Verdict, judge, refuses_a_stale_lease
@@ -74,17 +74,9 @@ class Report:
     kills: Counter[str] = field(default_factory=Counter)
     messages: int = 0
     seconds: float = 0.0
-    restart_seconds: list[float] = field(default_factory=list)
+    recovery_seconds: list[float] = field(default_factory=list)
     cut_answers: int = 0
     duplicates_sent: int = 0
-
-
-@dataclass
-class _Worker:
-    process: asyncio.subprocess.Process
-    fault: str | None
-    started: float
-    port: int = 0
 
 
 class CrashRun:
@@ -107,8 +99,9 @@ class CrashRun:
         self._tell = tell
         self._ledger = Ledger()
         self._report = Report(Verdict())
-        self._worker: _Worker | None = None
-        self._processes: list[asyncio.subprocess.Process] = []
+        self._nursery: Nursery | None = None
+        self._worker: Worker | None = None
+        self._worker_port = 0
         self._receiver: asyncio.subprocess.Process | None = None
         self._receiver_port = 0
         self._epochs: list[int] = []
@@ -125,6 +118,7 @@ class CrashRun:
         clients: list[asyncio.Task[None]] = []
         try:
             await self._start_receiver()
+            await self._start_nursery()
             clients = [asyncio.create_task(self._client(number)) for number in range(_CLIENTS)]
             await self._kill_and_restart(clients)
             await self._let_everything_out(clients)
@@ -160,12 +154,12 @@ class CrashRun:
             worker = await self._start_worker(None if step == RANDOM else f"{step}:{nth}")
             if step == RANDOM:
                 await self._wait_for_a_random_moment(worker)
-                await self._kill(worker)
+                await worker.kill()
                 self._report.kills[RANDOM] += 1
             elif await self._dies_by_itself(worker):
                 self._report.kills[step] += 1
             else:
-                await self._kill(worker)
+                await worker.kill()
                 self._report.kills[RANDOM] += 1
                 if planned_again[step] < _PLANNED_AGAIN_MAX:
                     # The load was not enough for the nth time; the first time will come.
@@ -181,49 +175,32 @@ class CrashRun:
                 )
             self._raise_what_clients_raised(clients)
 
-    async def _wait_for_a_random_moment(self, worker: _Worker) -> None:
+    async def _wait_for_a_random_moment(self, worker: Worker) -> None:
         """Up to a random number of the acknowledgements of this portion, and a bit: mostly in the middle of the load,
         now and then while only effects and timers are under way, or while the worker still starts."""
         if self._rng.random() < 0.1:
-            await asyncio.sleep(self._rng.uniform(0.0, 0.3))
+            await asyncio.sleep(self._rng.uniform(0.0, 0.05))
             return
         await self._wait_until_ready(worker)
         open_messages = 3 * (self._let_out - self._orders_done)
         goal = len(self._ledger.acknowledged) + self._rng.randint(0, open_messages)
         deadline = time.monotonic() + 1.0
-        while len(self._ledger.acknowledged) < goal and time.monotonic() < deadline:
+        while len(self._ledger.acknowledged) < goal and time.monotonic() < deadline:  # noqa: ASYNC110 - a deadline too
             await asyncio.sleep(0.001)
         await asyncio.sleep(self._rng.choice((0.0, self._rng.uniform(0.0, 0.01), self._rng.uniform(0.0, 0.3))))
 
-    async def _dies_by_itself(self, worker: _Worker) -> bool:
+    async def _dies_by_itself(self, worker: Worker) -> bool:
         """Whether the worker reaches its fault; more orders are let out when it has nothing left to do."""
         deadline = time.monotonic() + _STEP_SECONDS_MAX
-        ready = asyncio.create_task(self._wait_until_ready(worker))
-        try:
-            while time.monotonic() < deadline:
-                with contextlib.suppress(TimeoutError):
-                    status = await asyncio.wait_for(asyncio.shield(worker.process.wait()), 0.3)
-                    if status != -signal.SIGKILL:
-                        raise RuntimeError(f"the worker ended with {status} before it was killed: see {self._log}")
-                    return True
-                if self._orders_done == self._let_out:
-                    await self._let_out_orders(self._let_out + 8)
-            return False
-        finally:
-            ready.cancel()
-            await asyncio.gather(ready, return_exceptions=True)
-            self._gone(worker)
-
-    async def _kill(self, worker: _Worker) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            worker.process.kill()
-        await worker.process.wait()
-        self._gone(worker)
-
-    def _gone(self, worker: _Worker) -> None:
-        if worker.process.returncode is not None:
-            self._up.clear()
-            self._worker = None
+        while time.monotonic() < deadline:
+            await asyncio.wait([worker.died], timeout=0.3)
+            if worker.died.done():
+                if worker.died.result() != -signal.SIGKILL:
+                    raise RuntimeError(f"a worker ended with {worker.died.result()}, not by a kill: see {self._log}")
+                return True
+            if self._orders_done == self._let_out:
+                await self._let_out_orders(self._let_out + 8)
+        return False
 
     # ------------------------------------------------------------------ processes
 
@@ -231,82 +208,80 @@ class CrashRun:
     def _log(self) -> Path:
         return self._directory / "worker.log"
 
-    async def _spawn(self, *arguments: str, fault: str | None = None) -> asyncio.subprocess.Process:
-        environment = {name: value for name, value in os.environ.items() if name != ENV_FAULT}
-        if fault is not None:
-            environment[ENV_FAULT] = fault
-        with self._log.open("ab") as log:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", *arguments,
-                stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=log, env=environment,
-                start_new_session=True,  # Ctrl-C is for the driver, which then ends them in order.
-            )  # fmt: skip
-        self._processes.append(process)
-        return process
-
     async def _start_receiver(self) -> None:
-        self._receiver = await self._spawn("tests.crash.receiver", str(self._directory / "receiver.log"))
+        with self._log.open("ab") as log:
+            self._receiver = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "tests.crash.receiver", str(self._directory / "receiver.log"),
+                stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=log,
+                start_new_session=True,  # Ctrl-C is for the driver, which then ends everybody in order.
+            )  # fmt: skip
         assert self._receiver.stdout is not None
         async with asyncio.timeout(_BOOT_SECONDS_MAX):
             self._receiver_port = int(await self._receiver.stdout.readline())
 
-    async def _start_worker(self, fault: str | None) -> _Worker:
-        started = time.monotonic()
-        process = await self._spawn(
-            "tests.crash.worker", str(self._store_path), str(self._receiver_port), fault=fault
-        )
-        self._processes = [each for each in self._processes if each.returncode is None]
-        self._worker = _Worker(process, fault, started)
-        return self._worker
+    async def _start_nursery(self) -> None:
+        self._nursery = Nursery("tests.crash.worker", str(self._store_path), str(self._receiver_port), log=self._log)
+        await self._nursery.start()
 
-    async def _wait_until_ready(self, worker: _Worker) -> None:
-        """Reads the worker's first line and lets the clients go to it. A worker may also be killed while it starts."""
-        if worker.port:
+    async def _start_worker(self, fault: str | None) -> Worker:
+        """A new worker; the clients go to it as soon as it is ready, which it may never be."""
+        assert self._nursery is not None
+        worker = await self._nursery.birth(fault)
+        born = time.monotonic()
+        worker.ready.add_done_callback(lambda ready: self._is_up(worker, ready.result(), time.monotonic() - born))
+        worker.died.add_done_callback(lambda _: self._is_down(worker))
+        self._worker = worker
+        return worker
+
+    def _is_up(self, worker: Worker, said: list[str], seconds: float) -> None:
+        if not said or worker is not self._worker or worker.died.done():
             return
-        assert worker.process.stdout is not None
-        async with asyncio.timeout(_BOOT_SECONDS_MAX):
-            line = await worker.process.stdout.readline()
-        if not line:
-            status = await worker.process.wait()
-            if worker.fault is None and status != -signal.SIGKILL:
-                raise RuntimeError(f"the worker did not start (status {status}): see {self._log}")
-            return
-        _, port, epoch = line.split()
-        if self._epochs and int(epoch) <= self._epochs[-1]:
-            self._ledger.odd(f"I7 a worker got epoch {int(epoch)} after one with {self._epochs[-1]}")
-        self._epochs.append(int(epoch))
-        self._report.restart_seconds.append(time.monotonic() - worker.started)
-        worker.port = int(port)
+        port, epoch = map(int, said)
+        if self._epochs and epoch <= self._epochs[-1]:
+            self._ledger.odd(f"I7 a worker got epoch {epoch} after one with {self._epochs[-1]}")
+        self._epochs.append(epoch)
+        self._report.recovery_seconds.append(seconds)
+        self._worker_port = port
         self._up.set()
+
+    def _is_down(self, worker: Worker) -> None:
+        if worker is self._worker:
+            self._up.clear()
+
+    async def _wait_until_ready(self, worker: Worker) -> None:
+        async with asyncio.timeout(_BOOT_SECONDS_MAX):
+            said = await asyncio.shield(worker.ready)
+        if not said:
+            raise RuntimeError(f"a worker did not start (status {worker.died.result()}): see {self._log}")
 
     async def _second_worker_is_refused(self) -> list[str]:
         """A second process on the same file must be turned away while the first one lives (I7)."""
-        process = await self._spawn("tests.crash.worker", str(self._store_path), str(self._receiver_port))
-        try:
-            async with asyncio.timeout(_BOOT_SECONDS_MAX):
-                status = await process.wait()
-        except TimeoutError:
+        assert self._nursery is not None
+        second = await self._nursery.birth(None)
+        await asyncio.wait([second.died], timeout=_BOOT_SECONDS_MAX)
+        if not second.died.done():
+            await second.kill()
             return ["I7 a second worker took a store that a living one has"]
-        if status != EXIT_STORE_IN_USE:
-            return [f"I7 a second worker ended with status {status}, not with the refusal {EXIT_STORE_IN_USE}"]
+        if second.died.result() != EXIT_STORE_IN_USE:
+            return [f"I7 a second worker ended with {second.died.result()}, not with the refusal {EXIT_STORE_IN_USE}"]
         return []
 
     async def _stop_worker(self) -> None:
         worker = self._worker
         assert worker is not None
-        worker.process.terminate()
+        await worker.signal(signal.SIGTERM)
         async with asyncio.timeout(_BOOT_SECONDS_MAX):
-            status = await worker.process.wait()
-        self._gone(worker)
+            status = await asyncio.shield(worker.died)
         if status:
             self._ledger.odd(f"I10 the worker ended with status {status} when asked to stop: see {self._log}")
 
     async def _end_every_process(self) -> None:
-        for process in self._processes:
-            if process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    process.kill()
-                await process.wait()
+        if self._nursery is not None:
+            await self._nursery.end()
+        if self._receiver is not None and self._receiver.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._receiver.kill()
+            await self._receiver.wait()
 
     # ------------------------------------------------------------------ publishing
 
@@ -345,30 +320,22 @@ class CrashRun:
 
     async def _take_order(self) -> Order | None:
         async with self._more:
-            await self._more.wait_for(
-                lambda: self._next_order < self._let_out or self._next_order >= len(self._orders)
-            )
+            await self._more.wait_for(lambda: self._next_order < self._let_out or self._next_order >= len(self._orders))
             if self._next_order >= len(self._orders):
                 return None
             order = self._orders[self._next_order]
             self._next_order += 1
             return order
 
-    async def _publish(
-        self, connection: Client, order: Order, message: dict[str, Any], *, again: bool = False
-    ) -> None:
+    async def _publish(self, connection: Client, order: Order, message: dict[str, Any], *, again: bool = False) -> None:
         """Sends one message, under the same id, until it is acknowledged."""
         self._ledger.duplicates_sent += again
         body = msgspec.json.encode(message)
         while True:
             await self._up.wait()
-            worker = self._worker
-            if worker is None:
-                await asyncio.sleep(0.001)
-                continue
             try:
                 async with asyncio.timeout(_ANSWER_SECONDS_MAX):
-                    status, answer = await connection.request(worker.port, "POST", "/publish", body)
+                    status, answer = await connection.request(self._worker_port, "POST", "/publish", body)
             except (OSError, EOFError, TimeoutError):
                 self._ledger.cut_answers += 1
                 await asyncio.sleep(0.005)
@@ -387,10 +354,9 @@ class CrashRun:
     # ------------------------------------------------------------------ the end
 
     async def _ask_worker(self, path: str) -> bytes:
-        assert self._worker is not None
         connection = Client()
         try:
-            _, answer = await connection.request(self._worker.port, "GET", path)
+            _, answer = await connection.request(self._worker_port, "GET", path)
         finally:
             connection.close()
         return answer
@@ -421,5 +387,3 @@ class CrashRun:
             return verdict
         finally:
             await store.close()
-
-

@@ -1,10 +1,10 @@
 """The judgement at the end: what was promised, what is in the store, what arrived outside.
 
-    lost        a message that was acknowledged, and is neither applied, ignored, pending nor dead-lettered; or an
-                effect that was committed, and has neither arrived nor waits nor was given up
-    duplicated  two different effect keys for one (order, step) at the receiver
-    stuck       something waits though all is settled, or an order is not where it has to end
-    repeats     one effect key that was taken more than once: allowed, and counted
+lost        a message that was acknowledged, and is neither applied, ignored, pending nor dead-lettered; or an
+            effect that was committed, and has neither arrived nor waits nor was given up
+duplicated  two different effect keys for one (order, step) at the receiver
+stuck       something waits though all is settled, or an order is not where it has to end
+repeats     one effect key that was taken more than once: allowed, and counted
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ import msgspec
 
 from sagaloom.errors import Fenced
 from sagaloom.ports.store import Lease, SagaStore, UnitOfWork
-from sagaloom.testing.invariants import check_invariants, every_dead_letter, every_entry, every_inbox_row, every_instance
+from sagaloom.testing.invariants import (
+    check_invariants,
+    every_dead_letter,
+    every_entry,
+    every_inbox_row,
+    every_instance,
+)
 from tests.crash.ledger import Ledger
 from tests.crash.receiver import Arrival
 from tests.crash.story import Order
@@ -69,9 +75,7 @@ class _Found:
     ledger_orders: list[str] = field(default_factory=list)
 
 
-async def judge(
-    store: SagaStore, *, orders: Sequence[Order], ledger: Ledger, arrivals: Iterable[Arrival]
-) -> Verdict:
+async def judge(store: SagaStore, *, orders: Sequence[Order], ledger: Ledger, arrivals: Iterable[Arrival]) -> Verdict:
     """Compares the settled store with what was promised to publishers and with what arrived at the receiver."""
     verdict = Verdict(breaches=[*await check_invariants(store), *ledger.oddities])
     found = await _read(store)
@@ -138,9 +142,7 @@ def _judge_messages(verdict: Verdict, ledger: Ledger, found: _Found) -> None:
             verdict.lost.append(f"message {message} of {order} was acknowledged, and the store knows nothing of it")
 
 
-def _judge_effects(
-    verdict: Verdict, orders: Sequence[Order], found: _Found, arrivals: dict[str, Arrival]
-) -> None:
+def _judge_effects(verdict: Verdict, orders: Sequence[Order], found: _Found, arrivals: dict[str, Arrival]) -> None:
     keys: dict[tuple[str, str], list[Arrival]] = defaultdict(list)
     for arrival in arrivals.values():
         keys[arrival.order_id, arrival.step].append(arrival)

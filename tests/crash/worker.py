@@ -1,8 +1,8 @@
 """The process that is killed: a runtime on an embedded store, with a door for messages.
 
-Run as `python -m tests.crash.worker STORE RECEIVER_PORT`; `SAGALOOM_FAULT=step:nth` makes it kill itself at that step.
-Its first line is `ready PORT EPOCH`. It stops in order on SIGTERM, and at once when its standard input ends: then the
-driver is gone. A store that another process has makes it exit with status 3.
+`python -m tests.crash.worker STORE RECEIVER_PORT` is the nursery that forks it. `SAGALOOM_FAULT=step:nth` makes it kill
+itself at that step. Ready, it says on which port and with which epoch. It stops in order on SIGTERM, and at once when
+the nursery is gone. A store that another process has makes it exit with status 3.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from typing import Final
 import msgspec
 
 from sagaloom.definitions import RetryPolicy
-from sagaloom.errors import BackendUnavailable
-from sagaloom.kv.ownership import OwnerLock
+from sagaloom.kv.ownership import OwnerLock, StoreInUse
 from sagaloom.kv.sqlite import SqliteKeyValue
 from sagaloom.messages import SagaMessage
 from sagaloom.ports.store import SagaStore
@@ -28,6 +27,7 @@ from sagaloom.runtime.runtime import SagaRuntime
 from sagaloom.stores.kv import KvSagaStore
 from sagaloom.targets.service import ServiceTarget
 from sagaloom.testing.faults import Faults
+from tests.crash.nursery import serve_births
 from tests.crash.story import definitions
 from tests.crash.wire import HOST, Request, serve
 
@@ -68,7 +68,7 @@ async def what_waits(store: SagaStore) -> Waiting:
     )
 
 
-async def _main(path: str, receiver_port: int) -> int:
+async def _main(path: str, receiver_port: int, tag: str, life: int) -> int:
     faults = Faults.from_env()
     kv = await SqliteKeyValue.open(path, on_step=faults)
     store = KvSagaStore(kv, owner=OwnerLock(path))
@@ -90,17 +90,18 @@ async def _main(path: str, receiver_port: int) -> int:
         return 202, msgspec.json.encode({"duplicate": answer.duplicate, "dispositions": dispositions})
 
     loop = asyncio.get_running_loop()
+    # Nobody writes into this pipe: it becomes readable when it ends, and then the nursery and the driver are gone.
+    loop.add_reader(life, lambda: os._exit(1))
     stopping = asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, stopping.set)
+    # The door is built first: after start() the loop has a backlog to work off, and nobody would hear of the door.
+    server, port = await serve(handle)
     try:
         await runtime.start()
-    except BackendUnavailable as error:
+    except StoreInUse as error:
         print(error.message, file=sys.stderr)
         return EXIT_STORE_IN_USE
-    server, port = await serve(handle)
-    lease = runtime._lease
-    print(f"ready {port} {lease.epoch if lease is not None else 0}", flush=True)
-    _end_with(loop, sys.stdin.fileno())
+    os.write(1, f"ready {tag} {port} {await _epoch(kv)}\n".encode())
     await stopping.wait()
     server.close()
     await runtime.stop()
@@ -109,16 +110,22 @@ async def _main(path: str, receiver_port: int) -> int:
     return 0
 
 
-def _end_with(loop: asyncio.AbstractEventLoop, descriptor: int) -> None:
-    """Ends this process when the driver's end of the pipe is closed, however that came about."""
+async def _epoch(kv: SqliteKeyValue) -> int:
+    """The epoch of the lease, as the store has it."""
+    row = await kv.get(("lease", 0))
+    assert row is not None
+    _, epoch = msgspec.msgpack.decode(row.value, type=tuple[str, int])
+    return epoch
 
-    def readable() -> None:
-        if not os.read(descriptor, 1):
-            os._exit(1)
 
-    loop.add_reader(descriptor, readable)
+def main(path: str, receiver_port: int) -> None:
+    """The nursery of these workers."""
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    import httpx2
+
+    httpx2.AsyncClient()  # What the target imports late, and with its first client, is there before the first fork.
+    serve_births(lambda tag, life: asyncio.run(_main(path, receiver_port, tag, life)))
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
-    sys.exit(asyncio.run(_main(sys.argv[1], int(sys.argv[2]))))
+    main(sys.argv[1], int(sys.argv[2]))

@@ -56,7 +56,7 @@ def serve_demo(settings: DoorSettings, *, kv_path: Path, is_insecure: bool = Fal
                 definitions=sagas,
                 services={"payments": address},
                 kv_path=kv_path,
-                announce=announcer(story, as_json=as_json),
+                announce=announcer(story, as_json=as_json, payments=address),
                 companions=[Companion(app=create_payments_app(ledger, fail_first=fail_first), listener=payments)],
             )
         )

@@ -93,11 +93,12 @@ def address_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def announcer(text: str, *, as_json: bool) -> Callable[[str], None]:
-    """Says on stdout that the server answers: `text` with its {url}, or a line of JSON."""
+def announcer(text: str, *, as_json: bool, **facts: str) -> Callable[[str], None]:
+    """Says on stdout that the server answers: `text` with its {url}, or a line of JSON, with `facts`."""
 
     def announce(url: str) -> None:
-        print(json.dumps({"event": "listening", "url": url}) if as_json else text.replace("{url}", url), flush=True)
+        line = json.dumps({"event": "listening", "url": url, **facts}) if as_json else text.replace("{url}", url)
+        print(line, flush=True)
 
     return announce
 

@@ -261,9 +261,7 @@ def dead_letter_id(now: datetime, *parts: object) -> str:
 
 
 def _is_message(payload: object) -> bool:
-    return isinstance(payload, SagaMessage) or (
-        isinstance(payload, Mapping) and payload.keys() == {"type", "payload"}
-    )
+    return isinstance(payload, SagaMessage) or (isinstance(payload, Mapping) and payload.keys() == {"type", "payload"})
 
 
 def _typed(
@@ -299,9 +297,7 @@ def _typed(
     )
 
 
-def _find_key(
-    definition: SagaDefinition[Any], message: SagaMessage[Any], typed: SagaMessage[Any] | None
-) -> Correlated:
+def _find_key(definition: SagaDefinition[Any], message: SagaMessage[Any], typed: SagaMessage[Any] | None) -> Correlated:
     rules = definition.correlations
     rule = rules.get(message.type) or rules.get(ANY_TYPE)
     if rule is not None and typed is not None:

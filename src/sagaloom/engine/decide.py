@@ -136,7 +136,10 @@ def decide(
     try:
         return _apply(definition, binding, instance, message, context)
     except HandlerRaised as raised:
-        return _after_error(definition, instance, message, context, raised.error)
+        decision = _after_error(definition, instance, message, context, raised.error)
+        # An error object that the handler keeps and raises again collects the frames of every raise otherwise.
+        raised.error.__traceback__ = None
+        return decision
     except _MadeByNewer as newer:
         return _wait_for_newer(definition, message, context, str(newer))
     except Refused as refused:
@@ -187,9 +190,7 @@ def _apply(
         message.traceparent,
         message.tracestate,
     )
-    ledger = Ledger(
-        definition, run=run, revision=revision, envelope=message, now=now, limits=limits, timers=timers
-    )
+    ledger = Ledger(definition, run=run, revision=revision, envelope=message, now=now, limits=limits, timers=timers)
     transition = Transition(
         definition,
         message,
@@ -286,9 +287,7 @@ def _written(
     )
 
     def event(kind: str, shown: SagaInstanceStatus, detail: str | None = None) -> FeedEvent:
-        return FeedEvent(
-            kind, now, definition.id, message.key, run, revision, shown, message.type, message.id, detail
-        )
+        return FeedEvent(kind, now, definition.id, message.key, run, revision, shown, message.type, message.id, detail)
 
     events = [event("saga:message_received", status_before)]
     if instance is None:
@@ -396,9 +395,7 @@ def _after_error(
     return Decision("pending", retry_at=retry_at, error=describe(error))
 
 
-def _wait_for_newer(
-    definition: SagaDefinition[Any], message: Envelope, context: DecideContext, why: str
-) -> Decision:
+def _wait_for_newer(definition: SagaDefinition[Any], message: Envelope, context: DecideContext, why: str) -> Decision:
     # No attempt is spent: during a deployment, time alone would turn good messages into dead letters.
     retry_at = context.now + backoff(definition.retry, attempt=message.attempt + 1, message_id=message.id)
     return Decision("pending", retry_at=retry_at, error=why, spends_attempt=False)
@@ -487,9 +484,7 @@ def _bystander(
     return entry, counted
 
 
-def _event(
-    kind: str, instance: Instance | None, message: Envelope, context: DecideContext, detail: str
-) -> FeedEvent:
+def _event(kind: str, instance: Instance | None, message: Envelope, context: DecideContext, detail: str) -> FeedEvent:
     return FeedEvent(
         kind,
         context.now,

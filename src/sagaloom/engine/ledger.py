@@ -107,9 +107,10 @@ class Ledger:
         """Writes a command down: one that leaves goes to the outbox, one for a saga stays in the store."""
         target, saga_id, key, run, envelope = effect.target, self._saga_id, self._key, self._run, self._envelope
         place = f"{target.kind}:{target.id}"
-        self._check_text("target", place)
-        self._check_text("idempotency_key", effect.idempotency_key)
-        self._check_text("concurrency_key", effect.concurrency_key)
+        if not place.isascii() or not place.isprintable() or len(place) > KEY_BYTES_MAX:
+            self._check_text("target", place)
+        if effect.idempotency_key or effect.concurrency_key or effect.queue:
+            self._check_options(effect)
         position, name = self._next()
         if target.kind == "saga":
             payload, encoded = self._encode_sent("send", effect.payload)
@@ -131,7 +132,6 @@ class Ledger:
                 )
             )
             return EffectSummary("send", place, name)
-        self._check_text("queue", effect.queue)
         self.effects.append(
             OutboxEffect(
                 name,
@@ -161,8 +161,7 @@ class Ledger:
     def spawn(self, effect: Spawn) -> EffectSummary:
         """Writes down that a child starts, with the link by which its end finds its way back."""
         self._check_text("child", effect.child)
-        self._check_text("idempotency_key", effect.idempotency_key)
-        self._check_text("concurrency_key", effect.concurrency_key)
+        self._check_options(effect)
         _, key = self._next()
         payload, encoded = self._encode_sent("spawn", effect.input)
         sender = (self._saga_id, self._key, self._run)
@@ -280,9 +279,7 @@ class Ledger:
         self.open_timers = ()
 
     def refuse(self, code: str, what: str) -> NoReturn:
-        raise Refused(
-            f"saga {self._saga_id!r}, message {self._envelope.type!r}: {what}", code=code, retryable=False
-        )
+        raise Refused(f"saga {self._saga_id!r}, message {self._envelope.type!r}: {what}", code=code, retryable=False)
 
     def _next_position(self) -> int:
         position = self._position
@@ -315,6 +312,12 @@ class Ledger:
         self._check_text(f"{what}: message type", message.type)
         for field in _TEXT_FIELDS:
             self._check_text(f"{what}: {field} of {message.type!r}", getattr(message, field))
+
+    def _check_options(self, effect: Send | Spawn) -> None:
+        self._check_text("idempotency_key", effect.idempotency_key)
+        self._check_text("concurrency_key", effect.concurrency_key)
+        if isinstance(effect, Send):
+            self._check_text("queue", effect.queue)
 
     def _check_text(self, what: str, value: str | None) -> None:
         # A text that UTF-8 cannot carry would come up as an error of the store, in the middle of everybody's commit.

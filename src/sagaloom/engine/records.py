@@ -3,6 +3,8 @@
 Everything here is a frozen `msgspec.Struct`. Those marked *stored* are encoded as arrays, so their fields have an
 order for life: new ones are added at the end, with a default; none is renamed in meaning, moved or removed.
 
+None of them can be part of a reference cycle, so the garbage collector need not look at them (`gc=False`).
+
     Envelope       one message addressed to one instance of one saga; what an inbox row holds          stored
     Head           one correlation key of one saga: where its runs live, and which is the newest        stored
     Instance       one run: its state, status and revision                                             stored
@@ -49,7 +51,7 @@ Disposition = Literal["applied", "duplicate", "ignored", "deferred", "dead_lette
 Origin = Literal["door", "saga", "reply", "timer", "spawn", "child", "redrive"]
 
 
-class ParentLink(msgspec.Struct, frozen=True, array_like=True):
+class ParentLink(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """The run that spawned this one, and the effect key of the spawn."""
 
     saga_id: str
@@ -58,7 +60,7 @@ class ParentLink(msgspec.Struct, frozen=True, array_like=True):
     effect_key: str
 
 
-class Envelope(msgspec.Struct, frozen=True, array_like=True):
+class Envelope(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One message on its way to one instance of one saga. The key in it is final.
 
     `payload` is JSON. `dedupe_key` is the idempotency key, else the message id. `run` binds it to one run (replies,
@@ -90,7 +92,7 @@ class Envelope(msgspec.Struct, frozen=True, array_like=True):
     last_error: str | None = None
 
 
-class Head(msgspec.Struct, frozen=True, array_like=True):
+class Head(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One correlation key of one saga. `run` is the newest run, 0 before the first one. `awaits_start`: a message
     that will open the first run has been accepted, and is not applied yet."""
 
@@ -104,7 +106,7 @@ class Head(msgspec.Struct, frozen=True, array_like=True):
     tombstone_until: datetime | None = None
 
 
-class AppliedStep(msgspec.Struct, frozen=True, array_like=True):
+class AppliedStep(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """An applied message whose type has a compensation: what `ALL_STEPS` would undo."""
 
     type: str
@@ -113,7 +115,7 @@ class AppliedStep(msgspec.Struct, frozen=True, array_like=True):
     revision: int
 
 
-class PendingTimer(msgspec.Struct, frozen=True, array_like=True):
+class PendingTimer(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A timer of this run that has not fired. (`due_at`, `id`) finds its row."""
 
     id: str
@@ -121,7 +123,7 @@ class PendingTimer(msgspec.Struct, frozen=True, array_like=True):
     name: str | None = None
 
 
-class Instance(msgspec.Struct, frozen=True, array_like=True):
+class Instance(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One run of a saga. `state` and `result` are JSON. `entries` counts the history rows written so far,
     `bystanders` those of them that changed nothing (ignored or dead-lettered messages)."""
 
@@ -153,7 +155,7 @@ class Instance(msgspec.Struct, frozen=True, array_like=True):
     codec: str = "json"
 
 
-class EffectSummary(msgspec.Struct, frozen=True, array_like=True):
+class EffectSummary(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """An effect as history shows it: its kind, where it goes, and the key under which it left (if it leaves)."""
 
     kind: str
@@ -162,7 +164,7 @@ class EffectSummary(msgspec.Struct, frozen=True, array_like=True):
     detail: str | None = None
 
 
-class StepRecord(msgspec.Struct, frozen=True, array_like=True):
+class StepRecord(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One moment of a decision: which handler ran (`handle` or `compensate`), on what type, and the status after."""
 
     phase: Literal["handle", "compensate"]
@@ -171,7 +173,7 @@ class StepRecord(msgspec.Struct, frozen=True, array_like=True):
     effects: tuple[EffectSummary, ...] = ()
 
 
-class HistoryEntry(msgspec.Struct, frozen=True, array_like=True):
+class HistoryEntry(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What one message did to one run. `before` and `after` are states as JSON, kept from tier t2 on."""
 
     entry_no: int
@@ -195,7 +197,7 @@ class HistoryEntry(msgspec.Struct, frozen=True, array_like=True):
     def_version: int = 1
 
 
-class OutboxEffect(msgspec.Struct, frozen=True, array_like=True):
+class OutboxEffect(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A committed effect that has to leave. Effects of one lane leave in order. `dead_letter_id`: it was given up and
     its lane stands still behind it."""
 
@@ -225,7 +227,7 @@ class OutboxEffect(msgspec.Struct, frozen=True, array_like=True):
     dead_letter_id: str | None = None
 
 
-class Timer(msgspec.Struct, frozen=True, array_like=True):
+class Timer(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A message that enters at `due_at`. (`due_at`, `id`) is its identity."""
 
     id: str
@@ -234,7 +236,7 @@ class Timer(msgspec.Struct, frozen=True, array_like=True):
     name: str | None = None
 
 
-class DeadLetter(msgspec.Struct, frozen=True, array_like=True):
+class DeadLetter(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A message or an effect that was given up. Ids sort by time. Exactly one of `envelope` and `effect` is set."""
 
     id: str
@@ -254,7 +256,7 @@ class DeadLetter(msgspec.Struct, frozen=True, array_like=True):
     state_after: bytes | None = None
 
 
-class Mark(msgspec.Struct, frozen=True, array_like=True):
+class Mark(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """That a message was seen by this saga under this correlation key: under which id, and what it said."""
 
     dedupe_key: str
@@ -264,7 +266,7 @@ class Mark(msgspec.Struct, frozen=True, array_like=True):
     run: int = 0
 
 
-class FeedEvent(msgspec.Struct, frozen=True, array_like=True):
+class FeedEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One thing that happened. `type` is the wire name, for example `saga:state_changed`."""
 
     type: str
@@ -279,7 +281,7 @@ class FeedEvent(msgspec.Struct, frozen=True, array_like=True):
     detail: str | None = None
 
 
-class Outgoing(msgspec.Struct, frozen=True):
+class Outgoing(msgspec.Struct, frozen=True, gc=False):
     """A message that stays in the store: a send to a saga, a spawn, or a child's end. The runtime routes it, which
     is pure but needs every loaded definition. `target` is a saga id or a message type."""
 
@@ -301,7 +303,7 @@ class Outgoing(msgspec.Struct, frozen=True):
     """The JSON of the payload, or of the payload of the message that `payload` is."""
 
 
-class Decision(msgspec.Struct, frozen=True):
+class Decision(msgspec.Struct, frozen=True, gc=False):
     """Everything that one message asks for. `commit` writes all of it or nothing.
 
     `disposition` says which fields speak:

@@ -159,10 +159,10 @@ class Transition:
 
     def records(self) -> tuple[StepRecord, ...]:
         """The steps, each with the status after it: the last one led to where the run is now."""
-        last = len(self._steps) - 1
-        return tuple(
-            StepRecord(phase, message_type, self.status if index == last else "compensating", effects)
-            for index, (phase, message_type, effects) in enumerate(self._steps)
+        *earlier, (phase, message_type, effects) = self._steps
+        return (
+            *[StepRecord(phase, message_type, "compensating", effects) for phase, message_type, effects in earlier],
+            StepRecord(phase, message_type, self.status, effects),
         )
 
     def refuse(self, code: str, what: str, *, state_after: bytes | None = None) -> NoReturn:

@@ -85,7 +85,7 @@ class Loaded(NamedTuple):
     instance: Instance | None
 
 
-class UnitOfWork(msgspec.Struct, frozen=True, kw_only=True):
+class UnitOfWork(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """All that one message, or one settled effect, writes. `part` is the partition of its instance.
 
     `instance` must be exactly one revision (or, with the same revision, one or more entries) ahead of the stored one,

@@ -19,8 +19,9 @@ import asyncio
 import heapq
 import itertools
 import logging
+import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Literal
 
@@ -83,6 +84,8 @@ class Dispatcher:
         self._due: list[tuple[datetime, int, _Lane]] = []
         self._count = itertools.count()
         self._alarm = Alarm(clock, self._bring_back)
+        self._began: dict[asyncio.Task[Any], float] = {}
+        self._overdue: set[asyncio.Task[Any]] = set()
         self._resident = 0
         self._under_way = 0
         self.waiting = 0
@@ -141,6 +144,17 @@ class Dispatcher:
             if turns % _TURNS_BETWEEN_YIELDS == 0:
                 await asyncio.sleep(0)
 
+    async def watch(self) -> None:
+        """Cuts off deliveries that take too long, until cancelled."""
+        allowed = self._options.dispatch_timeout_seconds
+        while True:
+            await asyncio.sleep(min(max(allowed / 4, 0.005), 1.0))
+            now = time.monotonic()
+            for task, began in self._began.items():
+                if now - began > allowed and task not in self._overdue:
+                    self._overdue.add(task)
+                    task.cancel()
+
     def close(self) -> None:
         """Forgets everything; the store has it."""
         self._alarm.clear()
@@ -174,18 +188,34 @@ class Dispatcher:
                     f"{effect.target_kind}:{effect.target_id}: add one with runtime.add_target(...) and redrive",
                     retryable=False,
                 )
-            async with asyncio.timeout(self._options.dispatch_timeout_seconds):
-                replies = await target.deliver(effect)
-            envelopes = tuple(self._reply(effect, number, reply) for number, reply in enumerate(replies or ()))
-        except TimeoutError:
-            seconds = self._options.dispatch_timeout_seconds
-            self._failed(lane, head, effect, DeliveryFailed(f"no answer within {seconds:g} s"))
+            replies = await self._within_time(target.deliver(effect))
+            envelopes = tuple([self._reply(effect, number, reply) for number, reply in enumerate(replies or ())])
         except Exception as error:  # noqa: BLE001 - whatever a target raises is that attempt's failure, not ours
             self._failed(lane, head, effect, error)
         else:
             self._options.on_step("dispatched")
             unit = UnitOfWork(part=head.ref.part, outbox_done=head.ref, inbox_add=envelopes)
             self._submit(Work(unit, lambda trouble: self._settled(lane, head, trouble)))
+
+    async def _within_time(self, delivery: Coroutine[Any, Any, Sequence[SagaMessage[Any]]]) -> Sequence[object]:
+        """The outcome of `delivery`, cut off by `watch` when it takes too long.
+
+        `asyncio.timeout` says the same and costs more than handing the effect to a function of this process.
+        """
+        task = asyncio.current_task()
+        assert task is not None
+        self._began[task] = time.monotonic()
+        try:
+            return await delivery
+        except asyncio.CancelledError:
+            if task not in self._overdue:
+                raise
+            self._overdue.discard(task)
+            task.uncancel()
+            seconds = self._options.dispatch_timeout_seconds
+            raise DeliveryFailed(f"no answer within {seconds:g} s") from None
+        finally:
+            del self._began[task]
 
     def _reply(self, effect: OutboxEffect, number: int, reply: object) -> Envelope:
         """An answer of the target, addressed to the run that sent the effect. Its id is the same after a redelivery."""

@@ -377,6 +377,9 @@ class Receiver:
                 self._remember(unit.mark_pk, unit.mark)
             written.append((each, successor))
         self._report_steps(planned)
+        # Those that were only accepted come first: a starter of this very batch may let go of what is lined up behind
+        # it, and whoever lined up after that would wait for nobody.
+        written.sort(key=lambda pair: pair[0].delivery is None or pair[0].decision is not None)
         for each, successor in written:
             if each.delivery is not None:
                 self._go_on(each, each.delivery, successor)

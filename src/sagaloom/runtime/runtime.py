@@ -168,6 +168,7 @@ class SagaRuntime:
         self._state = "running"
         self._spawn("receiver", self._receiver.run())
         self._spawn("timekeeper", self._timekeeper.run())
+        self._spawn("dispatcher-watch", self._dispatcher.watch())
         for number in range(self.options.dispatch_concurrency):
             self._spawn(f"dispatcher-{number}", self._dispatcher.run())
 
@@ -232,11 +233,8 @@ class SagaRuntime:
         try:
             received = as_message(message)
             message_type = received.type
-            changes = {**(options or {}), **overrides}
-            if changes:
-                received = as_message(
-                    {**msgspec.structs.asdict(received), **{k: v for k, v in changes.items() if v is not None}}
-                )
+            if options or overrides:
+                received = _changed(received, {**(options or {}), **overrides})
             deliveries = self._address(received, waits=wait is not None)
             return await self._await_answers(received, deliveries, wait)
         except SagasError as error:
@@ -544,6 +542,12 @@ class SagaRuntime:
         if lease is not None:
             await self.store.release(lease)
         self._state = state
+
+
+def _changed(message: SagaMessage[Any], changes: Mapping[str, Any]) -> SagaMessage[Any]:
+    fields = msgspec.structs.asdict(message)
+    fields.update({name: value for name, value in changes.items() if value is not None})
+    return as_message(fields)
 
 
 def _types_of(document: Mapping[str, object]) -> list[str]:

@@ -13,6 +13,7 @@ What is built today is what it serves: a route of later versions is not found, a
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -78,8 +79,7 @@ def create_app(
     add_reading(table, runtime)
     # Requests come here past the shortcut when the application is mounted below a path, or with another method.
     fastapi.router.routes.append(StarletteRoute(_PUBLISH_PATH, publish, methods=["POST"]))
-    document = openapi_document(fastapi.router.routes, table.routes, needs_token=token is not None)
-    _add_documents(fastapi, document)
+    _add_documents(fastapi, table, needs_token=token is not None)
     return _Application(gate, publish, fastapi)
 
 
@@ -131,15 +131,18 @@ class _NoSurprises:
             await _send(answer_surprise(error, scope["headers"], where=where), send)
 
 
-def _add_documents(fastapi: FastAPI, document: dict[str, Any]) -> None:
-    specification = msgspec.json.encode(document)
-    page = docs_page(document)
+def _add_documents(fastapi: FastAPI, table: RouteTable, *, needs_token: bool) -> None:
+    @cache
+    def document() -> dict[str, Any]:
+        # Made when first asked for: it takes as long as everything else at the start, and few ask.
+        return openapi_document(fastapi.router.routes, table.routes, needs_token=needs_token)
 
     async def openapi(_: Request) -> Response:
-        return Response(specification, media_type="application/json")
+        return Response(msgspec.json.encode(document()), media_type="application/json")
 
     async def docs(_: Request) -> Response:
-        return Response(page, media_type="text/html", headers={"content-security-policy": DOCS_PAGE_POLICY})
+        policy = {"content-security-policy": DOCS_PAGE_POLICY}
+        return Response(docs_page(document()), media_type="text/html", headers=policy)
 
     fastapi.router.routes.append(StarletteRoute("/api/openapi.json", openapi))
     fastapi.router.routes.append(StarletteRoute("/api/docs", docs))

@@ -20,7 +20,7 @@ from __future__ import annotations
 import asyncio
 import math
 import re
-from datetime import UTC
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qsl
 
@@ -187,7 +187,7 @@ def _message_of(body: bytes, headers: dict[bytes, bytes]) -> SagaMessage[Any]:
         key,
         idempotency_key,
         wanted.concurrency_key,
-        occurred_at.astimezone(UTC) if occurred_at is not None else None,
+        _in_utc(occurred_at) if occurred_at is not None else None,
         wanted.message_id,
         traceparent,
         tracestate,
@@ -236,6 +236,15 @@ def _idempotency_key(header: bytes, in_body: str | None) -> str:
             "idempotencyKey",
         )
     return key
+
+
+def _in_utc(occurred_at: datetime) -> datetime:
+    try:
+        return occurred_at.astimezone(UTC)
+    except OverflowError:
+        raise _invalid(
+            f"occurredAt {occurred_at.isoformat()} is outside of the years 1 to 9999 in UTC", "occurredAt"
+        ) from None
 
 
 def _seconds_of(text: str) -> float:

@@ -9,6 +9,7 @@ A correlation key may hold `/`, percent-encoded or not, so the routes of an inst
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NamedTuple, TypeVar
@@ -17,7 +18,7 @@ from urllib.parse import quote, unquote_to_bytes
 import msgspec
 from fastapi import APIRouter, Depends, Path, Query, Response
 from fastapi.routing import APIRoute
-from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 from starlette.routing import Match
 from starlette.types import Scope
@@ -107,12 +108,19 @@ def _drop_blanks(values: list[str]) -> list[str]:
     return [one for one in values if one]
 
 
+def _in_utc(moment: datetime) -> datetime:
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("it is outside of the years 1 to 9999 in UTC") from None
+
+
 _Limit = Annotated[int, Field(ge=1, le=1000)]
 _Offset = Annotated[int, Field(ge=0, le=_OFFSET_MAX, description="For small steps; follow `cursor` for long ones.")]
 _Text = Annotated[str | None, BeforeValidator(_drop_blank)]
 _Texts = Annotated[list[str], BeforeValidator(_drop_blanks)]
 _Statuses = Annotated[list[SagaInstanceStatus], BeforeValidator(_drop_blanks)]
-_Time = Annotated[AwareDatetime | None, BeforeValidator(_drop_blank)]
+_Time = Annotated[Annotated[AwareDatetime, AfterValidator(_in_utc)] | None, BeforeValidator(_drop_blank)]
 _DeadLetterId = Annotated[str, Path(alias="id", max_length=200)]
 _Run = Annotated[int | None, Field(ge=1, description="Which run; the newest one when left out.")]
 

@@ -280,26 +280,31 @@ class KvSagaStore:
     async def acquire(self, holder: str, *, now: datetime) -> Lease:
         if self._owner is not None:
             self._owner.take(holder)
-        await self.open()
-        async with self._writing:
-            self._forget()
-            for _ in range(_ROUNDS_MAX):
-                rows = await self._kv.get_many([("lease", part) for part in range(PARTITIONS)])
-                epoch = 1 + max(
-                    (_decoded(self._kv, row, _decode_lease)[1] for row in rows if row is not None), default=0
-                )
-                lease = Lease(holder, epoch)
-                value = _encode((holder, epoch))
-                done = await self._commit_kv(
-                    checks=[
-                        Check(("lease", part), None if row is None else row.versionstamp)
-                        for part, row in enumerate(rows)
-                    ],
-                    puts=[(("lease", part), value) for part in range(PARTITIONS)],
-                )
-                if isinstance(done, Committed):
-                    self._lease, self._lease_stamp = lease, done.versionstamp
-                    return lease
+        try:
+            await self.open()
+            async with self._writing:
+                return await self._acquire(holder)
+        except BaseException:
+            if self._owner is not None and self._lease is None:
+                self._owner.free()
+            raise
+
+    async def _acquire(self, holder: str) -> Lease:
+        self._forget()
+        for _ in range(_ROUNDS_MAX):
+            rows = await self._kv.get_many([("lease", part) for part in range(PARTITIONS)])
+            epochs = [_decoded(self._kv, row, _decode_lease)[1] for row in rows if row is not None]
+            lease = Lease(holder, max(epochs, default=0) + 1)
+            value = _encode(_held_by(lease))
+            done = await self._commit_kv(
+                checks=[
+                    Check(("lease", part), None if row is None else row.versionstamp) for part, row in enumerate(rows)
+                ],
+                puts=[(("lease", part), value) for part in range(PARTITIONS)],
+            )
+            if isinstance(done, Committed):
+                self._lease, self._lease_stamp = lease, done.versionstamp
+                return lease
         raise BackendUnavailable(f"{self._kv.name}: others took the lease {_ROUNDS_MAX} times while {holder} tried")
 
     async def release(self, lease: Lease) -> None:
@@ -408,6 +413,8 @@ class KvSagaStore:
             for index, unit in enumerate(units):
                 try:
                     conflict = self._place(plan, unit, marks_there, dead_letters)
+                    if conflict is not None:
+                        _encode(unit)  # What can never be written is refused, whatever else is in its way.
                 except (TypeError, ValueError, OverflowError) as error:
                     conflict = _refused(error)
                 if conflict is not None:

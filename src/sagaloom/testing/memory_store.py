@@ -268,7 +268,8 @@ class MemoryStore:
     ) -> tuple[list[Instance], str | None]:
         found = self._listed(wanted)
         if cursor is not None:
-            found = [instance for instance in found if _rank(instance) < _from_cursor(cursor)]
+            position = _from_cursor(cursor)
+            found = [instance for instance in found if _rank(instance) < position]
         page = found[offset : offset + limit]
         has_more = len(found) > offset + limit
         return page, _to_cursor(page[-1]) if page and has_more else None

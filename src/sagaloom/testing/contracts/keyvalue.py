@@ -359,6 +359,7 @@ class KeyValueContract:
         seen: list[Key] = []
         while page := await _keys(store, ("k",), after=seen[-1] if seen else None, limit=9):
             seen += page
+            assert len(seen) <= len(ordered)
 
         assert seen == ordered
 
@@ -416,13 +417,15 @@ class KeyValueContract:
         assert seen == newest
 
     async def test_a_watch_sleeps_through_commits_elsewhere(self, store: KeyValue) -> None:
-        watch = store.watch(("inbox", 3))
+        waiting = asyncio.ensure_future(anext(store.watch(("inbox", 3))))
+        await asyncio.sleep(0)
+
         await _put(store, ("outbox", 3, 1), ("inbox", 4, 1), ("inbox", "3", 1))
         await store.commit(checks=[Check(("inbox", 3, 1), 99)], puts=[(("inbox", 3, 1), b"")])
-
+        await asyncio.sleep(0)
         versionstamp = await _put(store, ("inbox", 3, 1))
 
-        assert await asyncio.wait_for(anext(watch), _PATIENCE_SECONDS) == versionstamp
+        assert await asyncio.wait_for(waiting, _PATIENCE_SECONDS) == versionstamp
 
     async def test_closing_ends_every_watch(self, open_store: OpenKeyValue) -> None:
         store = await open_store()

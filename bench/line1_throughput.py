@@ -1,0 +1,142 @@
+"""Line 1: what one process does in its own file, against the same rows written by hand.
+
+Whole runtime, tier t1: three messages an order, one effect each to a function of this process, 64 or 256 publishers
+that wait for the receipt of one message before they publish the next. The bare loop writes the same rows in batches as
+large as ours were in that very round; one commit a message is the bare loop with batches of one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench import rows_now
+from bench.bare import log, loop, rows
+from bench.harness import Bench, Finding, quiet_gc
+from bench.workload import MESSAGES_PER_ORDER, open_runtime, order_messages, publish_all
+
+__all__ = ["Throughput", "measure", "run"]
+
+_MUST = 0.35
+_AIM = 0.6
+_MUST_SINGLE = 4.0
+_AIM_SINGLE = 8.0
+_MUST_OF_LOG = 0.2
+_MESSAGES_OF_LOG = 12_000
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """What one round of ours did."""
+
+    orders: int
+    rate: float
+    batch: float
+    commits: int
+    cpu_us: float
+
+
+def measure(place: Path, *, in_flight: int, seconds: float) -> Throughput:
+    """Runs orders through a new store, for about so many seconds."""
+    return asyncio.run(_measure(place / "ours.db", in_flight, seconds))
+
+
+async def _measure(path: Path, in_flight: int, seconds: float) -> Throughput:
+    async with open_runtime(path) as (runtime, store, _):
+        warm_up = [order_messages(f"w-{number:08d}") for number in range(2 * in_flight)]
+        began = time.perf_counter()
+        await publish_all(runtime, warm_up, in_flight=in_flight)
+        await runtime.settled()
+        # Whole rounds of all publishers: the last stragglers would shrink the batches.
+        rounds = max(4, round(seconds / (time.perf_counter() - began) * 2))
+        orders = rounds * in_flight
+        messages = orders * MESSAGES_PER_ORDER
+        groups = [order_messages(f"o-{number:08d}") for number in range(orders)]
+        with quiet_gc():
+            commits, with_messages = store.commits, store.commits_with_messages
+            began, cpu = time.perf_counter(), time.process_time()
+            await publish_all(runtime, groups, in_flight=in_flight)
+            await runtime.settled(60)
+            seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+        with_messages = store.commits_with_messages - with_messages
+        return Throughput(
+            orders, messages / seconds, messages / with_messages, store.commits - commits, cpu / messages * 1_000_000
+        )
+
+
+def bare_rate(place: Path, *, batch: int, orders: int) -> float:
+    """Messages a second of the bare loop."""
+    batches = loop.prepared(orders, batch)
+    connection = loop.connect(place / "bare.db")
+    try:
+        with quiet_gc():
+            return orders * MESSAGES_PER_ORDER / loop.run(connection, batches)
+    finally:
+        connection.close()
+
+
+def log_rate(place: Path, *, batch: int) -> float:
+    """Records a second of the floor, each as large as the rows of a message."""
+    syncs = max(20, _MESSAGES_OF_LOG // batch)
+    return log.append(place / "log", record_bytes=rows.BYTES_PER_MESSAGE, records_per_sync=batch, syncs=syncs)
+
+
+def run(bench: Bench) -> None:
+    ours: dict[int, list[Throughput]] = {64: [], 256: []}
+    bare: dict[int, list[float]] = {64: [], 256: []}
+    floor: dict[int, list[float]] = {64: [], 256: []}
+    single: list[float] = []
+    for _ in range(bench.rounds):
+        for in_flight in ours:
+            with bench.place() as place:
+                found = measure(place, in_flight=in_flight, seconds=bench.seconds)
+                batch = round(found.batch)
+                ours[in_flight].append(found)
+                bare[in_flight].append(bare_rate(place, batch=batch, orders=found.orders))
+                floor[in_flight].append(log_rate(place, batch=batch))
+        with bench.place() as place:
+            single.append(bare_rate(place, batch=1, orders=bench.pick(400, 200)))
+    with bench.place() as place:
+        floors = ", ".join(f"{log_rate(place, batch=n):,.0f}/s at {n}" for n in (1, 10, 100, 1000))
+    rows_now.compare(bench)
+    bench.say(f"  append log + fdatasync, {rows.BYTES_PER_MESSAGE} B a record: {floors} a sync")
+    for in_flight in ours:
+        best = max(ours[in_flight], key=lambda found: found.rate)
+        best_bare, best_floor, best_single = max(bare[in_flight]), max(floor[in_flight]), max(single)
+        note = f"batch {best.batch:.0f}, {best.commits} commits, {best.cpu_us:.0f} us CPU a message"
+        bench.found(
+            Finding(
+                line="1",
+                what=f"embedded, {in_flight} in flight, against the bare loop",
+                ours=f"{best.rate:,.0f}/s",
+                baseline=f"{best_bare:,.0f}/s",
+                value=best.rate / best_bare,
+                must=_MUST,
+                aim=_AIM,
+                note=note,
+            )
+        )
+        bench.found(
+            Finding(
+                line="1",
+                what=f"embedded, {in_flight} in flight, against one commit a message",
+                ours=f"{best.rate:,.0f}/s",
+                baseline=f"{best_single:,.0f}/s",
+                value=best.rate / best_single,
+                must=_MUST_SINGLE,
+                aim=_AIM_SINGLE,
+            )
+        )
+        bench.found(
+            Finding(
+                line="1",
+                what=f"check: the bare loop in batches of {best.batch:.0f}, against the append log",
+                ours=f"{best_bare:,.0f}/s",
+                baseline=f"{best_floor:,.0f}/s",
+                value=best_bare / best_floor,
+                must=_MUST_OF_LOG,
+                aim=_MUST_OF_LOG,
+            )
+        )

@@ -1,0 +1,109 @@
+"""Line 4: what durability costs a publisher over HTTP.
+
+64 keep-alive connections of another process, one request under way on each, against two servers in turns: the real one,
+and the same app and route over a runtime whose `publish` returns at once. That second one must have been busy: a client
+that cannot keep up would make any ratio good.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.harness import Bench, Child, Finding
+from bench.workload import MESSAGES_PER_ORDER
+
+__all__ = ["run"]
+
+_CONNECTIONS = 64
+_WARM_UP_ROUNDS = 3
+_MUST = 0.4
+_AIM = 0.7
+_MUST_BUSY = 0.9
+
+
+@dataclass(frozen=True)
+class _Served:
+    rate: float
+    cpu: float
+    """Of one core."""
+    busy: float
+    """The same, with the time that it waited for a core which somebody else had."""
+    client_cpu: float
+    batch: float
+    cpu_us: float
+
+
+def _serve(place: Path, mode: str, seconds: float) -> _Served:
+    with (
+        Child("bench.serving", mode, str(place / f"{mode}.db")) as server,
+        Child("bench.publishing", str(server.hear()["port"]), str(_CONNECTIONS)) as client,
+    ):
+        client.ask(f"prepare w {_WARM_UP_ROUNDS * _CONNECTIONS}")
+        went = client.ask("go")
+        rounds = max(2, round(seconds / (went["ended"] - went["began"]) * _WARM_UP_ROUNDS))
+        client.ask(f"prepare o {rounds * _CONNECTIONS}")
+        server.ask("start")
+        went = client.ask("go")
+        used = server.ask("stop")
+    messages = rounds * _CONNECTIONS * MESSAGES_PER_ORDER
+    if went["answers"] != messages:
+        raise RuntimeError(f"{went['answers']} answers to {messages} requests")
+    wall = used["at"] - went["began"]
+    return _Served(
+        rate=messages / wall,
+        cpu=used["cpu"] / used["wall"],
+        busy=(used["cpu"] + used["waited"]) / used["wall"],
+        client_cpu=went["cpu"] / (went["ended"] - went["began"]),
+        batch=messages / used["commits"] if used["commits"] else 0.0,
+        cpu_us=used["cpu"] / messages * 1_000_000,
+    )
+
+
+def run(bench: Bench) -> None:
+    durable: list[_Served] = []
+    instant: list[_Served] = []
+    for _ in range(bench.rounds):
+        with bench.place() as place:
+            durable.append(_serve(place, "durable", bench.seconds))
+            instant.append(_serve(place, "instant", bench.seconds))
+    with bench.place() as place:
+        in_memory = _serve(place, "memory", bench.seconds)
+    best = max(durable, key=lambda served: served.rate)
+    best_instant = max(instant, key=lambda served: served.rate)
+    bench.found(
+        Finding(
+            line="4",
+            what="durable POST /publish, 64 connections, against a publish that returns at once",
+            ours=f"{best.rate:,.0f}/s",
+            baseline=f"{best_instant.rate:,.0f}/s",
+            value=best.rate / best_instant.rate,
+            must=_MUST,
+            aim=_AIM,
+            note=f"batch {best.batch:.0f}, server {best.cpu:.2f} core and {best.cpu_us:.0f} us CPU a request, "
+            f"client {best.client_cpu:.2f} core",
+        )
+    )
+    bench.found(
+        Finding(
+            line="4",
+            what="the same, against the whole runtime over a store in memory",
+            ours=f"{best.rate:,.0f}/s",
+            baseline=f"{in_memory.rate:,.0f}/s",
+            value=best.rate / in_memory.rate,
+        )
+    )
+    bench.found(
+        Finding(
+            line="4",
+            what="check: share of the time that the server of the baseline wanted a core",
+            ours=f"{best_instant.busy:.2f}",
+            baseline="1.00",
+            value=best_instant.busy,
+            unit="",
+            must=_MUST_BUSY,
+            aim=_MUST_BUSY,
+            note=f"had {best_instant.cpu:.2f} core, {best_instant.cpu_us:.0f} us CPU a request, "
+            f"client {best_instant.client_cpu:.2f} core",
+        )
+    )

@@ -1,0 +1,126 @@
+"""A server process that lines 4 and 8 put to work: the HTTP API as `sagaloom serve` has it, on a free port.
+
+    python -m bench.serving durable|instant|memory FILE
+
+`durable` is the real thing; `instant` is the same app and route over a runtime whose `publish` returns at once;
+`memory` is the whole runtime over a store in memory. It answers each line it is sent with one of JSON: `start` begins
+to measure, `stop` waits until inbox and outbox are empty and says what was used since. The end of its input ends it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from bench.workload import CountingStore, account, open_runtime, order, receiver
+from sagaloom.kv import MemoryKeyValue, SqliteKeyValue
+from sagaloom.runtime import Outcome, PublishReceipt, PublishRejected, SagaRuntime
+from sagaloom.service import create_app
+
+_Parts = tuple[SagaRuntime, CountingStore | None, SqliteKeyValue | None]
+
+
+class _InstantRuntime(SagaRuntime):
+    """Knows what a publish is answered with, and does nothing for it."""
+
+    _receipt = PublishReceipt(
+        message_id="0123456789ab0123456789abcdef0123",
+        message_type="OrderPlaced",
+        correlation_key=None,
+        outcomes=(
+            Outcome(
+                message_id="0123456789ab0123456789abcdef0123",
+                instance_id="bench-order:o-00000000-00000",
+                saga_id="bench-order",
+                correlation_key="o-00000000-00000",
+                run=1,
+                disposition="applied",
+                status="running",
+                revision=1,
+            ),
+        ),
+    )
+
+    async def publish(
+        self, message: object, options: Mapping[str, Any] | None = None, *, wait: Any = None, **overrides: Any
+    ) -> PublishReceipt | PublishRejected:
+        return self._receipt
+
+
+@asynccontextmanager
+async def _runtime_of(mode: str, path: Path) -> AsyncIterator[_Parts]:
+    if mode == "durable":
+        async with open_runtime(path) as parts:
+            yield parts
+    else:
+        store = CountingStore(MemoryKeyValue())
+        make = _InstantRuntime if mode == "instant" else SagaRuntime
+        async with make(store, definitions=[order, account], targets=[receiver()]) as runtime:
+            yield runtime, store, None
+
+
+def _waited_for_cpu() -> float:
+    """Seconds that this process could have run but had no processor, as far as the kernel says."""
+    try:
+        return int(Path("/proc/self/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError, ValueError):
+        return 0.0
+
+
+def _used(parts: _Parts) -> dict[str, float]:
+    _, store, kv = parts
+    return {
+        "cpu": time.process_time(),
+        "waited": _waited_for_cpu(),
+        "statements": kv.statements if kv is not None else 0,
+        "commits": store.commits_with_messages if store is not None else 0,
+    }
+
+
+async def _obey(parts: _Parts) -> None:
+    loop = asyncio.get_running_loop()
+    reader = asyncio.StreamReader()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    before: dict[str, float] = {}
+    began = 0.0
+    while line := await reader.readline():
+        answer: dict[str, float]
+        if line.strip() == b"start":
+            gc.collect()
+            before, began = _used(parts), time.monotonic()
+            answer = {"at": began}
+        else:
+            await parts[0].settled(60)
+            ended = time.monotonic()
+            answer = {name: used - before[name] for name, used in _used(parts).items()}
+            answer |= {"at": ended, "wall": ended - began}
+        print(json.dumps(answer), flush=True)
+
+
+async def _main(mode: str, path: Path) -> None:
+    async with _runtime_of(mode, path) as parts:
+        listener = socket.create_server(("127.0.0.1", 0), backlog=256)
+        config = uvicorn.Config(create_app(parts[0]), access_log=False, log_config=None, server_header=False)
+        server = uvicorn.Server(config)
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        while not server.started:
+            await asyncio.sleep(0.01)
+        http = type(server.servers[0]).__name__ and config.http_protocol_class.__name__  # type: ignore[union-attr]
+        print(json.dumps({"port": listener.getsockname()[1], "http": http}), flush=True)
+        await _obey(parts)
+        server.should_exit = True
+        await serving
+
+
+if __name__ == "__main__":
+    asyncio.run(_main(sys.argv[1], Path(sys.argv[2])))
