@@ -22,19 +22,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import apsw
 
 __all__ = [
+    "ROOT",
     "Bench",
     "Child",
     "Finding",
+    "LineModule",
     "file_system_of",
     "median",
     "percentile",
@@ -124,7 +126,7 @@ class Bench:
         return short if self.short else full
 
     @contextmanager
-    def place(self) -> Iterator[Path]:
+    def place(self) -> Generator[Path]:
         """A fresh directory for one measurement, removed after it."""
         self._count += 1
         place = self.directory / f"m{self._count}"
@@ -170,11 +172,19 @@ class Bench:
         return median(seconds) * 1000
 
 
+class LineModule(Protocol):
+    """The module of one line. Its docstring begins with `Line <number>: <what it is about>`."""
+
+    __doc__: str | None
+
+    def run(self, bench: Bench) -> None: ...
+
+
 def working_directory() -> Path:
     """A new directory on a real disk: in `BENCH_DIR`, else where temporary files go, else here."""
     given = os.environ.get("BENCH_DIR")
-    for parent in [given] if given else [tempfile.gettempdir(), os.getcwd()]:
-        if file_system_of(Path(parent)) not in _IN_MEMORY:
+    for parent in [Path(given)] if given else [Path(tempfile.gettempdir()), Path.cwd()]:
+        if file_system_of(parent) not in _IN_MEMORY:
             return Path(tempfile.mkdtemp(prefix="sagaloom-bench-", dir=parent))
     raise SystemExit("the bench needs a real disk, this one is in memory: set BENCH_DIR to a directory on one")
 

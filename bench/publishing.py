@@ -86,10 +86,10 @@ def _go(connections: list[_Connection]) -> dict[str, float]:
     busy = sum(connection.send_next() for connection in connections)
     while busy:
         for key, _ in selector.select():
-            connection: _Connection = key.data
-            if connection.receive():
+            answered: _Connection = key.data
+            if answered.receive():
                 answers += 1
-                if not connection.send_next():
+                if not answered.send_next():
                     busy -= 1
     ended = time.monotonic()
     selector.close()

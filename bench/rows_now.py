@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
@@ -106,14 +107,12 @@ def show(place: Path) -> str:
         lines.append(f"message {number}")
         for table, key, value in message:
             lines.append(f"  {table:15} key {key:3} B  " + (f"value {value:4} B" if value >= 0 else "deleted"))
-    from datetime import UTC, datetime
-
     encode = msgspec.msgpack.Encoder().encode
-    for number, message in enumerate(order_messages(_ORDER), 1):
+    for number, sent in enumerate(order_messages(_ORDER), 1):
         envelope = address(
             order,
-            message,
-            payload_json=encode_any(message.payload),
+            sent,
+            payload_json=encode_any(sent.payload),
             accepted_at=datetime.now(UTC),
             message_id="0" * 32,
         )

@@ -15,7 +15,7 @@ import json
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class _InstantRuntime(SagaRuntime):
 
 
 @asynccontextmanager
-async def _runtime_of(mode: str, path: Path) -> AsyncIterator[_Parts]:
+async def _runtime_of(mode: str, path: Path) -> AsyncGenerator[_Parts]:
     if mode == "durable":
         async with open_runtime(path) as parts:
             yield parts
@@ -113,10 +113,8 @@ async def _main(mode: str, path: Path) -> None:
         config = uvicorn.Config(create_app(parts[0]), access_log=False, log_config=None, server_header=False)
         server = uvicorn.Server(config)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
-        while not server.started:
-            await asyncio.sleep(0.01)
-        http = type(server.servers[0]).__name__ and config.http_protocol_class.__name__  # type: ignore[union-attr]
-        print(json.dumps({"port": listener.getsockname()[1], "http": http}), flush=True)
+        # Connections that come before it is up wait in the listener's backlog.
+        print(json.dumps({"port": listener.getsockname()[1]}), flush=True)
         await _obey(parts)
         server.should_exit = True
         await serving

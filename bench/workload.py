@@ -7,7 +7,7 @@ third completes the run. An account takes messages for ever, which is what a hot
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from sagaloom import CascadedMessage, Saga, SagaContext, SagaMessage, define_sag
 from sagaloom.kv.ownership import OwnerLock
 from sagaloom.kv.sqlite import SqliteKeyValue
 from sagaloom.ports.store import CommitResult, Lease, UnitOfWork
-from sagaloom.runtime import RuntimeOptions, SagaRuntime
+from sagaloom.runtime import PublishReceipt, RuntimeOptions, SagaRuntime
 from sagaloom.stores import KvSagaStore
 from sagaloom.targets import CallableTarget, EffectRequest, callable_target
 
@@ -166,7 +166,7 @@ async def open_store(path: Path, *, durable: bool = True) -> tuple[SqliteKeyValu
 @asynccontextmanager
 async def open_runtime(
     path: Path, *, options: RuntimeOptions | None = None
-) -> AsyncIterator[tuple[SagaRuntime, CountingStore, SqliteKeyValue]]:
+) -> AsyncGenerator[tuple[SagaRuntime, CountingStore, SqliteKeyValue]]:
     """A running runtime on the file `path`, as a user would have it."""
     kv, store = await open_store(path)
     try:
@@ -188,6 +188,7 @@ async def _publisher(runtime: SagaRuntime, left: Iterator[Sequence[Message]]) ->
     for group in left:
         for message in group:
             receipt = await runtime.publish(message)
-            receipt.raise_for_rejected()
-            if receipt.published and receipt.outcomes[0].disposition != "applied":
+            if not isinstance(receipt, PublishReceipt):
+                receipt.raise_for_rejected()
+            if receipt.outcomes[0].disposition != "applied":
                 raise RuntimeError(f"not applied: {receipt}")

@@ -1,6 +1,6 @@
 """The floor: records appended to a file, with one fdatasync after so many of them.
 
-    python -m bench.bare.log FILE [RECORD_BYTES]
+python -m bench.bare.log FILE [RECORD_BYTES]
 """
 
 from __future__ import annotations

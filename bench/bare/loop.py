@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, cast
 
 import apsw
 
@@ -36,6 +36,7 @@ __all__ = [
     "INSERT_TRANSITION",
     "UPDATE_STATE",
     "Batch",
+    "Connection",
     "Row",
     "commit",
     "connect",
@@ -64,8 +65,28 @@ _NEXT_VERSIONSTAMP = "UPDATE kv_counter SET n = n + 1 WHERE name = 'versionstamp
 _RESERVE = "UPDATE kv_counter SET n = n + ? WHERE name = ?"
 
 
+class Cursor(Protocol):
+    """What is used of an apsw cursor; its own types know more kinds of cells than we have."""
+
+    def execute(self, statement: str, bindings: Row = (), /) -> Cursor: ...
+
+    def executemany(self, statement: str, bindings: Sequence[Row], /) -> object: ...
+
+    def fetchall(self) -> list[Row]: ...
+
+
+class Connection(Protocol):
+    """What is used of an apsw connection."""
+
+    def cursor(self) -> Cursor: ...
+
+    def total_changes(self) -> int: ...
+
+    def close(self) -> None: ...
+
+
 class Batch(NamedTuple):
-    """One commit: how many numbers it takes of which counters, its rows by statement, and how many rows that changes."""
+    """One commit: how many numbers it takes of which counters, its rows by statement, and how many rows change."""
 
     reserved: tuple[tuple[int, str], ...]
     statements: tuple[tuple[str, list[Row]], ...]
@@ -77,26 +98,28 @@ class Batch(NamedTuple):
         return Batch(reserved, tuple(statements), 1 + len(reserved) + written)
 
 
-def connect(path: Path) -> apsw.Connection:
+def connect(path: Path) -> Connection:
     """A new file with the tables of the store, set up as the store sets itself up."""
-    connection = apsw.Connection(str(path), statementcachesize=512)
-    connection.set_busy_timeout(5000)
-    connection.pragma("journal_mode", "WAL")
-    connection.pragma("synchronous", "FULL")
-    connection.pragma("cache_size", -64 * 1024)
-    connection.pragma("journal_size_limit", 64 * 1024 * 1024)
-    connection.wal_autocheckpoint(4000)
-    connection.execute("BEGIN")
-    connection.execute("CREATE TABLE kv_counter (name TEXT PRIMARY KEY, n INTEGER NOT NULL) STRICT, WITHOUT ROWID")
+    opened = apsw.Connection(str(path), statementcachesize=512)
+    opened.set_busy_timeout(5000)
+    opened.wal_autocheckpoint(4000)
+    connection = cast("Connection", opened)
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode = WAL").fetchall()
+    cursor.execute("PRAGMA synchronous = FULL")
+    cursor.execute(f"PRAGMA cache_size = -{64 * 1024}")
+    cursor.execute(f"PRAGMA journal_size_limit = {64 * 1024 * 1024}").fetchall()
+    cursor.execute("BEGIN")
+    cursor.execute("CREATE TABLE kv_counter (name TEXT PRIMARY KEY, n INTEGER NOT NULL) STRICT, WITHOUT ROWID")
     for counter in ("versionstamp", "c:inbox", "c:outbox", "c:feed"):
-        connection.execute("INSERT INTO kv_counter (name, n) VALUES (?, 0)", (counter,))
+        cursor.execute("INSERT INTO kv_counter (name, n) VALUES (?, 0)", (counter,))
     for table in rows.TABLES:
-        connection.execute(
+        cursor.execute(
             f"CREATE TABLE t_{table} (k BLOB PRIMARY KEY, v BLOB NOT NULL, s INTEGER NOT NULL) STRICT, WITHOUT ROWID"
         )
     lease = [(bytes((0x11, part)), b"abc", 1) for part in range(rows.PARTITIONS)]
-    connection.executemany("INSERT INTO t_lease (k, v, s) VALUES (?, ?, ?)", lease)
-    connection.execute("COMMIT")
+    cursor.executemany("INSERT INTO t_lease (k, v, s) VALUES (?, ?, ?)", lease)
+    cursor.execute("COMMIT")
     return connection
 
 
@@ -123,9 +146,7 @@ def prepared(orders: int, batch: int) -> list[Batch]:
                 statements.append((INSERT_CORRELATION, sorted(heads)))
                 values = bytes(rows.STATE_BYTES[0])
                 statements.append((INSERT_STATE, [(rows.state_key(pk), values, stamp) for pk in side_by_side]))
-                statements.append(
-                    (INSERT_INDEX, [(rows.index_key(pk, b"running"), b"", stamp) for pk in side_by_side])
-                )
+                statements.append((INSERT_INDEX, [(rows.index_key(pk, b"running"), b"", stamp) for pk in side_by_side]))
             else:
                 values = bytes(rows.STATE_BYTES[step])
                 statements.append(
@@ -159,7 +180,7 @@ def prepared(orders: int, batch: int) -> list[Batch]:
     return batches
 
 
-def run(connection: apsw.Connection, batches: Sequence[Batch]) -> float:
+def run(connection: Connection, batches: Sequence[Batch]) -> float:
     """Commits all batches; the seconds it took."""
     cursor = connection.cursor()
     began = time.perf_counter()
@@ -168,7 +189,7 @@ def run(connection: apsw.Connection, batches: Sequence[Batch]) -> float:
     return time.perf_counter() - began
 
 
-def run_timed(connection: apsw.Connection, batches: Sequence[Batch]) -> list[float]:
+def run_timed(connection: Connection, batches: Sequence[Batch]) -> list[float]:
     """Commits all batches; the seconds that each took."""
     cursor = connection.cursor()
     seconds: list[float] = []
@@ -179,7 +200,7 @@ def run_timed(connection: apsw.Connection, batches: Sequence[Batch]) -> list[flo
     return seconds
 
 
-def commit(connection: apsw.Connection, cursor: apsw.Cursor, batch: Batch) -> None:
+def commit(connection: Connection, cursor: Cursor, batch: Batch) -> None:
     """One transaction, durable when this returns."""
     execute, executemany = cursor.execute, cursor.executemany
     execute("BEGIN IMMEDIATE")

@@ -35,9 +35,7 @@ __all__ = [
     "transition_key",
 ]
 
-TABLES: Final = (
-    "correlation state instance_index transition dedupe inbox outbox timer dead_letter feed lease saga_seen"
-).split()
+TABLES: Final = ("correlation", "state", "instance_index", "transition", "dedupe", "inbox", "outbox", "feed", "lease")
 PARTITIONS: Final = 64
 
 # Bytes of the values that the first, second and third message of an order write.

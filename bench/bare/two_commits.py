@@ -9,8 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-import apsw
-
 from bench.bare import rows
 from bench.bare.loop import (
     DELETE_INBOX,
@@ -26,6 +24,7 @@ from bench.bare.loop import (
     INSERT_TRANSITION,
     UPDATE_STATE,
     Batch,
+    Connection,
     Row,
     commit,
 )
@@ -89,7 +88,7 @@ def prepared(orders: int) -> list[tuple[Batch, Batch]]:
     return pairs
 
 
-def run(connection: apsw.Connection, pairs: Sequence[tuple[Batch, Batch]]) -> list[float]:
+def run(connection: Connection, pairs: Sequence[tuple[Batch, Batch]]) -> list[float]:
     """Commits all pairs; the seconds that each pair took."""
     cursor = connection.cursor()
     seconds: list[float] = []

@@ -101,7 +101,7 @@ def encode_any(value: object) -> bytes:
     >>> encode_any({"total": 3, "tags": ("a", "b")})
     b'{"total":3,"tags":["a","b"]}'
     """
-    if is_declared_class(type(value)):
+    if type(value) is not dict and is_declared_class(type(value)):
         return _relabelled(codec_for(type(value)), value)
     try:
         return _ANY.encode(value)

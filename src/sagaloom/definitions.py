@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeAlias, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, NamedTuple, TypeAlias, TypeVar, overload
 
 import msgspec
 
@@ -40,6 +40,7 @@ __all__ = [
     "SagaHandler",
     "SagaInstanceStatus",
     "SagaState",
+    "StoredState",
     "SignalDefinition",
     "define_query",
     "define_signal",
@@ -82,20 +83,61 @@ class Saga(Generic[S]):
         self.state = state
 
 
-class SagaContext(msgspec.Struct, Generic[S], frozen=True, kw_only=True):
-    """What a handler may know beside its message. `now` is the only clock it may read; `attempt` counts from 1;
-    `state` is the state before this message, read-only by agreement."""
+class StoredState(NamedTuple):
+    """A state as it is stored, and the codec that reads it."""
 
-    saga_id: str
-    instance_id: str
-    correlation_key: str
-    run: int
-    state: S
-    message: SagaMessage[Any]
-    attempt: int
-    now: datetime
-    traceparent: str | None = None
-    tracestate: str | None = None
+    codec: Codec[Any]
+    data: bytes
+
+
+class SagaContext(Generic[S]):
+    """What a handler may know beside its message. `now` is the only clock it may read; `attempt` counts from 1;
+    `state` is the state before this message, a copy of its own, so changing it changes nothing."""
+
+    __slots__ = (
+        "_state",
+        "_state_json",
+        "attempt",
+        "correlation_key",
+        "instance_id",
+        "message",
+        "now",
+        "run",
+        "saga_id",
+        "traceparent",
+        "tracestate",
+    )
+
+    def __init__(
+        self,
+        saga_id: str,
+        instance_id: str,
+        correlation_key: str,
+        run: int,
+        state: S,
+        message: SagaMessage[Any],
+        attempt: int,
+        now: datetime,
+        traceparent: str | None = None,
+        tracestate: str | None = None,
+    ) -> None:
+        self.saga_id = saga_id
+        self.instance_id = instance_id
+        self.correlation_key = correlation_key
+        self.run = run
+        self._state = state
+        self.message = message
+        self.attempt = attempt
+        self.now = now
+        self.traceparent = traceparent
+        self.tracestate = tracestate
+
+    @property
+    def state(self) -> S:
+        # Few handlers ask for it, so it is decoded when one does.
+        if isinstance(self._state, StoredState):
+            self._state = self._state.codec.decode(self._state.data)
+        return self._state
 
 
 SagaHandler: TypeAlias = Callable[[Saga[S], SagaMessage[P], SagaContext[S]], "Sequence[CascadedMessage]"]

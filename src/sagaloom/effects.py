@@ -10,6 +10,8 @@ They are values. The engine writes them down in the same commit as the new state
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Any, ClassVar, Final, Literal, final
@@ -44,6 +46,8 @@ __all__ = [
 ]
 
 CASCADED_MESSAGE_KINDS: Final = ("send", "scheduled", "spawn", "complete", "fail", "compensate", "cancel_scheduled")
+_NO_OPTIONS: Final = (None, None, None, None, None)
+_TARGET_FIELDS: Final = {"kind", "id"}
 _OPTIONS: Final = {
     "idempotency_key": "idempotency_key",
     "idempotencyKey": "idempotency_key",
@@ -187,8 +191,10 @@ def send(
     """
     if isinstance(payload, CascadedMessage):
         raise DefinitionError(f"send takes a payload, got the effect {payload.kind!r}: return it from the handler")
-    chosen = _options("send", options)
     given = (idempotency_key, concurrency_key, retry, queue, on_dead_letter)
+    if not options and given == _NO_OPTIONS:
+        return Send(_target(target), payload)
+    chosen = _options("send", options)
     names = ("idempotency_key", "concurrency_key", "retry", "queue", "on_dead_letter")
     chosen.update({name: value for name, value in zip(names, given, strict=True) if value is not None})
     for name in ("idempotency_key", "concurrency_key", "queue"):
@@ -262,15 +268,19 @@ def _check_text(what: str, name: str, value: object) -> None:
 
 def _target(target: Target | Mapping[str, str] | str) -> Target:
     if isinstance(target, Target):
-        kind, identifier = target.kind, target.id
-    elif isinstance(target, str):
+        return _named_target(target.kind, target.id)
+    if isinstance(target, str):
         kind, separator, identifier = target.partition(":")
-        if not separator:
-            kind, identifier = "saga", target
-    elif isinstance(target, Mapping) and set(target) == {"kind", "id"}:
-        kind, identifier = target["kind"], target["id"]
-    else:
-        raise DefinitionError(f"send target {target!r:.80} must be {{'kind': ..., 'id': ...}}, 'kind:id' or a type")
+        return _named_target(kind, identifier) if separator else _named_target("saga", target)
+    if isinstance(target, Mapping) and target.keys() == _TARGET_FIELDS:
+        with contextlib.suppress(TypeError):  # an unhashable part is refused below, as what it is
+            return _named_target(target["kind"], target["id"])
+    raise DefinitionError(f"send target {target!r:.80} must be {{'kind': ..., 'id': ...}}, 'kind:id' or a type")
+
+
+# A saga sends to the same few targets for ever.
+@functools.lru_cache(maxsize=1024)
+def _named_target(kind: str, identifier: str) -> Target:
     if not (isinstance(kind, str) and isinstance(identifier, str) and kind.strip() and identifier.strip()):
         raise DefinitionError("Cascaded message target must not be empty.")
     # `message` is how the TypeScript system spells a bare message type.

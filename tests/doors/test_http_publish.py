@@ -460,7 +460,7 @@ async def test_a_body_shorter_than_its_content_length_is_not_waited_for_without_
     assert json.loads(body)["retryable"]
 
 
-async def test_a_body_longer_than_its_content_length_is_cut_there(door: Door) -> None:
+async def test_a_body_longer_than_its_content_length_is_refused(door: Door) -> None:
     async with serve(create_app(door.runtime)) as port:
         status, body = await speak(
             port,
@@ -469,7 +469,8 @@ async def test_a_body_longer_than_its_content_length_is_cut_there(door: Door) ->
             is_ending=False,
         )
 
-    assert (status, json.loads(body)["data"]["position"]) == (422, 10)
+    # One parser reads as far as it was told; another sees at once that what follows is no request.
+    assert status in (400, 422), body
 
 
 async def test_a_client_that_leaves_while_sending_publishes_nothing(door: Door) -> None:

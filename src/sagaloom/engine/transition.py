@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, Final, Literal, NamedTuple, NoReturn
 
-from sagaloom.definitions import Saga, SagaContext, SagaDefinition, SagaInstanceStatus
+from sagaloom.definitions import Saga, SagaContext, SagaDefinition, SagaInstanceStatus, StoredState
 from sagaloom.effects import CancelScheduled, CascadedMessage, Compensate, Complete, Fail, Scheduled, Send, Spawn
 from sagaloom.engine.ledger import HANDLER_RESULT, LIMIT_EXCEEDED, Ledger, Refused
 from sagaloom.engine.lifecycle import is_terminal, next_status
@@ -106,24 +106,23 @@ class Transition:
         codec = definition.state_codec
         try:
             saga = Saga(codec.decode(self.state))
-            before = codec.decode(self.state)
         except SagasError as error:
             self.refuse(
                 STATE_UNREADABLE,
                 f"the stored state of {self._instance_id!r} cannot be read: {error.message}; if its shape has changed, "
                 "declare it with .version(n, migrate={...})",
             )
-        context = SagaContext(
-            saga_id=definition.id,
-            instance_id=self._instance_id,
-            correlation_key=self.envelope.key,
-            run=self._run,
-            state=before,
-            message=message,
-            attempt=self._attempt,
-            now=self._now,
-            traceparent=message.traceparent,
-            tracestate=message.tracestate,
+        context: SagaContext[Any] = SagaContext(
+            definition.id,
+            self._instance_id,
+            self.envelope.key,
+            self._run,
+            StoredState(codec, self.state),
+            message,
+            self._attempt,
+            self._now,
+            message.traceparent,
+            message.tracestate,
         )
         try:
             returned: Any = handler(saga, message, context)

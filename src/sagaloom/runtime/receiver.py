@@ -152,7 +152,8 @@ class Receiver:
         """Turns until cancelled, or until another process has taken the store over."""
         loop = asyncio.get_running_loop()
         while True:
-            if not self._backlog and not self._work:
+            # While the store is in trouble nothing new is let in, so nobody but us would ever try it again.
+            if not self._backlog and not self._work and self.problem is None:
                 self._wake = loop.create_future()
                 await self._wake
                 self._wake = None

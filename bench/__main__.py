@@ -1,0 +1,121 @@
+"""`make bench`: measures the lines of docs/benchmarks.md on this machine, and fails when one misses its must.
+
+    make bench                                      everything, some minutes
+    make bench SHORT=1                              a quick look, under 90 s
+    make bench LINES="1 3"                          some lines
+    .venv/bin/python -m bench --short --json 1 3    the same, as arguments; JSON on stdout, the rest on stderr
+    .venv/bin/python -m bench --rows                the rows that the store writes for one order
+
+BENCH_DIR says where the files go; it must be on a real disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from typing import Final, cast
+
+from rich.console import Console
+from rich.table import Table
+
+from bench import rows_now
+from bench.harness import Bench, Finding, LineModule, working_directory
+
+LINES: Final = {
+    "1": "line1_throughput",
+    "3": "line3_latency",
+    "4": "line4_http",
+    "6": "line6_crowds",
+    "7": "line7_restart",
+    "8": "line8_idle",
+    "9": "line9_import",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    chosen = _parsed(arguments)
+    # What is said on the way goes where JSON does not.
+    console = Console(stderr=chosen.json, highlight=False, soft_wrap=True)
+    directory = working_directory()
+    try:
+        bench = Bench(directory, short=chosen.short, say=lambda text: console.print(text, markup=False))
+        if chosen.rows:
+            with bench.place() as place:
+                bench.say(rows_now.show(place))
+            return 0
+        return _measured(bench, chosen.lines, console, as_json=chosen.json)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _measured(bench: Bench, lines: Sequence[str], console: Console, *, as_json: bool) -> int:
+    facts = bench.facts()
+    for name, fact in facts.items():
+        bench.say(f"{name}: {fact}")
+    began = time.monotonic()
+    for line in lines:
+        module = cast("LineModule", importlib.import_module(f"bench.{LINES[line]}"))
+        bench.say(f"line {line}: {(module.__doc__ or '').partition(': ')[2].partition(chr(10))[0]}")
+        since = time.monotonic()
+        module.run(bench)
+        bench.say(f"  {time.monotonic() - since:.0f} s")
+    missed = [finding for finding in bench.findings if finding.is_met is False]
+    if as_json:
+        result = {
+            "facts": facts,
+            "short": bench.short,
+            "findings": [finding.as_json() for finding in bench.findings],
+            "missed": len(missed),
+        }
+        print(json.dumps(result, indent=2))
+    console.print(_table(bench.findings))
+    bench.say(f"{len(missed)} missed, {time.monotonic() - began:.0f} s")
+    return 1 if missed else 0
+
+
+def _table(findings: Sequence[Finding]) -> Table:
+    table = Table(title="Measured in one run; ratios only, absolute figures belong to this machine and moment")
+    for name in ("line", "what", "ours", "baseline", "value", "must", "aim", ""):
+        is_text = name in ("line", "what")
+        table.add_column(name, justify="left" if is_text else "right", overflow="fold")
+    for finding in findings:
+        table.add_row(
+            finding.line,
+            finding.what,
+            finding.ours,
+            finding.baseline,
+            finding.shown(finding.value),
+            finding.limit(finding.must),
+            finding.limit(finding.aim),
+            f"[bold red]{finding.verdict}[/]" if finding.is_met is False else finding.verdict,
+        )
+    return table
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Measures sagaloom on this machine.")
+    parser.add_argument("lines", nargs="*", help=f"lines to measure, of {', '.join(LINES)} (LINES; default all)")
+    parser.add_argument("--short", action="store_true", default=_is_set("SHORT"), help="a quick look (SHORT=1)")
+    parser.add_argument("--json", action="store_true", default=_is_set("JSON"), help="JSON on stdout (JSON=1)")
+    parser.add_argument("--store", default=os.environ.get("STORE") or "kv", choices=["kv"], help="the store (STORE)")
+    parser.add_argument("--rows", action="store_true", help="show the rows of one order, and measure nothing")
+    chosen = parser.parse_args(arguments)
+    chosen.lines = chosen.lines or os.environ.get("LINES", "").replace(",", " ").split() or list(LINES)
+    for line in chosen.lines:
+        if line not in LINES:
+            parser.error(f"line {line!r} is not one of {', '.join(LINES)}")
+    return chosen
+
+
+def _is_set(name: str) -> bool:
+    return os.environ.get(name, "").strip().lower() not in ("", "0", "no", "false")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
