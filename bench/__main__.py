@@ -18,6 +18,7 @@ import os
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from typing import Final, cast
 
@@ -42,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = _parsed(arguments)
     # What is said on the way goes where JSON does not.
     console = Console(stderr=chosen.json, highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 160
     directory = working_directory()
     try:
         bench = Bench(directory, short=chosen.short, say=lambda text: console.print(text, markup=False))
@@ -59,11 +62,16 @@ def _measured(bench: Bench, lines: Sequence[str], console: Console, *, as_json: 
     for name, fact in facts.items():
         bench.say(f"{name}: {fact}")
     began = time.monotonic()
+    broken: list[str] = []
     for line in lines:
         module = cast("LineModule", importlib.import_module(f"bench.{LINES[line]}"))
-        bench.say(f"line {line}: {(module.__doc__ or '').partition(': ')[2].partition(chr(10))[0]}")
+        bench.say(f"line {line}: {(module.__doc__ or '').partition(': ')[2].partition('.')[0]}")
         since = time.monotonic()
-        module.run(bench)
+        try:
+            module.run(bench)
+        except Exception:  # noqa: BLE001  # one line that breaks must not hide what the others found
+            traceback.print_exc()
+            broken.append(line)
         bench.say(f"  {time.monotonic() - since:.0f} s")
     missed = [finding for finding in bench.findings if finding.is_met is False]
     if as_json:
@@ -72,18 +80,20 @@ def _measured(bench: Bench, lines: Sequence[str], console: Console, *, as_json: 
             "short": bench.short,
             "findings": [finding.as_json() for finding in bench.findings],
             "missed": len(missed),
+            "broken": broken,
         }
         print(json.dumps(result, indent=2))
     console.print(_table(bench.findings))
-    bench.say(f"{len(missed)} missed, {time.monotonic() - began:.0f} s")
-    return 1 if missed else 0
+    ended = f"{len(missed)} missed, {time.monotonic() - began:.0f} s"
+    bench.say(f"{ended}; broken lines: {', '.join(broken)}" if broken else ended)
+    return 1 if missed or broken else 0
 
 
 def _table(findings: Sequence[Finding]) -> Table:
     table = Table(title="Measured in one run; ratios only, absolute figures belong to this machine and moment")
     for name in ("line", "what", "ours", "baseline", "value", "must", "aim", ""):
         is_text = name in ("line", "what")
-        table.add_column(name, justify="left" if is_text else "right", overflow="fold")
+        table.add_column(name, justify="left" if is_text else "right", no_wrap=name not in ("what", "ours", "baseline"))
     for finding in findings:
         table.add_row(
             finding.line,

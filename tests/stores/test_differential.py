@@ -110,6 +110,8 @@ class Run:
         self.conflicts: set[str] = set()
         self.names = 0
         self.fresh_pks: list[int] = []
+        self.past = MemoryStore()
+        """All rows that were ever there to be consumed."""
         self.generators: dict[str, Callable[[MemoryStore], UnitOfWork | None]] = {
             "accept": self.accept,
             "start": self.start,
@@ -356,7 +358,7 @@ class Run:
         for status in SAGA_INSTANCE_STATUSES:
             one = InstanceFilter(statuses=(status,))
             assert await store.count_instances(one) == await model.count_instances(one)
-        keys = [(saga_id, key) for saga_id in SAGAS for key in KEYS]
+        keys = [*model.heads, ("nobody", "eu/1")]
         assert await store.load(keys) == await model.load(keys)
         for saga_id, key in keys:
             runs = await model.runs(saga_id, key)
@@ -370,7 +372,15 @@ class Run:
         for saga_id in SAGAS:
             assert await store.dead_letters(saga_id=saga_id) == await model.dead_letters(saga_id=saga_id)
         assert await store.feed(after=0, limit=100_000) == await model.feed(after=0, limit=100_000)
-        assert len(await self.kv.scan(("dedupe",), limit=100_000)) == len(model.marks_by_key)
+        rows = {
+            "correlation": len(model.heads),
+            "state": len(model.instances_by_run),
+            "instance_index": await model.count_instances(everything),
+            "transition": sum(map(len, model.entries.values())),
+            "dedupe": len(model.marks_by_key),
+            "dead_letter_index": 2 * len(model.dead_letters_by_id),
+        }
+        assert {table: await self.kv.count((table,), limit=100_000) for table in rows} == rows
         places = list(model.marks_by_key)
         assert await store.marks(places) == await model.marks(places)
 
@@ -378,6 +388,7 @@ class Run:
 
     async def batch(self) -> tuple[list[str], list[UnitOfWork]]:
         """Units of which each fits what those before it leave, most of the time."""
+        self.remember()
         names: list[str] = []
         units: list[UnitOfWork] = []
         expected = _copy_of(self.model)
@@ -388,6 +399,8 @@ class Run:
             unit = self.generators[name](expected)
             if unit is None:
                 continue
+            if units and self.dice.random() < 0.1:
+                unit = self.dice.choice(units)  # delivered twice
             if self.dice.random() < 0.15:
                 unit = self.spoiled(unit)
             await expected.commit([unit], lease=self.lease)
@@ -406,6 +419,13 @@ class Run:
             {"dead_letter_done": "d-none"},
             {"events": (replace(event_of(start_of(head_of("eu/1", 1))), detail="\ud800"),)},
         ]
+        ways += [{"inbox_done": ref} for ref in self.some(self.past.inbox)]
+        ways += [{"inbox_update": InboxRow(ref, self.past.inbox[ref])} for ref in self.some(self.past.inbox)]
+        ways += [{"outbox_done": ref} for ref in self.some(self.past.outbox)]
+        ways += [{"outbox_update": OutboxRow(ref, self.past.outbox[ref])} for ref in self.some(self.past.outbox)]
+        for place in self.some(self.past.timers_by_place):
+            ways.append({"timer_done": pending_of(self.past.timers_by_place[place])})
+        ways += [{"dead_letter_done": letter_id} for letter_id in self.some(self.past.dead_letters_by_id)]
         if self.model.marks_by_key:
             pk, dedupe_key = self.dice.choice(list(self.model.marks_by_key))
             ways.append({"mark_pk": pk, "mark": mark_of(dedupe_key)})
@@ -425,7 +445,7 @@ class Run:
         return replace(unit, **self.dice.choice(ways))
 
     def accept(self, model: MemoryStore) -> UnitOfWork | None:
-        saga_id, key = self.dice.choice(SAGAS), self.dice.choice(KEYS)
+        saga_id, key = self.dice.choice(SAGAS), self.key()
         before = model.heads.get((saga_id, key))
         message_id = self.message_id()
         head = before or head_of(
@@ -441,7 +461,7 @@ class Run:
         )
 
     def start(self, model: MemoryStore) -> UnitOfWork | None:
-        saga_id, key = self.dice.choice(SAGAS), self.dice.choice(KEYS)
+        saga_id, key = self.dice.choice(SAGAS), self.key()
         before = model.heads.get((saga_id, key))
         if before is not None and before.run:
             return None
@@ -559,6 +579,10 @@ class Run:
     def an_instance(self, model: MemoryStore) -> Instance | None:
         return self.dice.choice(list(model.instances_by_run.values())) if model.instances_by_run else None
 
+    def remember(self) -> None:
+        for name in ("inbox", "outbox", "timers_by_place", "dead_letters_by_id"):
+            getattr(self.past, name).update(getattr(self.model, name))
+
     def some(self, table: Mapping[Any, object]) -> list[Any]:
         """One key of `table`, if it has any."""
         return [self.dice.choice(list(table))] if table else []
@@ -569,6 +593,10 @@ class Run:
     def name(self) -> str:
         self.names += 1
         return str(self.names)
+
+    def key(self) -> str:
+        # A few keys meet often; new ones never run out.
+        return self.dice.choice(KEYS) if self.dice.random() < 0.8 else f"eu/{self.name()}"
 
     def message_id(self) -> str:
         return f"m-{self.name()}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -45,6 +46,9 @@ class Watched(MemoryKeyValue):
         self.commits: list[dict[str, Any]] = []
         self.error: Exception | None = None
         self.poison: bytes | None = None
+        self.loses_answers = False
+        self.pause: asyncio.Event | None = None
+        self.paused = asyncio.Event()
 
     async def get(self, key: Key) -> Entry | None:
         self.reads += 1
@@ -53,6 +57,21 @@ class Watched(MemoryKeyValue):
     async def get_many(self, keys: Sequence[Key]) -> list[Entry | None]:
         self.reads += 1
         return [await super(Watched, self).get(key) for key in keys]
+
+    async def scan(
+        self,
+        prefix: Key,
+        *,
+        after: Key | None = None,
+        before: Key | None = None,
+        limit: int = 1000,
+        reverse: bool = False,
+    ) -> list[Entry]:
+        entries = await super().scan(prefix, after=after, before=before, limit=limit, reverse=reverse)
+        if self.pause is not None:
+            self.paused.set()
+            await self.pause.wait()
+        return entries
 
     async def commit(
         self,
@@ -67,7 +86,10 @@ class Watched(MemoryKeyValue):
         if self.poison is not None and any(self.poison in value for _, value in puts):
             raise ValueError("a value that this store cannot hold")
         self.commits.append({"checks": checks, "puts": puts, "deletes": deletes, "reserve": reserve})
-        return await super().commit(checks=checks, puts=puts, deletes=deletes, reserve=reserve)
+        outcome = await super().commit(checks=checks, puts=puts, deletes=deletes, reserve=reserve)
+        if self.loses_answers:
+            raise BackendUnavailable("the answer was lost")
+        return outcome
 
 
 @pytest.fixture
@@ -155,6 +177,50 @@ async def test_a_store_that_comes_back_forgets_what_it_knew(kv: Watched, store: 
     assert kinds(late) == {0: "revision", 1: "gone"}
 
 
+async def test_two_objects_under_one_lease_do_not_trust_their_memory(
+    kv: Watched, store: KvSagaStore, lease: Lease
+) -> None:
+    instance = await started(store, lease, "o-1")
+    two, three = next_of(instance), next_of(next_of(instance))
+    await write(KvSagaStore(kv), lease, step_of(instance, two))
+
+    late = await store.commit([step_of(instance, two)], lease=lease)
+    await write(KvSagaStore(kv), lease, step_of(two, three))
+    right = await store.commit([step_of(three, next_of(three))], lease=lease)
+
+    assert (kinds(late), kinds(right)) == ({0: "revision"}, {})
+
+
+async def test_a_page_that_was_read_beside_a_commit_brings_nothing_back(
+    kv: Watched, store: KvSagaStore, lease: Lease
+) -> None:
+    accepted = await write(store, lease, UnitOfWork(part=0, inbox_add=(envelope_of("o-1", "m-1"),)))
+    done = UnitOfWork(part=0, inbox_done=RowRef(part_of("o-1"), accepted.inbox_base))
+    kv.pause = asyncio.Event()
+    reading = asyncio.create_task(store.inbox_page(after=None, limit=10))
+    await kv.paused.wait()
+
+    await write(store, lease, done)
+    kv.pause.set()
+
+    assert len(await reading) == 1  # It was there when it was read.
+    assert kinds(await store.commit([done], lease=lease)) == {0: "gone"}
+
+
+async def test_after_a_lost_answer_the_store_looks_for_itself(kv: Watched, store: KvSagaStore, lease: Lease) -> None:
+    instance = await started(store, lease, "o-1")
+    accepted = await write(store, lease, UnitOfWork(part=0, inbox_add=(envelope_of("o-1", "m-1"),)))
+    ref = RowRef(part_of("o-1"), accepted.inbox_base)
+    batch = [step_of(instance, next_of(instance), mark=mark_of("m-1")), UnitOfWork(part=0, inbox_done=ref)]
+    kv.loses_answers = True
+    with pytest.raises(BackendUnavailable):
+        await store.commit(batch, lease=lease)
+
+    kv.loses_answers = False
+
+    assert kinds(await store.commit(batch, lease=lease)) == {0: "revision", 1: "gone"}
+
+
 # -- what a commit costs ----------------------------------------------------------------------------------------------
 
 
@@ -170,6 +236,7 @@ async def test_a_step_of_a_run_that_is_known_reads_nothing_first(kv: Watched, st
         step_of(instance, next_of(instance), mark=mark_of("m-2"), outbox_add=(effect_of(next_of(instance)),)),
         UnitOfWork(part=ref.part, outbox_done=ref),
     )
+    await write(store, lease, step_of(next_of(instance), next_of(next_of(instance))))
 
     assert kv.reads == 0
 

@@ -38,6 +38,7 @@ from sagaloom.messages import SagaMessage, as_message, message_type_of
 __all__ = [
     "CORRELATION_REQUIRED",
     "SINGLETON_KEY",
+    "Addressed",
     "Correlated",
     "DefinitionSet",
     "Routed",
@@ -61,6 +62,13 @@ class Correlated(NamedTuple):
 
     key: str
     opens_run: bool = False
+
+
+class Addressed(NamedTuple):
+    """A message that found its instance: what is stored of it, and the message as the saga's handler takes it."""
+
+    envelope: Envelope
+    message: SagaMessage[Any]
 
 
 class Routed(NamedTuple):
@@ -141,7 +149,7 @@ def correlate(
     `payload_json` is the payload as JSON, when the caller has it already. Raises `MessageRejected` (`SagaNotFound` when
     the saga does not handle the type).
     """
-    return _find_key(definition, message, _typed(definition, message, payload_json))
+    return _find_key(definition, message, _typed(definition, message, payload_json, message.id))
 
 
 def address(
@@ -157,7 +165,7 @@ def address(
     hops: int = 0,
     parent: ParentLink | None = None,
     key_if_none: str | None = None,
-) -> Envelope:
+) -> Addressed:
     """The envelope that takes `message` to an instance of this saga; its payload has been read by the saga's codec.
 
     `correlation_key` counts as the message's own where that has none. `key_if_none` is the key for a message that no
@@ -171,15 +179,16 @@ def address(
             check_key(text, what=field)
     if correlation_key is not None and message.correlation_key is None:
         message = msgspec.structs.replace(message, correlation_key=correlation_key)
+    typed = _typed(definition, message, payload_json, message_id)
     try:
-        key, opens_run = _find_key(definition, message, _typed(definition, message, payload_json))
+        key, opens_run = _find_key(definition, message, typed)
         if opens_run and key_if_none is not None:
             key, opens_run = key_if_none, False
     except MessageRejected as refused:
         if refused.code != CORRELATION_REQUIRED or key_if_none is None:
             raise
         key, opens_run = key_if_none, False
-    return Envelope(
+    envelope = Envelope(
         definition.id,
         key,
         message.type,
@@ -200,6 +209,7 @@ def address(
         hops,
         parent,
     )
+    return Addressed(envelope, typed)
 
 
 def route(definitions: DefinitionSet, outgoing: Outgoing, *, now: datetime) -> Routed:
@@ -242,7 +252,7 @@ def route(definitions: DefinitionSet, outgoing: Outgoing, *, now: datetime) -> R
                     hops=outgoing.hops,
                     parent=outgoing.parent,
                     key_if_none=outgoing.effect_key if outgoing.kind == "spawn" else None,
-                )
+                ).envelope
             )
         except MessageRejected as refused:
             dead_letters.append(_undeliverable(outgoing, message, payload_json, refused, now, receiver=receiver.id))
@@ -265,9 +275,9 @@ def _is_message(payload: object) -> bool:
 
 
 def _typed(
-    definition: SagaDefinition[Any], message: SagaMessage[Any], payload_json: bytes | None
-) -> SagaMessage[Any] | None:
-    """The message as this saga's rules see it; None when there is no rule to show it to."""
+    definition: SagaDefinition[Any], message: SagaMessage[Any], payload_json: bytes | None, message_id: str | None
+) -> SagaMessage[Any]:
+    """The message as this saga's rules and handlers see it."""
     binding = definition.handlers.get(message.type)
     if binding is None:
         handled = ", ".join(definition.handlers)
@@ -281,8 +291,6 @@ def _typed(
             f"saga {definition.id!r}: the payload of {message.type!r} is not what its handler takes: {error.message}",
             data=error.data,
         ) from error
-    if not definition.correlations:
-        return None
     # Not msgspec.structs.replace: this runs for every message, and naming the fields is three times as fast.
     return SagaMessage(
         message.type,
@@ -291,16 +299,16 @@ def _typed(
         message.idempotency_key,
         message.concurrency_key,
         message.occurred_at,
-        message.id,
+        message_id,
         message.traceparent,
         message.tracestate,
     )
 
 
-def _find_key(definition: SagaDefinition[Any], message: SagaMessage[Any], typed: SagaMessage[Any] | None) -> Correlated:
+def _find_key(definition: SagaDefinition[Any], message: SagaMessage[Any], typed: SagaMessage[Any]) -> Correlated:
     rules = definition.correlations
     rule = rules.get(message.type) or rules.get(ANY_TYPE)
-    if rule is not None and typed is not None:
+    if rule is not None:
         try:
             found: object = rule(typed)
         except USER_ERRORS as error:

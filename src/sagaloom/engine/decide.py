@@ -84,11 +84,13 @@ MIGRATION_FAILED: Final = "SAGA_MIGRATION_FAILED"
 
 class DecideContext(msgspec.Struct, frozen=True):
     """What a decision may know of the world: the time, and the correlation head of its key. `instance` of `decide` is
-    the newest run, or the run the envelope is bound to."""
+    the newest run, or the run the envelope is bound to. `typed` is the message as `address` has read it, when the
+    caller still has it and no handler has seen it yet."""
 
     now: datetime
     head: Head
     limits: Limits = Limits()
+    typed: SagaMessage[Any] | None = None
 
 
 class _MadeByNewer(Exception):
@@ -172,24 +174,7 @@ def _apply(
         before = instance.state if instance.def_version == definition.version else _migrated(definition, instance)
         applied = instance.steps
         timers = _without_fired(instance.timers, message)
-    try:
-        payload = binding.codec.decode(message.payload)
-    except SagasError as error:
-        raise Refused(
-            f"saga {definition.id!r}: the handler for {message.type!r} cannot take its payload: {error.message}",
-            code=error.code,
-        ) from error
-    typed = SagaMessage(
-        message.type,
-        payload,
-        message.correlation_key,
-        message.idempotency_key,
-        message.concurrency_key,
-        message.occurred_at,
-        message.id,
-        message.traceparent,
-        message.tracestate,
-    )
+    typed = context.typed if context.typed is not None else _read(definition, binding, message)
     ledger = Ledger(definition, run=run, revision=revision, envelope=message, now=now, limits=limits, timers=timers)
     transition = Transition(
         definition,
@@ -206,6 +191,28 @@ def _apply(
     if asked.ending is not None or asked.compensations:
         carry_out(transition, asked)
     return _written(definition, instance, message, context, transition, before, status_before, run, revision)
+
+
+def _read(definition: SagaDefinition[Any], binding: HandlerBinding, message: Envelope) -> SagaMessage[Any]:
+    """The message as the handler takes it."""
+    try:
+        payload = binding.codec.decode(message.payload)
+    except SagasError as error:
+        raise Refused(
+            f"saga {definition.id!r}: the handler for {message.type!r} cannot take its payload: {error.message}",
+            code=error.code,
+        ) from error
+    return SagaMessage(
+        message.type,
+        payload,
+        message.correlation_key,
+        message.idempotency_key,
+        message.concurrency_key,
+        message.occurred_at,
+        message.id,
+        message.traceparent,
+        message.tracestate,
+    )
 
 
 def _written(

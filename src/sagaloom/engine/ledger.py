@@ -273,6 +273,8 @@ class Ledger:
 
     def end_all_timers(self) -> None:
         """A run that is over waits for nothing: timers of this decision are not written, earlier ones are removed."""
+        if not self.open_timers:
+            return
         written = {timer.id for timer in self.timers}
         self.timers_ended += [timer for timer in self.open_timers if timer.id not in written]
         self.timers.clear()

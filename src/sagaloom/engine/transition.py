@@ -159,6 +159,8 @@ class Transition:
     def records(self) -> tuple[StepRecord, ...]:
         """The steps, each with the status after it: the last one led to where the run is now."""
         *earlier, (phase, message_type, effects) = self._steps
+        if not earlier:
+            return (StepRecord(phase, message_type, self.status, effects),)
         return (
             *[StepRecord(phase, message_type, "compensating", effects) for phase, message_type, effects in earlier],
             StepRecord(phase, message_type, self.status, effects),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
 from sagaloom.engine.records import DeadLetter, Decision, Envelope, Head, Instance, Mark, PendingTimer
 from sagaloom.ids import content_digest
+from sagaloom.messages import SagaMessage
 from sagaloom.ports.store import InboxRow, RowRef, UnitOfWork
 from sagaloom.runtime.receipts import Outcome
 
@@ -22,10 +24,11 @@ class Delivery:
 
     It comes from a door (`row` and `timer` are None: it enters the store with the commit that first mentions it), from
     an inbox row, or from a timer row. `answered` resolves when the message is durable, `settled` when it is done with.
-    `is_offer`: it waits for its next attempt and is tried in between, because its instance has moved.
+    `is_offer`: it waits for its next attempt and is tried in between, because its instance has moved. `typed` is the
+    message as it was read at the door, until a handler has had it in its hands.
     """
 
-    __slots__ = ("answered", "envelope", "is_aside", "is_offer", "key", "row", "settled", "timer")
+    __slots__ = ("answered", "envelope", "is_aside", "is_offer", "key", "row", "settled", "timer", "typed")
 
     def __init__(
         self,
@@ -33,6 +36,7 @@ class Delivery:
         *,
         row: RowRef | None = None,
         timer: PendingTimer | None = None,
+        typed: SagaMessage[Any] | None = None,
         answered: asyncio.Future[Outcome] | None = None,
         settled: asyncio.Future[Outcome] | None = None,
     ) -> None:
@@ -40,6 +44,7 @@ class Delivery:
         self.key: InstanceKey = (envelope.saga_id, envelope.key)
         self.row = row
         self.timer = timer
+        self.typed = typed
         self.answered = answered
         self.settled = settled
         self.is_aside = False

@@ -86,6 +86,7 @@ class Dispatcher:
         self._alarm = Alarm(clock, self._bring_back)
         self._began: dict[asyncio.Task[Any], float] = {}
         self._overdue: set[asyncio.Task[Any]] = set()
+        self._is_nudging = False
         self._resident = 0
         self._under_way = 0
         self.waiting = 0
@@ -131,8 +132,12 @@ class Dispatcher:
                 nudge = loop.create_future()
                 self._idle.append(nudge)
                 await nudge
+                self._is_nudging = False
                 continue
             lane = self._ready.popleft()
+            if self._ready:
+                # One of us wakes the next one, who only gets to run if this delivery has to wait for something.
+                self._nudge()
             lane.state = "under_way"
             self._under_way += 1
             try:
@@ -325,11 +330,15 @@ class Dispatcher:
     def _make_ready(self, lane: _Lane) -> None:
         lane.state = "ready"
         self._ready.append(lane)
-        while self._idle:
+        self._nudge()
+
+    def _nudge(self) -> None:
+        """Wakes one idle server of lanes, unless one is waking up already."""
+        while self._idle and not self._is_nudging:
             nudge = self._idle.popleft()
             if not nudge.done():
                 nudge.set_result(None)
-                return
+                self._is_nudging = True
 
     def _back_off(self, lane: _Lane, due_at: datetime) -> None:
         lane.state = "backing_off"

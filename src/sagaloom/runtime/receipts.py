@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
 
+import msgspec
+
 from sagaloom.definitions import SagaInstanceStatus
 from sagaloom.engine.records import Disposition
 from sagaloom.errors import SagasError
@@ -16,8 +18,7 @@ __all__ = ["Outcome", "PublishReceipt", "PublishRejected"]
 _log = logging.getLogger("sagaloom.publish")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """What a message did to one instance of one saga. `pending`: accepted and safe, but not applied yet; then there
     may be no status, state or revision. `message_id` of a duplicate is that of the first one. `state` and `result` are plain JSON values."""
 
@@ -35,8 +36,7 @@ class Outcome:
     reason: str | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PublishReceipt:
+class PublishReceipt(msgspec.Struct, frozen=True, kw_only=True):
     """The message is durable: it survives kill -9 and power loss from here on. `duplicate`: it was before.
     `outcomes` has one entry for each saga that takes it."""
 

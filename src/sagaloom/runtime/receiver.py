@@ -269,7 +269,8 @@ class Receiver:
         elif definition is None:
             decision = _give_up(envelope, now, _vanished(envelope.saga_id))
         else:
-            decision = decide(definition, addressed, envelope, DecideContext(now, head, self._options.limits))
+            typed, delivery.typed = delivery.typed, None
+            decision = decide(definition, addressed, envelope, DecideContext(now, head, self._options.limits, typed))
         waits = decision.disposition == "pending"
         if delivery.is_offer and waits:
             self._put_aside(delivery)

@@ -270,14 +270,17 @@ class SagaRuntime:
             check_key(message.idempotency_key, what="idempotency key")
         message_id = check_key(message.id, what="message id") if message.id is not None else new_message_id(now)
         loop = asyncio.get_running_loop()
-        deliveries = [
-            Delivery(
-                address(definition, message, payload_json=payload, accepted_at=now, message_id=message_id),
-                answered=loop.create_future(),
-                settled=loop.create_future() if waits else None,
+        deliveries: list[Delivery] = []
+        for definition in receivers:
+            addressed = address(definition, message, payload_json=payload, accepted_at=now, message_id=message_id)
+            deliveries.append(
+                Delivery(
+                    addressed.envelope,
+                    typed=addressed.message,
+                    answered=loop.create_future(),
+                    settled=loop.create_future() if waits else None,
+                )
             )
-            for definition in receivers
-        ]
         for delivery in deliveries:
             self._receiver.offer(delivery)
         return deliveries
@@ -285,11 +288,8 @@ class SagaRuntime:
     async def _await_answers(
         self, message: SagaMessage[Any], deliveries: list[Delivery], wait: float | timedelta | None
     ) -> PublishReceipt:
-        outcomes: list[Outcome] = []
-        for delivery in deliveries:
-            assert delivery.answered is not None
-            outcomes.append(await delivery.answered)
-        if wait is not None and any(outcome.disposition == "pending" for outcome in outcomes):
+        outcomes = [await delivery.answered for delivery in deliveries if delivery.answered is not None]
+        if wait is not None and any([outcome.disposition == "pending" for outcome in outcomes]):
             seconds = wait.total_seconds() if isinstance(wait, timedelta) else wait
             waiting = [d.settled for d in deliveries if d.settled is not None]
             await asyncio.wait(waiting, timeout=min(max(seconds, 0.0), self.options.wait_seconds_max))
@@ -301,7 +301,7 @@ class SagaRuntime:
             message_type=message.type,
             correlation_key=outcomes[0].correlation_key,
             outcomes=tuple(outcomes),
-            duplicate=all(outcome.disposition == "duplicate" for outcome in outcomes),
+            duplicate=all([outcome.disposition == "duplicate" for outcome in outcomes]),
         )
 
     def _payload(self, message: SagaMessage[Any]) -> bytes:
@@ -455,7 +455,8 @@ class SagaRuntime:
                 causation_id=envelope.causation_id,
                 hops=envelope.hops,
                 parent=envelope.parent,
-            )
+                key_if_none=envelope.id if envelope.origin == "spawn" else None,
+            ).envelope
         return msgspec.structs.replace(envelope, origin="redrive", attempt=0, due_at=None, last_error=None)
 
     async def _find(self, dead_letter_id: str) -> DeadLetter:

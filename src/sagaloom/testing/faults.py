@@ -78,6 +78,10 @@ class Faults:
         """Kills this very process with SIGKILL when `step` is reached for the `nth` time."""
         self._plan(step, nth, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
+    def disarm(self) -> None:
+        """Forgets what was planned; goes on counting."""
+        self._planned.clear()
+
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> Faults:
         """The fault that `SAGALOOM_FAULT="step:nth"` asks for, as a kill; none when it is not set. Raises

@@ -16,6 +16,7 @@ Where the port leaves room, the contract decides:
 
 - units of a commit meet the store as if they were written one after the other; after a unit with a conflict, later
   units of the same instance in that commit conflict too, because they were decided on top of it;
+- what can never be written is `refused`, whatever else is in its way;
 - a unit forgets (`unmark`) before it marks, and consumes before it adds;
 - `created_after` is inclusive, `created_before` is not, so that windows tile;
 - a base in a `CommitResult` is 0 when nothing of its kind was numbered.
@@ -577,6 +578,14 @@ class SagaStoreContract:
         assert kinds(result) == {0: "refused", 2: "refused", 3: "refused"}
         assert await current(store, two) == next_of(two)
 
+    async def test_what_can_never_be_written_is_refused_whatever_else_is_in_its_way(
+        self, store: SagaStore, lease: Lease
+    ) -> None:
+        instance = await started(store, lease, "o-1")
+        unit = step_of(next_of(instance), next_of(next_of(instance), reason="\ud800"), inbox_done=RowRef(0, 99))
+
+        assert kinds(await store.commit([unit], lease=lease)) == {0: "refused"}
+
     # -- heads ----------------------------------------------------------------------------------------------------
 
     async def test_a_key_that_was_never_seen_has_neither_head_nor_run(self, store: SagaStore) -> None:
@@ -607,6 +616,24 @@ class SagaStoreContract:
         result = await store.commit([UnitOfWork(part=head.part, head=head, head_before=head)], lease=lease)
 
         assert kinds(result) == {0: "revision"}
+
+    async def test_heads_of_a_batch_follow_each_other(self, store: SagaStore, lease: Lease) -> None:
+        waiting = head_of("o-1", await store.reserve_pks(1), run=0, awaits_start=True)
+        opened = replace(waiting, run=1, awaits_start=False)
+        other = head_of("o-1", await store.reserve_pks(1))
+
+        result = await store.commit(
+            [
+                UnitOfWork(part=waiting.part, head=waiting),
+                UnitOfWork(part=waiting.part, head=other),
+                UnitOfWork(part=waiting.part, head=opened, head_before=waiting),
+            ],
+            lease=lease,
+        )
+
+        assert kinds(result) == {1: "revision"}
+        assert (await store.load([("orders", "o-1")]))[0].head == opened
+        assert await store.instances(_ALL, limit=10) == ([], None)
 
     async def test_the_same_key_of_two_sagas_is_two_instances(self, store: SagaStore, lease: Lease) -> None:
         order = await started(store, lease, "k")
@@ -893,16 +920,13 @@ class SagaStoreContract:
     async def test_removing_a_timer_that_is_gone_is_no_error(self, store: SagaStore, lease: Lease) -> None:
         await write(store, lease, UnitOfWork(part=0, timers_remove=(pending_of(timer_of("o-1", "t-1", 60)),)))
 
-    async def test_a_timer_of_a_batch_can_fire_in_it(self, store: SagaStore, lease: Lease) -> None:
+    async def test_a_timer_of_a_batch_can_fire_in_it_once(self, store: SagaStore, lease: Lease) -> None:
         timer = timer_of("o-1", "t-1", 60)
+        fired = UnitOfWork(part=0, timer_done=pending_of(timer))
 
-        await write(
-            store,
-            lease,
-            UnitOfWork(part=0, timers_add=(timer,)),
-            UnitOfWork(part=0, timer_done=pending_of(timer)),
-        )
+        result = await store.commit([UnitOfWork(part=0, timers_add=(timer,)), fired, fired], lease=lease)
 
+        assert kinds(result) == {2: "gone"}
         assert await store.timers() == []
 
     async def test_a_unit_may_replace_a_timer_by_itself(self, store: SagaStore, lease: Lease) -> None:
@@ -967,14 +991,14 @@ class SagaStoreContract:
         assert [letter.id for letter in await store.dead_letters(saga_id="orders", key="o-1")] == ["d-2"]
         assert len(await store.inbox_page(after=None, limit=10)) == 1
 
-    async def test_a_dead_letter_of_a_batch_can_be_settled_in_it(self, store: SagaStore, lease: Lease) -> None:
-        await write(
-            store,
-            lease,
-            UnitOfWork(part=0, dead_letters_add=(dead_letter_of("d-1"),)),
-            UnitOfWork(part=0, dead_letter_done="d-1"),
+    async def test_a_dead_letter_of_a_batch_can_be_settled_in_it_once(self, store: SagaStore, lease: Lease) -> None:
+        settled = UnitOfWork(part=0, dead_letter_done="d-1")
+
+        result = await store.commit(
+            [UnitOfWork(part=0, dead_letters_add=(dead_letter_of("d-1"),)), settled, settled], lease=lease
         )
 
+        assert kinds(result) == {2: "gone"}
         assert await store.dead_letters() == []
         assert await store.dead_letters(saga_id="orders") == []
 
