@@ -1,10 +1,13 @@
 import doctest
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import import_module
 
 import pytest
 
+import sagaloom.testing
 from sagaloom import (
     CascadedMessage,
     SagaContext,
@@ -238,7 +241,15 @@ def test_a_saga_that_schedules_itself_without_delay_does_not_hang_the_test() -> 
     assert story.decision.disposition == "dead_lettered"
 
 
-@pytest.mark.parametrize("module", ["clock", "faults", "scenario"])
+def test_the_testing_package_has_what_it_names_and_loads_neither_pytest_nor_a_driver() -> None:
+    loaded = "import sys, sagaloom.testing; print(*({'pytest', 'apsw'} & sys.modules.keys()))"
+    printed = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True, timeout=30)
+
+    assert printed.stdout.strip() == ""
+    assert all(hasattr(sagaloom.testing, name) for name in sagaloom.testing.__all__)
+
+
+@pytest.mark.parametrize("module", ["clock", "faults", "invariants", "scenario"])
 def test_the_examples_in_the_docstrings_run(module: str) -> None:
     failed, attempted = doctest.testmod(import_module(f"sagaloom.testing.{module}"))
 

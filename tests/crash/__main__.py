@@ -32,17 +32,20 @@ def main() -> int:
     if _number("PROCESSES", 1) != 1:
         print("PROCESSES: the embedded store has one worker at a time, so only PROCESSES=1 can be run", file=sys.stderr)
         return 2
-    # SIGTERM ends the run as Ctrl-C does: through the code that ends every process.
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
     try:
         with tempfile.TemporaryDirectory(prefix="sagaloom-crash-") as directory:
             return asyncio.run(_run(Path(directory), kills=kills, messages=messages, seed=seed))
-    except KeyboardInterrupt:
+    except asyncio.CancelledError:
         print("interrupted; every process was ended", file=sys.stderr)
         return 130
 
 
 async def _run(directory: Path, *, kills: int, messages: int, seed: int) -> int:
+    running = asyncio.current_task()
+    assert running is not None
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # Both end the run through the code that ends every process.
+        asyncio.get_running_loop().add_signal_handler(number, running.cancel)
     # What a dying runtime says of its end is expected here; whoever wants to know finds it with a failed run.
     logging.basicConfig(filename=directory / "driver.log", level=logging.WARNING)
     print(f"SEED={seed}; the same choices again: make crash KILLS={kills} MESSAGES={messages} SEED={seed}", flush=True)

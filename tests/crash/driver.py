@@ -154,12 +154,12 @@ class CrashRun:
             worker = await self._start_worker(None if step == RANDOM else f"{step}:{nth}")
             if step == RANDOM:
                 await self._wait_for_a_random_moment(worker)
-                await worker.kill()
+                await self._kill(worker)
                 self._report.kills[RANDOM] += 1
             elif await self._dies_by_itself(worker):
                 self._report.kills[step] += 1
             else:
-                await worker.kill()
+                await self._kill(worker)
                 self._report.kills[RANDOM] += 1
                 if planned_again[step] < _PLANNED_AGAIN_MAX:
                     # The load was not enough for the nth time; the first time will come.
@@ -201,6 +201,11 @@ class CrashRun:
             if self._orders_done == self._let_out:
                 await self._let_out_orders(self._let_out + 8)
         return False
+
+    async def _kill(self, worker: Worker) -> None:
+        status = await worker.kill()
+        if status != -signal.SIGKILL:
+            raise RuntimeError(f"a worker ended by itself with {status}: see {self._log}")
 
     # ------------------------------------------------------------------ processes
 

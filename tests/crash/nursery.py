@@ -119,10 +119,10 @@ class Worker:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    async def kill(self) -> None:
-        """`kill -9`, and waits until it is gone."""
+    async def kill(self) -> int:
+        """`kill -9`, and waits until it is gone. Returns how it ended: it may have been faster."""
         await self.signal(signal.SIGKILL)
-        await self.died
+        return await self.died
 
 
 class Nursery:

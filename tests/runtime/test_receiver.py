@@ -19,6 +19,7 @@ from sagaloom import (
     send,
     spawn,
 )
+from sagaloom.errors import BackendUnavailable
 from sagaloom.runtime.receipts import PublishReceipt, PublishRejected
 
 from tests.runtime.conftest import Bench
@@ -520,3 +521,39 @@ async def test_many_at_once_are_each_applied_once(bench: Bench) -> None:
     assert {outcome.disposition for outcome in outcomes} == {"applied"}
     revisions = [(await life.instance("counter", f"k-{n}")).revision for n in range(100)]
     assert revisions == [20] * 100
+
+
+async def test_ignored_messages_are_recorded_a_hundred_times_and_then_counted(bench: Bench) -> None:
+    def finish(saga: Any, event: Any, context: Any) -> list[Any]:
+        return [saga_complete()]
+
+    life = await bench.live(_counter().on("Finish", finish).build())
+    await life.publish("Finish", key="k")
+
+    outcomes = await asyncio.gather(*(life.publish("Add", {"n": n}, key="k") for n in range(150)))
+
+    assert {outcome.disposition for outcome in outcomes} == {"ignored"}
+    instance = await life.instance("counter", "k")
+    assert (instance.revision, instance.entries, instance.bystanders) == (1, 101, 150)
+    assert len(await life.runtime.history("counter", "k", limit=1000)) == 101
+
+
+async def test_a_store_that_comes_back_is_used_again_without_being_asked(bench: Bench) -> None:
+    life = await bench.live(_counter().build())
+    works = life.kv.commit
+
+    async def fails(**_: Any) -> Any:
+        raise BackendUnavailable("the disk is full")
+
+    life.kv.commit = fails  # type: ignore[method-assign]
+    refused = await life.runtime.publish(SagaMessage("Add", {"n": 1}, correlation_key="k", id="m-1"))
+    still = await life.runtime.publish(SagaMessage("Add", {"n": 1}, correlation_key="k", id="m-1"))
+    assert isinstance(refused, PublishRejected) and refused.reason == "the disk is full" and refused.retryable
+    assert isinstance(still, PublishRejected) and still.retryable
+    assert not life.runtime.health().ready
+
+    life.kv.commit = works  # type: ignore[method-assign]
+    while not life.runtime.health().ready:
+        await asyncio.sleep(0.001)
+
+    assert (await life.publish("Add", {"n": 1}, key="k", id="m-1")).disposition == "applied"

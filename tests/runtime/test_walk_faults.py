@@ -156,8 +156,7 @@ class World:
 
     async def let_pass(self, runtime: SagaRuntime, time: str) -> None:
         self.clock.advance(time)
-        for _ in range(5):
-            await asyncio.sleep(0)  # the alarms ring
+        await _everybody_waits()  # until the alarms have rung
         await runtime.settled(20)
 
 
@@ -325,11 +324,11 @@ async def test_a_message_accepted_beside_its_failed_starter_has_its_turn_before_
     async with world.process() as runtime:
         await runtime.start()
         await world.publish(runtime, "OrderPlaced")
+        await _everybody_waits()
 
         world.clock.advance("1s")
         behind = asyncio.create_task(runtime.publish(SagaMessage("PaymentCaptured", {}, id="m-paid")))
-        for _ in range(20):
-            await asyncio.sleep(0)
+        await _everybody_waits()
         await runtime.settled(20)
         waiting = [row.envelope.id async for row in every_inbox_row(runtime.store)]
         order = await runtime.get_instance("order", "o-1")
@@ -340,6 +339,11 @@ async def test_a_message_accepted_beside_its_failed_starter_has_its_turn_before_
     assert waiting == []
     assert order is not None
     assert order.state == b'{"status":"paid","charged":true}'
+
+
+async def _everybody_waits() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
 
 
 async def _instances(runtime: SagaRuntime) -> list[Instance]:

@@ -125,7 +125,7 @@ class _Connection(Protocol):
 class _Table:
     """The statements of one table, written once so that the statement cache always meets the same text."""
 
-    __slots__ = ("count", "create", "delete", "get", "name", "put", "scan_down", "scan_up", "stamp")
+    __slots__ = ("count", "create", "delete", "get", "insert", "name", "put", "scan_down", "scan_up", "stamp")
 
     def __init__(self, name: str) -> None:
         table = f"t_{name}"
@@ -140,6 +140,7 @@ class _Table:
             f"INSERT INTO {table} (k, v, s) VALUES (?, ?, ?)"
             " ON CONFLICT (k) DO UPDATE SET v = excluded.v, s = excluded.s"
         )
+        self.insert = f"INSERT INTO {table} (k, v, s) VALUES (?, ?, ?)"
         self.delete = f"DELETE FROM {table} WHERE k = ?"
         self.scan_up = f"SELECT k, v, s FROM {table} WHERE k > ? AND k < ? ORDER BY k LIMIT ?"
         self.scan_down = f"SELECT k, v, s FROM {table} WHERE k > ? AND k < ? ORDER BY k DESC LIMIT ?"
@@ -350,22 +351,35 @@ class SqliteKeyValue:
         with one exception that the opening words of this module tell: `data["outcome"]` is `"unknown"` instead of
         `"not_written"` when it was the `COMMIT` itself that failed.
         """
+        # A row that must be new and is put is its own check: its INSERT fails. That saves a look at each of them.
+        new = {check.key for check in checks if check.versionstamp is None}
+        if new and deletes:
+            new.difference_update(deletes)  # An INSERT would come after the delete, and find nothing in its way.
+        try:
+            return self._commit(checks, puts, deletes, reserve, new)
+        except apsw.ConstraintError:
+            failed = self._failed_checks(checks)
+            return Conflicted(failed) if failed else self._commit(checks, puts, deletes, reserve, set())
+
+    def _commit(
+        self,
+        checks: Sequence[Check],
+        puts: Sequence[tuple[Key, bytes]],
+        deletes: Sequence[Key],
+        reserve: Mapping[str, int] | None,
+        new: set[Key],
+    ) -> Committed | Conflicted:
+        """One attempt of `commit`. Raises `apsw.ConstraintError`, everything undone, when a row of `new` is there."""
         self._refuse_if_unusable()
         if self._must_probe:
             self._probe()
         at_commit = False
+        new_rows: dict[str, list[_Row]] = {}
         execute = self._execute
         on_step = self._on_step
         try:
             execute("BEGIN IMMEDIATE")
             try:
-                failed = self._failed_checks(checks) if checks else ()
-                if on_step is not None:
-                    on_step("kv:checked")
-                if failed:
-                    execute("ROLLBACK")
-                    return Conflicted(failed)
-
                 versionstamp: int = execute(_NEXT_VERSIONSTAMP).fetchall()[0][0]
                 bases: dict[str, int] = {}
                 if reserve:
@@ -375,15 +389,25 @@ class SqliteKeyValue:
                         bases[counter] = execute(_RESERVE, (counter, numbers)).fetchall()[0][0] - numbers + 1
                 self.statements += 1 + len(bases)
 
+                was_new = set(new)
+                rows, new_rows = self._rows_by_table(puts, versionstamp, bases, new)
+                made_by_insert = was_new - new
+                failed = self._failed_checks([check for check in checks if check.key not in made_by_insert])
+                if on_step is not None:
+                    on_step("kv:checked")
+                if failed:
+                    execute("ROLLBACK")
+                    return Conflicted(failed)
+
                 created: list[_Table] = []
                 dropped = self._delete(deletes) if deletes else {}
-                rows = self._rows_by_table(puts, versionstamp, bases)
+                batches = [(self._table(name, created).insert, table_rows) for name, table_rows in new_rows.items()]
+                batches += [(self._table(name, created).put, table_rows) for name, table_rows in rows.items()]
                 if on_step is None:
-                    for table_name, table_rows in rows.items():
-                        table = self._tables.get(table_name) or self._create(table_name, created)
-                        self._put(table, table_rows)
+                    for statement, table_rows in batches:
+                        self._put(statement, table_rows)
                 else:
-                    self._put_in_halves(rows, created, on_step)
+                    self._put_in_halves(batches, on_step)
                     on_step("kv:written")
                 self.statements += len(puts)
                 at_commit = True
@@ -394,6 +418,8 @@ class SqliteKeyValue:
                 self._end_transaction("ROLLBACK")
                 raise
         except apsw.Error as cause:
+            if new_rows and isinstance(cause, apsw.ConstraintError):
+                raise
             self._fail(cause, "commit", outcome="unknown" if at_commit else "not_written")
         for table in created:
             self._tables[table.name] = table
@@ -401,7 +427,7 @@ class SqliteKeyValue:
         if on_step is not None:
             on_step("kv:committed")
         if self._watches:
-            for table_name, table_rows in rows.items():
+            for table_name, table_rows in (*rows.items(), *new_rows.items()):
                 dropped.setdefault(table_name, []).extend([row[0] for row in table_rows])
             self._watches.written(versionstamp, dropped)
         return Committed(versionstamp, bases)
@@ -559,52 +585,59 @@ class SqliteKeyValue:
         self.statements += len(deletes)
         return packed_keys
 
-    def _create(self, name: str, created: list[_Table]) -> _Table:
-        """The new table `name`, created inside the running transaction. A rollback takes it along, so the store
-        remembers it (through `created`) only after the commit."""
+    def _table(self, name: str, created: list[_Table]) -> _Table:
+        """The table `name`; a new one is created inside the running transaction. A rollback takes it along, so the
+        store remembers it (through `created`) only after the commit."""
+        table = self._tables.get(name)
+        if table is not None:
+            return table
         table = _Table(name)
         self._execute(table.create)
         created.append(table)
         return table
 
     def _rows_by_table(
-        self, puts: Iterable[tuple[Key, bytes]], versionstamp: int, bases: Mapping[str, int]
-    ) -> dict[str, list[_Row]]:
-        """The rows of `puts`, grouped so that each table gets one batch, in the order of `puts` within a table."""
+        self, puts: Iterable[tuple[Key, bytes]], versionstamp: int, bases: Mapping[str, int], new: set[Key]
+    ) -> tuple[dict[str, list[_Row]], dict[str, list[_Row]]]:
+        """The rows of `puts`, grouped so that each table gets one batch, in the order of `puts` within a table; those
+        of `new`, which they are taken out of, come apart."""
         rows: dict[str, list[_Row]] = {}
+        new_rows: dict[str, list[_Row]] = {}
         for key, value in puts:
             name = key[0] if key else None
             if type(name) is not str:
                 name = table_of(key)
-            table_rows = rows.get(name)
+            if key in new:
+                new.discard(key)
+                group = new_rows
+            else:
+                group = rows
+            table_rows = group.get(name)
             if table_rows is None:
                 # A known name needs no second look: the look costs as much as packing the key.
-                table_rows = rows[name if name in self._tables else table_of(key)] = []
+                table_rows = group[name if name in self._tables else table_of(key)] = []
             table_rows.append((pack(key[1:], bases), value, versionstamp))
-        return rows
+        return rows, new_rows
 
-    def _put(self, table: _Table, rows: Sequence[_Row]) -> None:
+    def _put(self, statement: str, rows: Sequence[_Row]) -> None:
         if len(rows) == 1:
-            self._execute(table.put, rows[0])  # a lone message makes six of these, and a batch of one costs more
+            self._execute(statement, rows[0])  # a lone message makes six of these, and a batch of one costs more
         else:
-            self._cursor.executemany(table.put, rows)
+            self._cursor.executemany(statement, rows)
 
-    def _put_in_halves(
-        self, rows: Mapping[str, Sequence[_Row]], created: list[_Table], on_step: Callable[[str], None]
-    ) -> None:
-        """Puts `rows` with a step after half of them, wherever in a table that is."""
-        left_of_first_half = (sum(map(len, rows.values())) + 1) // 2
+    def _put_in_halves(self, batches: Sequence[tuple[str, Sequence[_Row]]], on_step: Callable[[str], None]) -> None:
+        """Puts the rows of `batches` with a step after half of them, wherever in a table that is."""
+        left_of_first_half = (sum(len(rows) for _, rows in batches) + 1) // 2
         reported = False
-        for name, table_rows in rows.items():
-            table = self._tables.get(name) or self._create(name, created)
-            if not reported and len(table_rows) >= left_of_first_half:
-                self._put(table, table_rows[:left_of_first_half])
+        for statement, rows in batches:
+            if not reported and len(rows) >= left_of_first_half:
+                self._put(statement, rows[:left_of_first_half])
                 on_step("kv:half_written")
                 reported = True
-                self._put(table, table_rows[left_of_first_half:])
+                self._put(statement, rows[left_of_first_half:])
             else:
-                self._put(table, table_rows)
-                left_of_first_half -= len(table_rows)
+                self._put(statement, rows)
+                left_of_first_half -= len(rows)
         if not reported:
             on_step("kv:half_written")
 

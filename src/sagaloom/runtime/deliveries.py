@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from sagaloom.engine.records import DeadLetter, Decision, Envelope, Head, Instance, Mark, PendingTimer
+from sagaloom.errors import SagasError
 from sagaloom.ids import content_digest
 from sagaloom.messages import SagaMessage
 from sagaloom.ports.store import InboxRow, RowRef, UnitOfWork
@@ -25,10 +26,11 @@ class Delivery:
     It comes from a door (`row` and `timer` are None: it enters the store with the commit that first mentions it), from
     an inbox row, or from a timer row. `answered` resolves when the message is durable, `settled` when it is done with.
     `is_offer`: it waits for its next attempt and is tried in between, because its instance has moved. `typed` is the
-    message as it was read at the door, until a handler has had it in its hands.
+    message as it was read at the door, until a handler has had it in its hands. `refusal`: the
+    store can never write what the message asked for.
     """
 
-    __slots__ = ("answered", "envelope", "is_aside", "is_offer", "key", "row", "settled", "timer", "typed")
+    __slots__ = ("answered", "envelope", "is_aside", "is_offer", "key", "refusal", "row", "settled", "timer", "typed")
 
     def __init__(
         self,
@@ -49,6 +51,7 @@ class Delivery:
         self.settled = settled
         self.is_aside = False
         self.is_offer = False
+        self.refusal: SagasError | None = None
 
     @property
     def enters(self) -> bool:

@@ -200,7 +200,7 @@ class Dispatcher:
         else:
             self._options.on_step("dispatched")
             unit = UnitOfWork(part=head.ref.part, outbox_done=head.ref, inbox_add=envelopes)
-            self._submit(Work(unit, lambda trouble: self._settled(lane, head, trouble)))
+            self._submit(Work(unit, lambda trouble: self._delivered(lane, head, effect, trouble)))
 
     async def _within_time(self, delivery: Coroutine[Any, Any, Sequence[SagaMessage[Any]]]) -> Sequence[object]:
         """The outcome of `delivery`, cut off by `watch` when it takes too long.
@@ -242,6 +242,15 @@ class Dispatcher:
             causation_id=effect.effect_key,
             hops=effect.hops,
         )
+
+    def _delivered(
+        self, lane: _Lane, head: _Waiting, effect: OutboxEffect, trouble: SagasError | Conflict | None
+    ) -> None:
+        if isinstance(trouble, Conflict) and trouble.kind == "refused":
+            refused = DeliveryFailed(f"its answer cannot be stored: {trouble.what}", retryable=False)
+            self._failed(lane, head, effect, refused)
+        else:
+            self._settled(lane, head, trouble)
 
     def _settled(self, lane: _Lane, head: _Waiting, trouble: SagasError | Conflict | None) -> None:
         self._under_way -= 1

@@ -264,8 +264,8 @@ class Receiver:
             # Rare: a reply, timer or child of a run that is not the newest. Such runs are read each time.
             addressed = await self._store.load_run(envelope.saga_id, envelope.key, envelope.run)
         definition = definitions.get(envelope.saga_id)
-        if corrupt is not None:
-            decision = _give_up(envelope, now, corrupt)
+        if corrupt is not None or delivery.refusal is not None:
+            decision = _give_up(envelope, now, corrupt or delivery.refusal or _vanished(envelope.saga_id))
         elif definition is None:
             decision = _give_up(envelope, now, _vanished(envelope.saga_id))
         else:
@@ -434,6 +434,11 @@ class Receiver:
                 # Somebody else consumed its row: whatever it asked for has been done there.
                 _refuse(delivery, BackendUnavailable(f"message {delivery.envelope.id} was taken over elsewhere"))
                 continue
+            if conflict.kind == "refused":
+                delivery.refusal = SagasError(
+                    f"the store cannot write what {delivery.envelope.type!r} asked for: {conflict.what}",
+                    code="SAGA_NOT_STORABLE",
+                )
             if conflict.kind == "mark" and each.unit.mark is not None:
                 where = (each.unit.mark_pk, each.unit.mark.dedupe_key)
                 (mark,) = await self._store.marks([where])

@@ -24,15 +24,16 @@ How a commit works:
    units of the same instance, which were decided on top of it. Everything is encoded here, so that a value that cannot
    be stored is refused as the fault of its own unit.
 2. What planning needs and is not in memory is read first, in one read.
-3. The rest is one key-value commit. It checks the lease row, the versionstamp of each state and head that it replaces,
-   and the absence of each mark, new head and new run. A failed check is news: it is read, and the batch planned again.
+3. The rest is one key-value commit. It checks the lease row, the versionstamp of each head that it replaces, and the
+   absence of each mark, new head, new run and new history row. A failed check is news: it is read, and the batch planned again.
 
 What is believed without asking, and why that is sound:
 
 - `acquire` writes all 64 lease rows in one commit, so all of them change together and one check stands for all.
-- Only the holder of the lease writes instances, inbox, outbox, timers and dead letters. As long as that check holds,
-  nobody but this object has touched them since `acquire`; so a row that it added or handed out, and has not consumed
-  since, is there. A row that it does not remember is looked up. The memory is bounded, and dropped with the lease,
+- Only the holder of the lease writes instances, inbox, outbox, timers and dead letters, and a lease belongs to one
+  object. As long as that check holds, nobody but this object has touched them since `acquire`; so a run still is at
+  the revision that it remembers, and a row that it added or handed out, and has not consumed since, is there. What it
+  does not remember is looked up. The memory is bounded, and dropped with the lease,
   after any error, and when the lease of somebody else is used.
 - No row can carry a surrogate number (pk) that this object reserved and has not used: there is nothing to check.
 - A conflict found by memory alone is never reported: the rows are read, and the unit looked at once more.
@@ -407,7 +408,7 @@ class KvSagaStore:
         doubted: list[Key] = []
         looked_twice = False
         for _ in range(_ROUNDS_MAX):
-            dead_letters = await self._read_unknown(units, doubted)
+            dead_letters = await self._read_unknown(units, doubted, marks_there)
             plan = _Plan()
             plan.lost |= lost
             for index, unit in enumerate(units):
@@ -437,6 +438,8 @@ class KvSagaStore:
             for key in done.failed:
                 if key[0] == "dedupe":
                     marks_there.add(key)
+                elif key[0] == "transition":
+                    doubted.append(("state", *key[1:3]))
                 elif key != lease_key:
                     doubted.append(key)
         raise BackendUnavailable(f"{self._kv.name}: somebody without the lease keeps changing the rows of this batch")
@@ -500,6 +503,14 @@ class KvSagaStore:
         self, plan: _Plan, unit: UnitOfWork, marks_there: set[Key], dead_letters: dict[str, DeadLetter]
     ) -> Conflict | None:
         """Adds `unit` to `plan`, whole; or says why not, and leaves `plan` as it was."""
+        if unit.outbox_done is not None and unit == UnitOfWork(part=unit.part, outbox_done=unit.outbox_done):
+            # Every effect ends as such a unit, so half of all units are.
+            row: Key = ("outbox", *unit.outbox_done)
+            if row not in self._rows or row in plan.consumed:
+                return Conflict("gone", f"outbox row {unit.outbox_done}")
+            plan.writes[row] = None
+            plan.consumed.add(row)
+            return None
         shape = _misshapen(unit)
         if shape is not None:
             return Conflict("refused", shape)
@@ -519,7 +530,6 @@ class KvSagaStore:
                 known = self._runs.get(run_key)
                 if known is not None:
                     facts = known[1]
-                    checks.append(_check((run_row, known[0])))
                 elif pk not in self._fresh_pks:
                     checks.append(_check((run_row, None)))
             if unit.revision_before is None:
@@ -535,7 +545,11 @@ class KvSagaStore:
                 rows.append((("instance_index", instance.saga_id, status, _micros(instance.created_at), *run_key), b""))
             entry = unit.entry
             if entry is not None:
-                rows.append((("transition", pk, instance.run, entry.entry_no), _encode(entry)))
+                entry_row: Key = ("transition", pk, instance.run, entry.entry_no)
+                rows.append((entry_row, _encode(entry)))
+                if facts is not None:
+                    # Whoever else wrote this run has written this entry: the store finds out for nothing.
+                    checks.append(_check((entry_row, None)))
 
         head = unit.head
         head_row: Key = ()
@@ -683,8 +697,11 @@ class KvSagaStore:
                 plan.dead_letters[letter.id] = letter
         return None
 
-    async def _read_unknown(self, units: Sequence[UnitOfWork], doubted: Iterable[Key]) -> dict[str, DeadLetter]:
-        """Reads what planning `units` needs and memory does not have. Returns the dead letters that they consume."""
+    async def _read_unknown(
+        self, units: Sequence[UnitOfWork], doubted: Iterable[Key], marks_there: set[Key]
+    ) -> dict[str, DeadLetter]:
+        """Reads what planning `units` needs and memory does not have, and what is `doubted`. Adds the marks that it
+        meets to `marks_there`, and returns the dead letters that the units consume."""
         wanted: dict[Key, None] = dict.fromkeys(doubted)
         runs, heads, rows = self._runs, self._heads, self._rows
         made: set[object] = set()
@@ -714,17 +731,23 @@ class KvSagaStore:
                     if row is not None:
                         letter = _decoded(self._kv, row, _decode_dead_letter)
                         dead_letters[letter.id] = letter
+                elif key[0] == "dedupe":
+                    if row is not None:
+                        marks_there.add(key)
                 else:
                     self._learn_row(key, row)
         return dead_letters
 
     def _doubt(self, unit: UnitOfWork) -> list[Key]:
-        """The rows on which a conflict of `unit` may rest, all but those that every round reads anyway."""
+        """The rows on which a conflict of `unit` may rest, or that may name a better one; all but those that every
+        round reads anyway."""
         keys: list[Key] = []
         if unit.instance is not None:
             keys.append(("state", unit.instance.pk, unit.instance.run))
         if unit.head is not None:
             keys.append(_head_row(unit.head.saga_id, unit.head.key))
+        if unit.mark is not None:
+            keys.append(_mark_row(unit.mark_pk, unit.mark.dedupe_key))
         keys += _consumed_rows(unit)
         return keys
 
@@ -1123,8 +1146,8 @@ def _misshapen(unit: UnitOfWork) -> str | None:
     revision = unit.revision_before or 0
     entries = unit.entries_before
     if instance.revision == revision:
-        if instance.entries <= entries:
-            return f"{_name(instance)}: revision {revision} and {entries} entries stay as they are: nothing to write"
+        if instance.entries < entries:
+            return f"{_name(instance)}: {entries} entries cannot become {instance.entries}"
     elif instance.revision != revision + 1 or instance.entries < entries:
         return f"{_name(instance)}: a step leads from revision {revision} to {revision + 1}, not to {instance.revision}"
     if entry is not None and not entries < entry.entry_no <= instance.entries:

@@ -144,7 +144,7 @@ class MemoryStore:
             return None if unit.entry is None else Conflict("refused", "an entry without its instance")
         revision, entries = unit.revision_before or 0, unit.entries_before
         is_next_revision = unit.instance.revision == revision + 1 and unit.instance.entries >= entries
-        is_more_history = unit.instance.revision == revision and unit.instance.entries > entries
+        is_more_history = unit.instance.revision == revision and unit.instance.entries >= entries
         if not is_next_revision and not is_more_history:
             return Conflict("refused", f"no step leads from {revision} to {unit.instance.revision}")
         if unit.entry is not None and not entries < unit.entry.entry_no <= unit.instance.entries:
