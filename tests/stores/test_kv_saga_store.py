@@ -187,6 +187,18 @@ async def test_a_conflict_is_never_told_from_memory_alone(kv: Watched, store: Kv
     assert await store.load_run("orders", "o-1", 1) == next_of(two)
 
 
+async def test_a_writer_that_missed_a_step_under_its_own_lease_finds_the_history_row(
+    kv: Watched, store: KvSagaStore, lease: Lease
+) -> None:
+    one = await started(store, lease, "o-1")
+    await write(KvSagaStore(kv), lease, step_of(one, next_of(one)))
+
+    late = await store.commit([step_of(one, next_of(one, state=b'"late"'))], lease=lease)
+
+    assert kinds(late) == {0: "revision"}
+    assert await store.load_run("orders", "o-1", 1) == next_of(one)
+
+
 async def test_a_page_that_was_read_beside_a_commit_brings_nothing_back(
     kv: Watched, store: KvSagaStore, lease: Lease
 ) -> None:

@@ -25,7 +25,8 @@ How a commit works:
    be stored is refused as the fault of its own unit.
 2. What planning needs and is not in memory is read first, in one read.
 3. The rest is one key-value commit. It checks the lease row, the versionstamp of each head that it replaces, and the
-   absence of each mark, new head, new run and new history row. A failed check is news: it is read, and the batch planned again.
+   absence of each mark, new head, new run and new history row. A failed check is news: it is read, and the batch
+   planned again.
 
 What is believed without asking, and why that is sound:
 
@@ -33,8 +34,8 @@ What is believed without asking, and why that is sound:
 - Only the holder of the lease writes instances, inbox, outbox, timers and dead letters, and a lease belongs to one
   object. As long as that check holds, nobody but this object has touched them since `acquire`; so a run still is at
   the revision that it remembers, and a row that it added or handed out, and has not consumed since, is there. What it
-  does not remember is looked up. The memory is bounded, and dropped with the lease,
-  after any error, and when the lease of somebody else is used.
+  does not remember is looked up. The memory is bounded, and dropped with the lease, after any error, and when the
+  lease of somebody else is used.
 - No row can carry a surrogate number (pk) that this object reserved and has not used: there is nothing to check.
 - A conflict found by memory alone is never reported: the rows are read, and the unit looked at once more.
 
