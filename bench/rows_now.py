@@ -38,13 +38,15 @@ async def _rows_of_one_order(path: Path) -> list[list[tuple[str, int, int]]]:
         async def commit(
             *,
             checks: Sequence[Check] = (),
+            inserts: Sequence[tuple[Key, bytes]] = (),
             puts: Sequence[tuple[Key, bytes]] = (),
             deletes: Sequence[Key] = (),
             reserve: Mapping[str, int] | None = None,
         ) -> Committed | Conflicted:
-            done = await real(checks=checks, puts=puts, deletes=deletes, reserve=reserve)
+            done = await real(checks=checks, inserts=inserts, puts=puts, deletes=deletes, reserve=reserve)
             if isinstance(done, Committed) and puts:
-                found = [(str(key[0]), len(pack(key[1:], done.bases)), len(value)) for key, value in puts]
+                rows = (*puts, *inserts)
+                found = [(str(key[0]), len(pack(key[1:], done.bases)), len(value)) for key, value in rows]
                 gone = [(str(key[0]), len(pack(key[1:])), -1) for key in deletes]
                 written.append([row for row in found + gone if row[0] not in _ONCE])
             return done

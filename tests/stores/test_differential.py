@@ -77,13 +77,14 @@ class Flaky:
         self,
         *,
         checks: Sequence[Check] = (),
+        inserts: Sequence[tuple[Key, bytes]] = (),
         puts: Sequence[tuple[Key, bytes]] = (),
         deletes: Sequence[Key] = (),
         reserve: Mapping[str, int] | None = None,
     ) -> Committed | Conflicted:
         if self.fails == "before":
             raise BackendUnavailable("the disk is full")
-        outcome = await self._inner.commit(checks=checks, puts=puts, deletes=deletes, reserve=reserve)
+        outcome = await self._inner.commit(checks=checks, inserts=inserts, puts=puts, deletes=deletes, reserve=reserve)
         self.has_written = isinstance(outcome, Committed)
         if self.fails == "after":
             raise BackendUnavailable("the answer was lost")

@@ -77,16 +77,17 @@ class Watched(MemoryKeyValue):
         self,
         *,
         checks: Sequence[Check] = (),
+        inserts: Sequence[tuple[Key, bytes]] = (),
         puts: Sequence[tuple[Key, bytes]] = (),
         deletes: Sequence[Key] = (),
         reserve: Mapping[str, int] | None = None,
     ) -> Committed | Conflicted:
         if self.error is not None:
             raise self.error
-        if self.poison is not None and any(self.poison in value for _, value in puts):
+        if self.poison is not None and any(self.poison in value for _, value in (*inserts, *puts)):
             raise ValueError("a value that this store cannot hold")
-        self.commits.append({"checks": checks, "puts": puts, "deletes": deletes, "reserve": reserve})
-        outcome = await super().commit(checks=checks, puts=puts, deletes=deletes, reserve=reserve)
+        self.commits.append({"checks": checks, "inserts": inserts, "puts": puts, "deletes": deletes, "reserve": reserve})
+        outcome = await super().commit(checks=checks, inserts=inserts, puts=puts, deletes=deletes, reserve=reserve)
         if self.loses_answers:
             raise BackendUnavailable("the answer was lost")
         return outcome
@@ -276,7 +277,7 @@ async def test_a_batch_is_one_commit_with_one_feed_row_and_one_lease_check(
     await write(store, lease, *units)
 
     (commit,) = kv.commits
-    assert [key for key, _ in commit["puts"] if key[0] == "feed"] == [kv_module._FEED_KEY]
+    assert [key for key, _ in commit["inserts"] if key[0] == "feed"] == [kv_module._FEED_KEY]
     assert [check.key[0] for check in commit["checks"]] == ["lease", "correlation", "correlation", "correlation"]
     assert commit["reserve"] == {"feed": 6}
 
@@ -288,8 +289,8 @@ async def test_only_the_last_state_of_a_run_in_a_batch_is_put(kv: Watched, store
 
     await write(store, lease, step_of(one, two), step_of(two, three))
 
-    tables = [key[0] for key, _ in kv.commits[0]["puts"]]
-    assert sorted(tables) == ["state", "transition", "transition"]
+    assert [key[0] for key, _ in kv.commits[0]["puts"]] == ["state"]
+    assert [key[0] for key, _ in kv.commits[0]["inserts"]] == ["transition", "transition"]
 
 
 async def test_what_is_remembered_has_a_bound(

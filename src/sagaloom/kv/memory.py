@@ -81,20 +81,24 @@ class MemoryKeyValue:
         self,
         *,
         checks: Sequence[Check] = (),
+        inserts: Sequence[tuple[Key, bytes]] = (),
         puts: Sequence[tuple[Key, bytes]] = (),
         deletes: Sequence[Key] = (),
         reserve: Mapping[str, int] | None = None,
     ) -> Committed | Conflicted:
         self._refuse_if_closed()
-        failed = tuple(check.key for check in checks if self._stamp_of(check.key) != check.versionstamp)
-        if failed:
-            return Conflicted(failed)
-
         for counter, numbers in (reserve or {}).items():
             if numbers < 0:
                 raise ValueError(f"cannot reserve {numbers} of counter {counter!r}")
         bases = {counter: self._counters.get(counter, 0) + 1 for counter in reserve or {}}
-        written = [(_with_numbers(key, bases), value) for key, value in puts]
+        inserted = [(_with_numbers(key, bases), value) for key, value in inserts]
+        failed = [check.key for check in checks if self._stamp_of(check.key) != check.versionstamp]
+        failed += [key for key, _ in inserted if self._stamp_of(key) is not None and key not in deletes]
+        if failed:
+            return Conflicted(tuple(failed))
+        if len({key for key, _ in inserted}) != len(inserted):
+            raise ValueError("two inserts have the same key")
+        written = [*inserted, *((_with_numbers(key, bases), value) for key, value in puts)]
         for key in (*deletes, *(key for key, _ in written)):
             _sort_key(key)
         for key, value in written:

@@ -83,6 +83,8 @@ def pack(parts: tuple[KeyPart, ...], bases: Mapping[str, int] | None = None) -> 
                 packed += _SMALL[part]
             elif 65536 <= part <= 0xFFFFFFFF:
                 packed += _pack_four(_FOUR_BYTES, part)
+            elif 0 < part < 65536:
+                packed += _pack_two(_TWO_BYTES, part)
             else:
                 packed += _pack_int(part)
         elif type(part) is str:

@@ -43,7 +43,7 @@ import apsw
 from sagaloom.errors import BackendUnavailable, ConfigurationError, SagasError, StoreCorrupt
 from sagaloom.kv.packing import pack, prefix_range, table_of, unpack
 from sagaloom.kv.watching import WatchHub
-from sagaloom.ports.keyvalue import Check, Committed, Conflicted, Entry, Key
+from sagaloom.ports.keyvalue import Check, Committed, Conflicted, Entry, Key, Slot
 
 __all__ = ["FORMAT", "OLDEST_SQLITE", "SqliteKeyValue", "Synchronous", "require_sound_sqlite"]
 
@@ -120,6 +120,15 @@ class _Connection(Protocol):
     def wal_autocheckpoint(self, n: int, /) -> None: ...
 
     def close(self, *, force: bool) -> None: ...
+
+
+def _is_taken(cause: apsw.Error) -> bool:
+    """Whether an insert met a row with its key."""
+    return isinstance(cause, apsw.ConstraintError) and getattr(cause, "extendedresult", 0) == apsw.SQLITE_CONSTRAINT_PRIMARYKEY
+
+
+def _has_slot(key: Key) -> bool:
+    return any(isinstance(part, Slot) for part in key)
 
 
 class _Table:
@@ -341,6 +350,7 @@ class SqliteKeyValue:
         self,
         *,
         checks: Sequence[Check] = (),
+        inserts: Sequence[tuple[Key, bytes]] = (),
         puts: Sequence[tuple[Key, bytes]] = (),
         deletes: Sequence[Key] = (),
         reserve: Mapping[str, int] | None = None,
@@ -351,35 +361,22 @@ class SqliteKeyValue:
         with one exception that the opening words of this module tell: `data["outcome"]` is `"unknown"` instead of
         `"not_written"` when it was the `COMMIT` itself that failed.
         """
-        # A row that must be new and is put is its own check: its INSERT fails. That saves a look at each of them.
-        new = {check.key for check in checks if check.versionstamp is None}
-        if new and deletes:
-            new.difference_update(deletes)  # An INSERT would come after the delete, and find nothing in its way.
-        try:
-            return self._commit(checks, puts, deletes, reserve, new)
-        except apsw.ConstraintError:
-            failed = self._failed_checks(checks)
-            return Conflicted(failed) if failed else self._commit(checks, puts, deletes, reserve, set())
-
-    def _commit(
-        self,
-        checks: Sequence[Check],
-        puts: Sequence[tuple[Key, bytes]],
-        deletes: Sequence[Key],
-        reserve: Mapping[str, int] | None,
-        new: set[Key],
-    ) -> Committed | Conflicted:
-        """One attempt of `commit`. Raises `apsw.ConstraintError`, everything undone, when a row of `new` is there."""
         self._refuse_if_unusable()
         if self._must_probe:
             self._probe()
         at_commit = False
-        new_rows: dict[str, list[_Row]] = {}
         execute = self._execute
         on_step = self._on_step
         try:
             execute("BEGIN IMMEDIATE")
             try:
+                failed = self._failed_checks(checks) if checks else ()
+                if on_step is not None:
+                    on_step("kv:checked")
+                if failed:
+                    execute("ROLLBACK")
+                    return Conflicted(failed + self._there(inserts, deletes))
+
                 versionstamp: int = execute(_NEXT_VERSIONSTAMP).fetchall()[0][0]
                 bases: dict[str, int] = {}
                 if reserve:
@@ -389,18 +386,10 @@ class SqliteKeyValue:
                         bases[counter] = execute(_RESERVE, (counter, numbers)).fetchall()[0][0] - numbers + 1
                 self.statements += 1 + len(bases)
 
-                was_new = set(new)
-                rows, new_rows = self._rows_by_table(puts, versionstamp, bases, new)
-                made_by_insert = was_new - new
-                failed = self._failed_checks([check for check in checks if check.key not in made_by_insert])
-                if on_step is not None:
-                    on_step("kv:checked")
-                if failed:
-                    execute("ROLLBACK")
-                    return Conflicted(failed)
-
                 created: list[_Table] = []
                 dropped = self._delete(deletes) if deletes else {}
+                new_rows = self._rows_by_table(inserts, versionstamp, bases)
+                rows = self._rows_by_table(puts, versionstamp, bases)
                 batches = [(self._table(name, created).insert, table_rows) for name, table_rows in new_rows.items()]
                 batches += [(self._table(name, created).put, table_rows) for name, table_rows in rows.items()]
                 if on_step is None:
@@ -409,7 +398,7 @@ class SqliteKeyValue:
                 else:
                     self._put_in_halves(batches, on_step)
                     on_step("kv:written")
-                self.statements += len(puts)
+                self.statements += len(puts) + len(inserts)
                 at_commit = True
                 execute("COMMIT")
             except BaseException:
@@ -418,8 +407,8 @@ class SqliteKeyValue:
                 self._end_transaction("ROLLBACK")
                 raise
         except apsw.Error as cause:
-            if new_rows and isinstance(cause, apsw.ConstraintError):
-                raise
+            if _is_taken(cause):
+                return self._conflict_of(inserts, deletes)
             self._fail(cause, "commit", outcome="unknown" if at_commit else "not_written")
         for table in created:
             self._tables[table.name] = table
@@ -597,27 +586,35 @@ class SqliteKeyValue:
         return table
 
     def _rows_by_table(
-        self, puts: Iterable[tuple[Key, bytes]], versionstamp: int, bases: Mapping[str, int], new: set[Key]
-    ) -> tuple[dict[str, list[_Row]], dict[str, list[_Row]]]:
-        """The rows of `puts`, grouped so that each table gets one batch, in the order of `puts` within a table; those
-        of `new`, which they are taken out of, come apart."""
+        self, puts: Iterable[tuple[Key, bytes]], versionstamp: int, bases: Mapping[str, int]
+    ) -> dict[str, list[_Row]]:
+        """The rows of `puts`, grouped so that each table gets one batch, in the order of `puts` within a table."""
         rows: dict[str, list[_Row]] = {}
-        new_rows: dict[str, list[_Row]] = {}
         for key, value in puts:
             name = key[0] if key else None
             if type(name) is not str:
                 name = table_of(key)
-            if key in new:
-                new.discard(key)
-                group = new_rows
-            else:
-                group = rows
-            table_rows = group.get(name)
+            table_rows = rows.get(name)
             if table_rows is None:
                 # A known name needs no second look: the look costs as much as packing the key.
-                table_rows = group[name if name in self._tables else table_of(key)] = []
+                table_rows = rows[name if name in self._tables else table_of(key)] = []
             table_rows.append((pack(key[1:], bases), value, versionstamp))
-        return rows, new_rows
+        return rows
+
+    def _there(self, inserts: Sequence[tuple[Key, bytes]], deletes: Sequence[Key]) -> tuple[Key, ...]:
+        """The keys of `inserts` that have a row, and will still have it after `deletes`. A key with a slot is new."""
+        deleted = set(deletes)
+        checks = [Check(key, None) for key, _ in inserts if key not in deleted and not _has_slot(key)]
+        return self._failed_checks(checks)
+
+    def _conflict_of(self, inserts: Sequence[tuple[Key, bytes]], deletes: Sequence[Key]) -> Conflicted:
+        """What an insert met. The failed statement does not say, so it is looked for."""
+        failed = self._there(inserts, deletes)
+        if not failed:
+            keys = [key for key, _ in inserts]
+            twice = next((key for key in keys if keys.count(key) > 1), None)
+            raise ValueError(f"two inserts have the same key {twice!r}")
+        return Conflicted(failed)
 
     def _put(self, statement: str, rows: Sequence[_Row]) -> None:
         if len(rows) == 1:

@@ -7,6 +7,7 @@ bytewise (`pack` in `sagaloom.kv.packing` is the order). A value is bytes. Every
 `commit` is the only way to write. It checks, reserves and writes in one atomic, durable step:
 
 - a `Check` names the versionstamp that a key must still have (`None`: the key must be absent);
+- an *insert* is a put whose key must be absent once the deletes are done: its own check, and cheaper than one;
 - `reserve` takes the next n numbers of named counters; a `Slot` in a put's key stands for one of them, so that
   a row can be keyed by an order that only the commit itself can know;
 - either every put and delete is visible and safe on stable storage when `commit` returns `Committed`, or nothing is.
@@ -24,7 +25,7 @@ __all__ = ["Check", "Committed", "Conflicted", "Entry", "Key", "KeyPart", "KeyVa
 
 
 class Slot(NamedTuple):
-    """Stands in a put's key for `base + offset`, where `base` is what the commit reserved of `counter`."""
+    """Stands in the key of an insert or put for `base + offset`, where `base` is what the commit reserved of `counter`."""
 
     counter: str
     offset: int
@@ -57,7 +58,8 @@ class Committed(NamedTuple):
 
 
 class Conflicted(NamedTuple):
-    """Nothing was written. `failed` has the keys whose checks did not hold, in the order of the checks."""
+    """Nothing was written. `failed` has the keys whose checks did not hold, and then those whose inserts met a row, in
+    their order."""
 
     failed: tuple[Key, ...]
 
@@ -99,11 +101,13 @@ class KeyValue(Protocol):
         self,
         *,
         checks: Sequence[Check] = (),
+        inserts: Sequence[tuple[Key, bytes]] = (),
         puts: Sequence[tuple[Key, bytes]] = (),
         deletes: Sequence[Key] = (),
         reserve: Mapping[str, int] | None = None,
     ) -> Committed | Conflicted:
-        """Writes everything or nothing, durably. Deletes happen before puts. Deleting what is absent is no error."""
+        """Writes everything or nothing, durably: deletes first, then inserts, then puts. Deleting what is absent is no
+        error. Two inserts of one key are a `ValueError`."""
         ...
 
     def watch(self, prefix: Key) -> AsyncIterator[int]:

@@ -158,13 +158,13 @@ class _Plan:
         "feed_count",
         "heads",
         "inbox",
+        "inserts",
         "lost",
         "marks",
         "outbox",
         "pks",
         "runs",
         "sagas",
-        "slotted",
         "timers",
         "writes",
     )
@@ -176,8 +176,8 @@ class _Plan:
         self.checks: list[Check] = []
         self.writes: dict[Key, bytes | None] = {}
         """The last word on each key; None deletes."""
-        self.slotted: list[tuple[Key, bytes]] = []
-        """Rows whose number the commit gives."""
+        self.inserts: list[tuple[Key, bytes]] = []
+        """Rows that must be new: history, marks, and those whose number the commit gives."""
         self.runs: dict[_RunKey, _RunFacts] = {}
         self.heads: dict[Key, Head] = {}
         self.marks: dict[Key, bool] = {}
@@ -200,7 +200,7 @@ class KvSagaStore:
     the later process wins, and the earlier one's writes are refused.
 
     >>> import asyncio
-    >>> from datetime import datetime
+    >>> from datetime import UTC, datetime
     >>> from sagaloom.kv import MemoryKeyValue
     >>> async def example() -> int:
     ...     store = KvSagaStore(MemoryKeyValue())
@@ -448,14 +448,20 @@ class KvSagaStore:
     async def _write(self, plan: _Plan, lease_key: Key) -> Committed | Conflicted:
         """One key-value commit for `plan`, and what is learnt from it."""
         check = Check(lease_key, self._lease_stamp)
-        if not plan.writes and not plan.slotted and not plan.feed_count:
+        if not plan.writes and not plan.inserts and not plan.feed_count:
             row = await self._kv.get(lease_key)
             if row is None or row.versionstamp != self._lease_stamp:
                 return Conflicted((lease_key,))
             return Committed(self._lease_stamp, {})
 
-        puts = [(key, value) for key, value in plan.writes.items() if value is not None]
-        puts += plan.slotted
+        puts: list[tuple[Key, bytes]] = []
+        deletes: list[Key] = []
+        for key, value in plan.writes.items():
+            if value is None:
+                deletes.append(key)
+            else:
+                puts.append((key, value))
+        inserts = plan.inserts
         if not plan.sagas <= self._sagas_seen:
             puts += [(("saga_seen", saga_id), b"") for saga_id in plan.sagas - self._sagas_seen]
         reserve: dict[str, int] = {}
@@ -465,17 +471,11 @@ class KvSagaStore:
             reserve["outbox"] = len(plan.outbox)
         if plan.feed_count:
             reserve["feed"] = plan.feed_count
-            puts.append((_FEED_KEY, _encode(plan.events)))
-        largest = max([len(value) for _, value in puts], default=0)
-        if largest > ROW_BYTES_MAX:
-            raise ValueError(
-                f"a row of {largest} bytes is too large for the store: at most {ROW_BYTES_MAX} are allowed"
-            )
+            events = _encode(plan.events)
+            _check_size(len(events))
+            inserts.append((_FEED_KEY, events))
         done = await self._commit_kv(
-            checks=[check, *plan.checks],
-            puts=puts,
-            deletes=[key for key, value in plan.writes.items() if value is None],
-            reserve=reserve,
+            checks=[check, *plan.checks], inserts=inserts, puts=puts, deletes=deletes, reserve=reserve
         )
         if isinstance(done, Committed):
             self._generation += 1
@@ -486,12 +486,15 @@ class KvSagaStore:
         self,
         *,
         checks: Sequence[Check] = (),
+        inserts: Sequence[tuple[Key, bytes]] = (),
         puts: Sequence[tuple[Key, bytes]] = (),
         deletes: Sequence[Key] = (),
         reserve: dict[str, int] | None = None,
     ) -> Committed | Conflicted:
         try:
-            done = await self._kv.commit(checks=checks, puts=puts, deletes=deletes, reserve=reserve)
+            done = await self._kv.commit(
+                checks=checks, inserts=inserts, puts=puts, deletes=deletes, reserve=reserve
+            )
         except SagasError as error:
             self._problem = error.message
             raise
@@ -520,6 +523,7 @@ class KvSagaStore:
             return Conflict("revision", "an earlier unit of the same instance in this batch was not written")
         checks: list[Check] = []
         rows: list[tuple[Key, bytes | None]] = []
+        inserts: list[tuple[Key, bytes]] = []
 
         instance = unit.instance
         run_key = (0, 0)
@@ -546,11 +550,8 @@ class KvSagaStore:
                 rows.append((("instance_index", instance.saga_id, status, _micros(instance.created_at), *run_key), b""))
             entry = unit.entry
             if entry is not None:
-                entry_row: Key = ("transition", pk, instance.run, entry.entry_no)
-                rows.append((entry_row, _encode(entry)))
-                if facts is not None:
-                    # Whoever else wrote this run has written this entry: the store finds out for nothing.
-                    checks.append(_check((entry_row, None)))
+                # The second belt: whoever else has written this run has written this entry.
+                inserts.append((("transition", pk, instance.run, entry.entry_no), _encode(entry)))
 
         head = unit.head
         head_row: Key = ()
@@ -585,9 +586,7 @@ class KvSagaStore:
                 is_marked = plan.marks.get(mark_row)
                 if is_marked or (is_marked is None and mark_row in marks_there):
                     return Conflict("mark", f"{mark.dedupe_key!r} was seen before")
-                if is_marked is None and unit.mark_pk not in self._fresh_pks:
-                    checks.append(_check((mark_row, None)))
-            rows.append((mark_row, _encode(mark)))
+            inserts.append((mark_row, _encode(mark)))
 
         # Rows that the unit consumes or replaces must be there. Updates come first: a unit may do both.
         there = self._rows
@@ -630,19 +629,18 @@ class KvSagaStore:
                 return Conflict("gone", f"dead letter {unit.dead_letter_done}")
             rows += [(row, None) for row in _dead_letter_rows(dead_letter)]
 
-        slotted: list[tuple[Key, bytes]] = []
         inbox_parts: list[int] = []
         if unit.inbox_add:
             number = len(plan.inbox)
             for envelope in unit.inbox_add:
                 part = _placed(envelope.saga_id, envelope.key)[1]
-                slotted.append((("inbox", part, _slot("inbox", number)), _encode(envelope)))
+                inserts.append((("inbox", part, _slot("inbox", number)), _encode(envelope)))
                 inbox_parts.append(part)
                 number += 1
         if unit.outbox_add:
             number = len(plan.outbox)
             for effect in unit.outbox_add:
-                slotted.append((("outbox", unit.part, _slot("outbox", number)), _encode(effect)))
+                inserts.append((("outbox", unit.part, _slot("outbox", number)), _encode(effect)))
                 number += 1
         if unit.timers_remove:
             for pending in unit.timers_remove:
@@ -661,13 +659,18 @@ class KvSagaStore:
                 rows += [(keys[0], _encode(letter)), (keys[1], b""), (keys[2], b"")]
         events = _encode(unit.events) if unit.events else b""
 
+        _check_size(max([len(row[1]) for row in rows if row[1]] + [len(row[1]) for row in inserts], default=0))
+
         # From here on nothing is refused.
         plan.writes.update(rows)
+        if unmarked_row and plan.marks.get(unmarked_row):
+            plan.inserts = [row for row in plan.inserts if row[0] != unmarked_row]
+        plan.inserts += inserts
         if checks:
             plan.checks += checks
-        if slotted:
-            plan.slotted += slotted
+        if inbox_parts:
             plan.inbox += inbox_parts
+        if unit.outbox_add:
             plan.outbox += [unit.part] * len(unit.outbox_add)
         if events:
             plan.events.append(msgspec.Raw(events))
@@ -1136,6 +1139,11 @@ class _Walk:
         if row is None:
             raise StopAsyncIteration
         return row
+
+
+def _check_size(size: int) -> None:
+    if size > ROW_BYTES_MAX:
+        raise ValueError(f"a row of {size} bytes is too large for the store: at most {ROW_BYTES_MAX} are allowed")
 
 
 def _misshapen(unit: UnitOfWork) -> str | None:

@@ -224,6 +224,50 @@ class KeyValueContract:
         assert await store.scan(("fresh",)) == []
         assert committed(await store.commit(reserve={"n": 1})).bases == {"n": 1}
 
+    async def test_an_insert_writes_what_was_absent(self, store: KeyValue) -> None:
+        done = committed(await store.commit(inserts=[(("a", 1), b"new")], puts=[(("a", 2), b"put")]))
+
+        assert await store.get(("a", 1)) == Entry(("a", 1), b"new", done.versionstamp)
+        assert await _keys(store, ("a",)) == [("a", 1), ("a", 2)]
+
+    async def test_an_insert_of_what_is_there_conflicts_and_changes_nothing(self, store: KeyValue) -> None:
+        await _put(store, ("a", 1), ("b", 1), value=b"old")
+
+        outcome = await store.commit(
+            checks=[Check(("a", 1), None)],
+            inserts=[(("a", 2), b"new"), (("b", 1), b"new")],
+            puts=[(("a", 3), b"new")],
+            reserve={"n": 3},
+        )
+        again = await store.commit(inserts=[(("a", 2), b"new"), (("b", 1), b"new")])
+
+        assert outcome == Conflicted((("a", 1), ("b", 1)))
+        assert again == Conflicted((("b", 1),))
+        assert await _keys(store, ("a",)) == [("a", 1)]
+        assert committed(await store.commit(reserve={"n": 1})).bases["n"] == 1
+
+    async def test_an_insert_comes_after_the_deletes(self, store: KeyValue) -> None:
+        await _put(store, ("a", 1), value=b"old")
+
+        committed(await store.commit(deletes=[("a", 1)], inserts=[(("a", 1), b"new")]))
+
+        found = await store.get(("a", 1))
+        assert found is not None
+        assert found.value == b"new"
+
+    async def test_a_slot_stands_for_a_reserved_number_in_the_key_of_an_insert(self, store: KeyValue) -> None:
+        done = committed(
+            await store.commit(inserts=[(("a", Slot("n", 0)), b""), (("a", Slot("n", 1)), b"")], reserve={"n": 2})
+        )
+
+        assert await _keys(store, ("a",)) == [("a", done.bases["n"]), ("a", done.bases["n"] + 1)]
+
+    async def test_two_inserts_of_one_key_are_refused_and_nothing_is_written(self, store: KeyValue) -> None:
+        with pytest.raises(ValueError, match="two inserts"):
+            await store.commit(inserts=[(("a", 1), b"one"), (("a", 1), b"two")])
+
+        assert await _keys(store, ("a",)) == []
+
     async def test_of_concurrent_commits_with_one_check_exactly_one_succeeds(self, store: KeyValue) -> None:
         read = await _put(store, ("state", 1))
 
