@@ -1,9 +1,9 @@
 """A server process that lines 4 and 8 put to work: the HTTP API as `sagaloom serve` has it, on a free port.
 
-    python -m bench.serving durable|instant|memory FILE
+    python -m bench.serving durable|instant|echo FILE
 
-`durable` is the real thing; `instant` is the same app and route over a runtime whose `publish` returns at once;
-`memory` is the whole runtime over a store in memory. It answers each line it is sent with one of JSON: `start` begins
+`durable` is the real thing; `instant` is the same app, route and runtime over a store that returns at once; `echo` is
+the same app and route over a runtime whose `publish` returns at once. It answers each line it is sent with one of JSON: `start` begins
 to measure, `stop` waits until inbox and outbox are empty and says what was used since. The end of its input ends it.
 """
 
@@ -15,7 +15,7 @@ import json
 import socket
 import sys
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,31 @@ import uvicorn
 
 from bench.workload import CountingStore, account, open_runtime, order, receiver
 from sagaloom.kv import MemoryKeyValue, SqliteKeyValue
+from sagaloom.ports.store import CommitResult, Lease, Loaded, UnitOfWork
 from sagaloom.runtime import Outcome, PublishReceipt, PublishRejected, SagaRuntime
 from sagaloom.service import create_app
 
 _Parts = tuple[SagaRuntime, CountingStore | None, SqliteKeyValue | None]
 
 
-class _InstantRuntime(SagaRuntime):
+class _InstantStore(CountingStore):
+    """A store that has forgotten everything when it returns, which is at once. What a publisher needs to see of an
+    order between its three messages, the runtime remembers."""
+
+    _numbers = 1
+
+    async def load(self, keys: Sequence[tuple[str, str]]) -> list[Loaded]:
+        return [Loaded(None, None)] * len(keys)
+
+    async def commit(self, units: Sequence[UnitOfWork], *, lease: Lease) -> CommitResult:
+        self.commits += 1
+        self.commits_with_messages += any(unit.instance is not None for unit in units)
+        first = self._numbers
+        self._numbers += sum([len(unit.outbox_add) for unit in units])
+        return CommitResult({}, first, first, 0)
+
+
+class _EchoRuntime(SagaRuntime):
     """Knows what a publish is answered with, and does nothing for it."""
 
     _receipt = PublishReceipt(
@@ -63,8 +81,8 @@ async def _runtime_of(mode: str, path: Path) -> AsyncGenerator[_Parts]:
         async with open_runtime(path) as parts:
             yield parts
     else:
-        store = CountingStore(MemoryKeyValue())
-        make = _InstantRuntime if mode == "instant" else SagaRuntime
+        store = _InstantStore(MemoryKeyValue())
+        make = _EchoRuntime if mode == "echo" else SagaRuntime
         async with make(store, definitions=[order, account], targets=[receiver()]) as runtime:
             yield runtime, store, None
 

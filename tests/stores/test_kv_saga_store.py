@@ -86,7 +86,9 @@ class Watched(MemoryKeyValue):
             raise self.error
         if self.poison is not None and any(self.poison in value for _, value in (*inserts, *puts)):
             raise ValueError("a value that this store cannot hold")
-        self.commits.append({"checks": checks, "inserts": inserts, "puts": puts, "deletes": deletes, "reserve": reserve})
+        self.commits.append(
+            {"checks": checks, "inserts": inserts, "puts": puts, "deletes": deletes, "reserve": reserve}
+        )
         outcome = await super().commit(checks=checks, inserts=inserts, puts=puts, deletes=deletes, reserve=reserve)
         if self.loses_answers:
             raise BackendUnavailable("the answer was lost")
