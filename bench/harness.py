@@ -31,6 +31,8 @@ from typing import Any, Final, Protocol
 
 import apsw
 
+from sagaloom.process import calm_gc
+
 __all__ = [
     "ROOT",
     "Bench",
@@ -216,12 +218,14 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 @contextmanager
 def quiet_gc() -> Generator[None]:
-    """Keeps what was prepared for a measurement out of the garbage collector's sight while it lasts."""
-    gc.collect()
-    gc.freeze()
+    """Keeps what was prepared for a measurement out of the garbage collector's sight while it lasts, and the collector
+    as calm as in a serving process; the bare loops get the same."""
+    before = gc.get_threshold()
+    calm_gc()
     try:
         yield
     finally:
+        gc.set_threshold(*before)
         gc.unfreeze()
         gc.collect()
 

@@ -7,7 +7,6 @@ large as ours were in that very round; one commit a message is the bare loop wit
 
 from __future__ import annotations
 
-import asyncio
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from bench import rows_now
 from bench.bare import log, loop, rows
 from bench.harness import Bench, Finding, median, quiet_gc
 from bench.workload import MESSAGES_PER_ORDER, open_runtime, order_messages, publish_all
+from sagaloom.process import run as run_process
 
 __all__ = ["Throughput", "measure", "run"]
 
@@ -41,7 +41,7 @@ class Throughput:
 
 def measure(place: Path, *, in_flight: int, seconds: float) -> Throughput:
     """Runs orders through a new store, for about so many seconds."""
-    return asyncio.run(_measure(place / "ours.db", in_flight, seconds))
+    return run_process(_measure(place / "ours.db", in_flight, seconds))
 
 
 async def _measure(path: Path, in_flight: int, seconds: float) -> Throughput:

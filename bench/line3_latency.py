@@ -7,13 +7,13 @@ one hand-written commit of all its rows (p99).
 
 from __future__ import annotations
 
-import asyncio
 import time
 from pathlib import Path
 
 from bench.bare import loop, two_commits
 from bench.harness import Bench, Finding, median, percentile, quiet_gc
 from bench.workload import open_runtime, order_messages
+from sagaloom.process import run as run_process
 
 __all__ = ["run"]
 
@@ -71,10 +71,10 @@ def run(bench: Bench) -> None:
     single: list[list[float]] = []
     for _ in range(bench.rounds + 2):
         with bench.place() as place:
-            ours.append(asyncio.run(_ours(place / "ours.db", orders, rests=False)))
+            ours.append(run_process(_ours(place / "ours.db", orders, rests=False)))
             pairs.append(_two_commits(place / "pairs.db", orders))
             single.append(_one_commit(place / "single.db", orders))
-            rested.append(asyncio.run(_ours(place / "rested.db", orders // 4, rests=True)))
+            rested.append(run_process(_ours(place / "rested.db", orders // 4, rests=True)))
 
     def best_p50(rounds: list[list[float]]) -> float:
         return min(median(seconds) for seconds in rounds)

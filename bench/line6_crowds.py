@@ -7,7 +7,6 @@ nobody has touched since the start, so each of them has to be read.
 
 from __future__ import annotations
 
-import asyncio
 import random
 import shutil
 import time
@@ -17,6 +16,7 @@ from typing import NamedTuple
 from bench.filling import account_id, add_effects, add_timers, fill
 from bench.harness import Bench, Finding, quiet_gc
 from bench.workload import account_messages, open_runtime, publish_all
+from sagaloom.process import run as run_process
 
 __all__ = ["run"]
 
@@ -61,16 +61,16 @@ def run(bench: Bench) -> None:
     paces: dict[str, list[_Pace]] = {}
     with bench.place() as place:
         paths = {name: place / f"{name}.db" for name in ("small", "hot", "timers", "outbox")}
-        asyncio.run(fill(paths["small"], _HOT))
-        asyncio.run(fill(paths["hot"], accounts))
+        run_process(fill(paths["small"], _HOT))
+        run_process(fill(paths["hot"], accounts))
         for name in ("timers", "outbox"):
             shutil.copy(paths["hot"], paths[name])
-        asyncio.run(add_timers(paths["timers"], accounts, accounts))
-        asyncio.run(add_effects(paths["outbox"], accounts, accounts))
+        run_process(add_timers(paths["timers"], accounts, accounts))
+        run_process(add_effects(paths["outbox"], accounts, accounts))
         for _ in range(bench.pick(3, 2)):
             for name, path in paths.items():
                 size = _HOT if name == "small" else accounts
-                hot, *cold = asyncio.run(_paces(path, size, seconds=bench.seconds, cold=name == "hot"))
+                hot, *cold = run_process(_paces(path, size, seconds=bench.seconds, cold=name == "hot"))
                 paces.setdefault(name, []).append(hot)
                 paces.setdefault("cold", []).extend(cold)
     rate = {name: max(pace.rate for pace in found) for name, found in paces.items()}

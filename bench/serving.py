@@ -3,19 +3,19 @@
     python -m bench.serving durable|instant|echo FILE
 
 `durable` is the real thing; `instant` is the same app, route and runtime over a store that returns at once; `echo` is
-the same app and route over a runtime whose `publish` returns at once. It answers each line it is sent with one of JSON: `start` begins
-to measure, `stop` waits until inbox and outbox are empty and says what was used since. The end of its input ends it.
+the same app and route over a runtime whose `publish` returns at once. It answers each line it is sent with one of JSON:
+`start` begins to measure, `stop` waits until inbox and outbox are empty and says what was used since. The end of its
+input ends it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import socket
 import sys
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import uvicorn
 from bench.workload import CountingStore, account, open_runtime, order, receiver
 from sagaloom.kv import MemoryKeyValue, SqliteKeyValue
 from sagaloom.ports.store import CommitResult, Lease, Loaded, UnitOfWork
+from sagaloom.process import calm_gc, run
 from sagaloom.runtime import Outcome, PublishReceipt, PublishRejected, SagaRuntime
 from sagaloom.service import create_app
 
@@ -114,7 +115,7 @@ async def _obey(parts: _Parts) -> None:
     while line := await reader.readline():
         answer: dict[str, float]
         if line.strip() == b"start":
-            gc.collect()
+            calm_gc()
             before, began = _used(parts), time.monotonic()
             answer = {"at": began}
         else:
@@ -141,15 +142,5 @@ async def _main(mode: str, path: Path) -> None:
         await serving
 
 
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """The loop that `sagaloom serve` runs on."""
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    return uvloop.new_event_loop
-
-
 if __name__ == "__main__":
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_main(sys.argv[1], Path(sys.argv[2])))
+    run(_main(sys.argv[1], Path(sys.argv[2])))

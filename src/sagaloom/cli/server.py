@@ -28,6 +28,8 @@ from typing import TYPE_CHECKING, Any, Final
 from sagaloom.definitions import SagaDefinition
 from sagaloom.errors import ConfigurationError
 from sagaloom.ports.targets import EffectTarget
+from sagaloom.process import calm_gc
+from sagaloom.process import run as run_process
 from sagaloom.settings import DoorSettings
 
 if TYPE_CHECKING:
@@ -105,17 +107,7 @@ def announcer(text: str, *, as_json: bool, **facts: str) -> Callable[[str], None
 
 def run(plan: Plan) -> None:
     """Serves until SIGTERM or SIGINT. Raises what kept it from starting, or ended it."""
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_serve(plan))
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop's where it exists (not on Windows): the same loop, faster."""
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    return uvloop.new_event_loop
+    run_process(_serve(plan))
 
 
 async def _serve(plan: Plan) -> None:
@@ -144,6 +136,7 @@ async def _serve(plan: Plan) -> None:
         token = plan.settings.token
         app = create_app(durable.runtime, token=token.get_secret_value() if token is not None else None)
         api = await stack.enter_async_context(_serving(app, plan.listener))
+        calm_gc()
         if not stopping.is_set():
             plan.announce(address_of(plan.listener))
         signalled = asyncio.create_task(stopping.wait())
