@@ -150,6 +150,7 @@ class _Plan:
     """What a batch will write, unit by unit, and what it will have changed."""
 
     __slots__ = (
+        "assumed_new",
         "checks",
         "conflicts",
         "consumed",
@@ -181,6 +182,8 @@ class _Plan:
         self.runs: dict[_RunKey, _RunFacts] = {}
         self.heads: dict[Key, Head] = {}
         self.marks: dict[Key, bool] = {}
+        self.assumed_new: set[Key] = set()
+        """Marks whose absence only their insert will find out."""
         self.consumed: set[Key] = set()
         self.timers: set[Key] = set()
         self.dead_letters: dict[str, DeadLetter] = {}
@@ -492,9 +495,7 @@ class KvSagaStore:
         reserve: dict[str, int] | None = None,
     ) -> Committed | Conflicted:
         try:
-            done = await self._kv.commit(
-                checks=checks, inserts=inserts, puts=puts, deletes=deletes, reserve=reserve
-            )
+            done = await self._kv.commit(checks=checks, inserts=inserts, puts=puts, deletes=deletes, reserve=reserve)
         except SagasError as error:
             self._problem = error.message
             raise
@@ -665,6 +666,10 @@ class KvSagaStore:
         plan.writes.update(rows)
         if unmarked_row and plan.marks.get(unmarked_row):
             plan.inserts = [row for row in plan.inserts if row[0] != unmarked_row]
+            if unmarked_row in plan.assumed_new:
+                # The delete comes before every insert: it would hide that the first of the two was a duplicate.
+                plan.checks.append(_check((unmarked_row, None)))
+                plan.assumed_new.discard(unmarked_row)
         plan.inserts += inserts
         if checks:
             plan.checks += checks
@@ -686,6 +691,8 @@ class KvSagaStore:
         if unmarked_row:
             plan.marks[unmarked_row] = False
         if mark_row:
+            if mark_row not in plan.marks:
+                plan.assumed_new.add(mark_row)
             plan.marks[mark_row] = True
             plan.pks.add(unit.mark_pk)
         if consumed:

@@ -725,6 +725,19 @@ class SagaStoreContract:
 
         assert await store.marks([(7, "m-1")]) == [mark_of("m-1", run=2)]
 
+    async def test_a_mark_forgotten_later_in_a_batch_was_still_seen_before(
+        self, store: SagaStore, lease: Lease
+    ) -> None:
+        await write(store, lease, UnitOfWork(part=0, mark_pk=7, mark=mark_of("m-1", run=1)))
+        forgets = UnitOfWork(part=0, unmark=(7, "m-1"))
+        duplicate = UnitOfWork(part=0, mark_pk=7, mark=mark_of("m-1", run=2), inbox_add=(envelope_of("o-1", "m-1"),))
+
+        result = await store.commit([duplicate, forgets], lease=lease)
+
+        assert kinds(result) == {0: "mark"}
+        assert await store.marks([(7, "m-1")]) == [None]
+        assert await store.inbox_page(after=None, limit=10) == []
+
     async def test_forgetting_an_absent_mark_is_no_error(self, store: SagaStore, lease: Lease) -> None:
         await write(store, lease, UnitOfWork(part=0, unmark=(7, "m-1")))
 
