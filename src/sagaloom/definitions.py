@@ -9,12 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, Generic, Literal, NamedTuple, TypeAlias, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeAlias, TypeVar, overload
 
 import msgspec
 
 from sagaloom.codec import Codec
 from sagaloom.errors import DefinitionError
+from sagaloom.ids import instance_id
 from sagaloom.messages import SagaMessage
 
 if TYPE_CHECKING:
@@ -40,7 +41,6 @@ __all__ = [
     "SagaHandler",
     "SagaInstanceStatus",
     "SagaState",
-    "StoredState",
     "SignalDefinition",
     "define_query",
     "define_signal",
@@ -83,61 +83,51 @@ class Saga(Generic[S]):
         self.state = state
 
 
-class StoredState(NamedTuple):
-    """A state as it is stored, and the codec that reads it."""
-
-    codec: Codec[Any]
-    data: bytes
-
-
 class SagaContext(Generic[S]):
     """What a handler may know beside its message. `now` is the only clock it may read; `attempt` counts from 1;
     `state` is the state before this message, a copy of its own, so changing it changes nothing."""
 
-    __slots__ = (
-        "_state",
-        "_state_json",
-        "attempt",
-        "correlation_key",
-        "instance_id",
-        "message",
-        "now",
-        "run",
-        "saga_id",
-        "traceparent",
-        "tracestate",
-    )
+    # Few handlers ask for the state, the instance id or the trace, so these are found when one does.
+    __slots__ = ("_codec", "_state", "_state_json", "attempt", "correlation_key", "message", "now", "run", "saga_id")
 
     def __init__(
         self,
         saga_id: str,
-        instance_id: str,
         correlation_key: str,
         run: int,
-        state: S,
         message: SagaMessage[Any],
         attempt: int,
         now: datetime,
-        traceparent: str | None = None,
-        tracestate: str | None = None,
+        codec: Codec[S],
+        state_json: bytes,
     ) -> None:
         self.saga_id = saga_id
-        self.instance_id = instance_id
         self.correlation_key = correlation_key
         self.run = run
-        self._state = state
         self.message = message
         self.attempt = attempt
         self.now = now
-        self.traceparent = traceparent
-        self.tracestate = tracestate
+        self._codec = codec
+        self._state_json: bytes | None = state_json
 
     @property
     def state(self) -> S:
-        # Few handlers ask for it, so it is decoded when one does.
-        if isinstance(self._state, StoredState):
-            self._state = self._state.codec.decode(self._state.data)
+        if self._state_json is not None:
+            self._state = self._codec.decode(self._state_json)
+            self._state_json = None
         return self._state
+
+    @property
+    def instance_id(self) -> str:
+        return instance_id(self.saga_id, self.correlation_key, self.run)
+
+    @property
+    def traceparent(self) -> str | None:
+        return self.message.traceparent
+
+    @property
+    def tracestate(self) -> str | None:
+        return self.message.tracestate
 
 
 SagaHandler: TypeAlias = Callable[[Saga[S], SagaMessage[P], SagaContext[S]], "Sequence[CascadedMessage]"]

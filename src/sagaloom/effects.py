@@ -46,7 +46,6 @@ __all__ = [
 ]
 
 CASCADED_MESSAGE_KINDS: Final = ("send", "scheduled", "spawn", "complete", "fail", "compensate", "cancel_scheduled")
-_NO_OPTIONS: Final = (None, None, None, None, None)
 _TARGET_FIELDS: Final = {"kind", "id"}
 _OPTIONS: Final = {
     "idempotency_key": "idempotency_key",
@@ -189,14 +188,21 @@ def send(
     >>> send("service:payments", {"charge": 100}, on_dead_letter="continue").target
     Target(kind='service', id='payments')
     """
-    if isinstance(payload, CascadedMessage):
+    if type(payload) is not dict and isinstance(payload, CascadedMessage):
         raise DefinitionError(f"send takes a payload, got the effect {payload.kind!r}: return it from the handler")
-    given = (idempotency_key, concurrency_key, retry, queue, on_dead_letter)
-    if not options and given == _NO_OPTIONS:
+    chosen = _options("send", options) if options else {}
+    if idempotency_key is not None:
+        chosen["idempotency_key"] = idempotency_key
+    if concurrency_key is not None:
+        chosen["concurrency_key"] = concurrency_key
+    if retry is not None:
+        chosen["retry"] = retry
+    if queue is not None:
+        chosen["queue"] = queue
+    if on_dead_letter is not None:
+        chosen["on_dead_letter"] = on_dead_letter
+    if not chosen:
         return Send(_target(target), payload)
-    chosen = _options("send", options)
-    names = ("idempotency_key", "concurrency_key", "retry", "queue", "on_dead_letter")
-    chosen.update({name: value for name, value in zip(names, given, strict=True) if value is not None})
     for name in ("idempotency_key", "concurrency_key", "queue"):
         _check_text("send", name, chosen.get(name))
     if chosen.get("on_dead_letter", "stall") not in ("stall", "continue"):
@@ -267,11 +273,10 @@ def _check_text(what: str, name: str, value: object) -> None:
 
 
 def _target(target: Target | Mapping[str, str] | str) -> Target:
+    if isinstance(target, str):
+        return _written_target(target)
     if isinstance(target, Target):
         return _named_target(target.kind, target.id)
-    if isinstance(target, str):
-        kind, separator, identifier = target.partition(":")
-        return _named_target(kind, identifier) if separator else _named_target("saga", target)
     if isinstance(target, Mapping) and target.keys() == _TARGET_FIELDS:
         with contextlib.suppress(TypeError):  # an unhashable part is refused below, as what it is
             return _named_target(target["kind"], target["id"])
@@ -279,6 +284,12 @@ def _target(target: Target | Mapping[str, str] | str) -> Target:
 
 
 # A saga sends to the same few targets for ever.
+@functools.lru_cache(maxsize=1024)
+def _written_target(target: str) -> Target:
+    kind, separator, identifier = target.partition(":")
+    return _named_target(kind, identifier) if separator else _named_target("saga", target)
+
+
 @functools.lru_cache(maxsize=1024)
 def _named_target(kind: str, identifier: str) -> Target:
     if not (isinstance(kind, str) and isinstance(identifier, str) and kind.strip() and identifier.strip()):

@@ -27,9 +27,7 @@ def _sender(targets: tuple[str, ...] = ("service:payments",), **options: Any) ->
         saga.state = {"answers": [*saga.state["answers"], event.payload]}
         return []
 
-    return (
-        define_saga("sender").state({"answers": []}).on("Go", go).on("Answer", answer, starts=False).build()
-    )
+    return define_saga("sender").state({"answers": []}).on("Go", go).on("Answer", answer, starts=False).build()
 
 
 def _numbers(bench: Bench) -> list[int]:

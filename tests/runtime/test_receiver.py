@@ -20,8 +20,8 @@ from sagaloom import (
     spawn,
 )
 from sagaloom.errors import BackendUnavailable
+from sagaloom.kv.sqlite import SqliteKeyValue
 from sagaloom.runtime.receipts import PublishReceipt, PublishRejected
-
 from tests.runtime.conftest import Bench
 
 pytestmark = pytest.mark.anyio
@@ -86,9 +86,7 @@ async def test_an_idempotency_key_with_other_content_is_refused(bench: Bench, re
         await bench.die(life)
         life = await bench.live(_counter().build())
 
-    refused = await life.runtime.publish(
-        SagaMessage("Add", {"n": 2}, correlation_key="k", idempotency_key="pay-1")
-    )
+    refused = await life.runtime.publish(SagaMessage("Add", {"n": 2}, correlation_key="k", idempotency_key="pay-1"))
 
     assert isinstance(refused, PublishRejected)
     assert refused.code == "IDEMPOTENCY_KEY_REUSED"
@@ -124,7 +122,7 @@ class Flaky:
     """A handler that fails as often as it was told to, and then notes the message."""
 
     def __init__(self, *failing: int, error: type[Exception] = RuntimeError) -> None:
-        self.left = {n: 1 for n in failing}
+        self.left = dict.fromkeys(failing, 1)
         self.attempts: list[int] = []
         self.error = error
 
@@ -273,9 +271,7 @@ async def test_redriving_twice_at_once_applies_once(bench: Bench) -> None:
     await life.publish("Add", {"n": 1}, key="k", id="m-1")
     (letter,) = await life.runtime.dead_letters()
 
-    answers = await asyncio.gather(
-        *(life.runtime.redrive(letter.id) for _ in range(3)), return_exceptions=True
-    )
+    answers = await asyncio.gather(*(life.runtime.redrive(letter.id) for _ in range(3)), return_exceptions=True)
     await life.runtime.settled()
 
     assert sum(isinstance(answer, SagasError) for answer in answers) == 2
@@ -323,7 +319,9 @@ async def test_a_send_to_a_saga_arrives_once_even_when_the_process_ends_behind_i
 
     starter = define_saga("starter").state({}).on("Begin", pass_on).build()
     cut = asyncio.Event()
-    life = await bench.live(starter, _counter().build(), on_step=lambda step: cut.set() if step == "committed" else None)
+    life = await bench.live(
+        starter, _counter().build(), on_step=lambda step: cut.set() if step == "committed" else None
+    )
     await life.publish("Begin", {"n": 7}, key="k")
     await bench.die(life)
     life = await bench.live(starter, _counter().build())
@@ -557,3 +555,22 @@ async def test_a_store_that_comes_back_is_used_again_without_being_asked(bench: 
         await asyncio.sleep(0.001)
 
     assert (await life.publish("Add", {"n": 1}, key="k", id="m-1")).disposition == "applied"
+
+
+async def test_an_instance_that_cannot_be_read_costs_its_message_and_nobody_elses(bench: Bench) -> None:
+    life = await bench.live(_counter().build())
+    await asyncio.gather(life.publish("Add", {"n": 1}, key="broken"), life.publish("Add", {"n": 1}, key="well"))
+    pk = (await life.instance("counter", "broken")).pk
+    await bench.die(life)
+    kv = await SqliteKeyValue.open(bench.path)
+    await kv.commit(puts=[(("state", pk, 1), b"\xc1 no record")])
+    await kv.close()
+    life = await bench.live(_counter().build())
+
+    broken, well = await asyncio.gather(
+        life.publish("Add", {"n": 2}, key="broken"), life.publish("Add", {"n": 2}, key="well")
+    )
+
+    assert (broken.disposition, well.disposition) == ("dead_lettered", "applied")
+    (letter,) = await life.runtime.dead_letters()
+    assert letter.code == "STORE_CORRUPT"

@@ -74,12 +74,13 @@ def _run(
     transition: Transition, binding: CompensationBinding, message: SagaMessage[Any], *, path: tuple[str, ...]
 ) -> None:
     path = (*path, message.type)
-    if len(path) > transition.compensation_depth_max:
+    depth_max = transition.limits.compensation_depth_max
+    if len(path) > depth_max:
         shown = " -> ".join(path[:6])
         transition.refuse(
             LIMIT_EXCEEDED,
-            f"compensations are nested more than {transition.compensation_depth_max} deep ({shown} -> ...): one of "
-            "them compensates what compensates it; end with saga_fail instead",
+            f"compensations are nested more than {depth_max} deep ({shown} -> ...): one of them compensates what "
+            "compensates it; end with saga_fail instead",
         )
     asked = transition.step("compensate", binding.handler, message)
     _compensate_each(transition, asked.compensations, path=path)

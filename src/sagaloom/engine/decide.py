@@ -44,7 +44,6 @@ and traceback texts read the source files of the frames they show, which is the 
 
 from __future__ import annotations
 
-from datetime import datetime
 from functools import lru_cache
 from typing import Any, Final, Literal
 
@@ -54,23 +53,22 @@ from sagaloom.codec import encode_any
 from sagaloom.definitions import HandlerBinding, SagaDefinition, SagaInstanceStatus
 from sagaloom.engine.compensation import carry_out
 from sagaloom.engine.correlation import dead_letter_id
-from sagaloom.engine.ledger import LIMIT_EXCEEDED, Ledger, Refused
-from sagaloom.engine.lifecycle import is_terminal, next_status
-from sagaloom.engine.limits import Limits
+from sagaloom.engine.ledger import LIMIT_EXCEEDED, Refused
+from sagaloom.engine.lifecycle import is_terminal
 from sagaloom.engine.records import (
     AppliedStep,
     DeadLetter,
+    DecideContext,
     Decision,
     Envelope,
     FeedEvent,
-    Head,
     HistoryEntry,
     Instance,
     ParentLink,
-    PendingTimer,
+    StepRecord,
 )
 from sagaloom.engine.retrying import USER_ERRORS, backoff, describe, is_retryable, storable, traceback_text
-from sagaloom.engine.transition import STATE_UNREADABLE, HandlerRaised, Transition
+from sagaloom.engine.transition import ASKED_NOTHING, STATE_UNREADABLE, HandlerRaised, Transition, without_fired
 from sagaloom.errors import HandlerError, InstanceNotFound, SagasError
 from sagaloom.ids import instance_id
 from sagaloom.messages import SagaMessage
@@ -80,17 +78,6 @@ __all__ = ["DecideContext", "decide"]
 HANDLER_MISSING: Final = "SAGA_HANDLER_MISSING"
 HOPS_EXCEEDED: Final = "SAGA_HOPS_EXCEEDED"
 MIGRATION_FAILED: Final = "SAGA_MIGRATION_FAILED"
-
-
-class DecideContext(msgspec.Struct, frozen=True):
-    """What a decision may know of the world: the time, and the correlation head of its key. `instance` of `decide` is
-    the newest run, or the run the envelope is bound to. `typed` is the message as `address` has read it, when the
-    caller still has it and no handler has seen it yet."""
-
-    now: datetime
-    head: Head
-    limits: Limits = Limits()
-    typed: SagaMessage[Any] | None = None
 
 
 class _MadeByNewer(Exception):
@@ -159,38 +146,20 @@ def _apply(
     message: Envelope,
     context: DecideContext,
 ) -> Decision:
-    now, limits = context.now, context.limits
     if instance is None:
-        run, revision = context.head.run + 1, 1
-        status_before: SagaInstanceStatus = "pending"
-        status = next_status("pending", "start")
-        before = _initial_state(definition)
-        applied: tuple[AppliedStep, ...] = ()
-        timers: tuple[PendingTimer, ...] = ()
+        state = _initial_state(definition)
+    elif instance.def_version == definition.version:
+        state = instance.state
     else:
-        run, revision = instance.run, instance.revision + 1
-        status_before = instance.status
-        status = next_status(status_before, "advance")
-        before = instance.state if instance.def_version == definition.version else _migrated(definition, instance)
-        applied = instance.steps
-        timers = _without_fired(instance.timers, message)
-    typed = context.typed if context.typed is not None else _read(definition, binding, message)
-    ledger = Ledger(definition, run=run, revision=revision, envelope=message, now=now, limits=limits, timers=timers)
-    transition = Transition(
-        definition,
-        message,
-        ledger,
-        run=run,
-        state=before,
-        status=status,
-        applied=applied,
-        now=now,
-        limits=limits,
-    )
+        state = _migrated(definition, instance)
+    typed = context.typed
+    if typed is None:
+        typed = _read(definition, binding, message)
+    transition = Transition(definition, instance, message, context, state)
     asked = transition.step("handle", binding.handler, typed)
-    if asked.ending is not None or asked.compensations:
+    if asked is not ASKED_NOTHING:
         carry_out(transition, asked)
-    return _written(definition, instance, message, context, transition, before, status_before, run, revision)
+    return _written(transition, context.head.pk)
 
 
 def _read(definition: SagaDefinition[Any], binding: HandlerBinding, message: Envelope) -> SagaMessage[Any]:
@@ -215,37 +184,27 @@ def _read(definition: SagaDefinition[Any], binding: HandlerBinding, message: Env
     )
 
 
-def _written(
-    definition: SagaDefinition[Any],
-    instance: Instance | None,
-    message: Envelope,
-    context: DecideContext,
-    transition: Transition,
-    before: bytes,
-    status_before: SagaInstanceStatus,
-    run: int,
-    revision: int,
-) -> Decision:
+def _written(transition: Transition, pk: int) -> Decision:
     """The Decision of a message that was applied."""
-    now, ledger = context.now, transition.ledger
+    definition, message, instance = transition.definition, transition.envelope, transition.instance
+    now, run, revision = transition.now, transition.run, transition.revision
     status, state = transition.status, transition.state
     reason = None if transition.reason is None else storable(transition.reason)
+    applied = transition.applied
     parent = instance.parent if instance is not None else message.parent
     is_over = is_terminal(status)
     if is_over:
-        applied: tuple[AppliedStep, ...] = ()
-        ledger.end_all_timers()
+        applied = ()
+        transition.end_all_timers()
         if parent is not None:
-            _tell_parent(definition, message, transition, run, parent=parent)
-    else:
-        applied = transition.applied
-        if message.type in definition.compensations and not transition.is_current_undone:
-            applied = _with_step(definition, message, applied, revision, state, context.limits)
+            _tell_parent(transition, parent)
+    elif message.type in definition.compensations and not transition.is_current_undone:
+        applied = _with_step(transition)
     entries = instance.entries + 1 if instance is not None else 1
     new = Instance(
         definition.id,
         message.key,
-        context.head.pk,
+        pk,
         run,
         status,
         revision,
@@ -267,10 +226,10 @@ def _written(
         instance.traceparent if instance is not None else message.traceparent,
         instance.tracestate if instance is not None else message.tracestate,
         applied,
-        ledger.open_timers,
+        transition.open_timers,
     )
     keeps_states = definition.durability != "t1"
-    records = transition.records()
+    steps = transition.records()
     entry = HistoryEntry(
         entries,
         revision,
@@ -278,9 +237,9 @@ def _written(
         message.type,
         message.id,
         now,
-        status_before,
+        transition.status_before,
         status,
-        records,
+        steps,
         message.attempt + 1,
         message.payload,
         reason,
@@ -288,76 +247,78 @@ def _written(
         message.causation_id,
         message.traceparent,
         message.tracestate,
-        before if keeps_states else None,
+        transition.state_before if keeps_states else None,
         state if keeps_states else None,
         definition.version,
     )
-
-    def event(kind: str, shown: SagaInstanceStatus, detail: str | None = None) -> FeedEvent:
-        return FeedEvent(kind, now, definition.id, message.key, run, revision, shown, message.type, message.id, detail)
-
-    events = [event("saga:message_received", status_before)]
-    if instance is None:
-        events.append(event("saga:started", "running"))
-    was_compensating = status_before == "compensating"
-    for record in records:
-        if record.phase == "compensate" and not was_compensating:
-            was_compensating = True
-            why = None if transition.undo_reason is None else storable(transition.undo_reason)
-            events.append(event("saga:compensating", "compensating", why))
-        detail = None if record.phase == "handle" else f"compensated {record.type}"
-        events.append(event("saga:state_changed", record.status, detail))
-    if is_over:
-        events.append(event(f"saga:{status}", status, reason))
     return Decision(
         "applied",
         reason,
         new,
         instance is None,
         entry,
-        tuple(ledger.effects),
-        tuple(ledger.outgoing),
-        tuple(ledger.timers),
-        tuple(ledger.timers_ended),
+        tuple(transition.effects),
+        tuple(transition.outgoing),
+        transition.timers,
+        transition.timers_ended,
         None,
-        tuple(events),
+        _events(transition, steps, reason),
     )
 
 
-def _with_step(
-    definition: SagaDefinition[Any],
-    message: Envelope,
-    applied: tuple[AppliedStep, ...],
-    revision: int,
-    state: bytes,
-    limits: Limits,
-) -> tuple[AppliedStep, ...]:
+def _events(transition: Transition, steps: tuple[StepRecord, ...], reason: str | None) -> tuple[FeedEvent, ...]:
+    """What the feed shows of a message that was applied."""
+    before, status = transition.status_before, transition.status
+    happened: list[tuple[str, SagaInstanceStatus, str | None]] = [("saga:message_received", before, None)]
+    if transition.instance is None:
+        happened.append(("saga:started", "running", None))
+    was_compensating = before == "compensating"
+    for step in steps:
+        if step.phase == "handle":
+            happened.append(("saga:state_changed", step.status, None))
+            continue
+        if not was_compensating:
+            was_compensating = True
+            why = None if transition.undo_reason is None else storable(transition.undo_reason)
+            happened.append(("saga:compensating", "compensating", why))
+        happened.append(("saga:state_changed", step.status, f"compensated {step.type}"))
+    if transition.is_over:
+        happened.append((f"saga:{status}", status, reason))
+    message, now, run, revision = transition.envelope, transition.now, transition.run, transition.revision
+    saga_id, key, message_type, message_id = transition.definition.id, message.key, message.type, message.id
+    events: list[FeedEvent] = []
+    # No comprehension: it would be a closure over all these names, and cost more than the events.
+    for kind, shown, detail in happened:
+        events.append(FeedEvent(kind, now, saga_id, key, run, revision, shown, message_type, message_id, detail))
+    return tuple(events)
+
+
+def _with_step(transition: Transition) -> tuple[AppliedStep, ...]:
     """The applied steps with this message: what a later `ALL_STEPS` would undo."""
-    size = len(state) + len(message.payload) + sum(len(step.payload) for step in applied)
-    if size > limits.state_bytes_max:
-        raise Refused(
-            f"saga {definition.id!r}, message {message.type!r}: the state and the {len(applied) + 1} applied steps "
-            f"that may have to be compensated have {size} bytes, at most {limits.state_bytes_max} are allowed: "
-            "complete the run sooner, or keep large data elsewhere",
-            code=LIMIT_EXCEEDED,
+    message, applied, size_max = transition.envelope, transition.applied, transition.limits.state_bytes_max
+    size = len(transition.state) + len(message.payload) + sum(len(step.payload) for step in applied)
+    if size > size_max:
+        transition.refuse(
+            LIMIT_EXCEEDED,
+            f"the state and the {len(applied) + 1} applied steps that may have to be compensated have {size} bytes, "
+            f"at most {size_max} are allowed: complete the run sooner, or keep large data elsewhere",
         )
-    return (*applied, AppliedStep(message.type, message.id, message.payload, revision))
+    return (*applied, AppliedStep(message.type, message.id, message.payload, transition.revision))
 
 
-def _tell_parent(
-    definition: SagaDefinition[Any], message: Envelope, transition: Transition, run: int, *, parent: ParentLink
-) -> None:
+def _tell_parent(transition: Transition, parent: ParentLink) -> None:
+    saga_id, key, run = transition.definition.id, transition.envelope.key, transition.run
     payload: dict[str, object] = {
-        "instanceId": instance_id(definition.id, message.key, run),
-        "sagaId": definition.id,
-        "correlationKey": message.key,
+        "instanceId": instance_id(saga_id, key, run),
+        "sagaId": saga_id,
+        "correlationKey": key,
         "run": run,
     }
     if transition.status == "completed":
         payload["result"] = None if transition.result is None else msgspec.json.decode(transition.result)
     else:
         payload["reason"] = None if transition.reason is None else storable(transition.reason)
-    transition.ledger.child_end(parent, f"{definition.id}:{transition.status}", payload)
+    transition.child_end(parent, f"{saga_id}:{transition.status}", payload)
 
 
 def _without_instance(
@@ -466,7 +427,7 @@ def _bystander(
         instance,
         entries=entry_no,
         bystanders=instance.bystanders + 1,
-        timers=_without_fired(instance.timers, message),
+        timers=without_fired(instance.timers, message),
     )
     if not has_row:
         return None, counted
@@ -504,13 +465,6 @@ def _event(kind: str, instance: Instance | None, message: Envelope, context: Dec
         message.id,
         detail,
     )
-
-
-def _without_fired(timers: tuple[PendingTimer, ...], message: Envelope) -> tuple[PendingTimer, ...]:
-    """The timers without the one that brought this message; the runtime consumes its row."""
-    if not timers or message.origin != "timer":
-        return timers
-    return tuple(timer for timer in timers if timer.id != message.id)
 
 
 @lru_cache(maxsize=1024)

@@ -10,7 +10,7 @@ any delay counts as one, or a loop of them would spin for ever.
 
 from __future__ import annotations
 
-from datetime import datetime
+from functools import lru_cache
 from typing import Any, Final, NoReturn
 
 from sagaloom.codec import encode_any
@@ -18,8 +18,8 @@ from sagaloom.definitions import SagaDefinition
 from sagaloom.durations import resolve_delay
 from sagaloom.effects import CancelScheduled, Scheduled, Send, Spawn
 from sagaloom.engine.correlation import as_sent, has_default_key
-from sagaloom.engine.limits import Limits
 from sagaloom.engine.records import (
+    DecideContext,
     EffectSummary,
     Envelope,
     OutboxEffect,
@@ -59,18 +59,16 @@ class Ledger:
 
     __slots__ = (
         "_bytes",
-        "_definition",
-        "_envelope",
-        "_key",
-        "_limits",
-        "_now",
         "_position",
-        "_revision",
-        "_run",
-        "_saga_id",
+        "definition",
         "effects",
+        "envelope",
+        "limits",
+        "now",
         "open_timers",
         "outgoing",
+        "revision",
+        "run",
         "timers",
         "timers_ended",
     )
@@ -78,40 +76,39 @@ class Ledger:
     def __init__(
         self,
         definition: SagaDefinition[Any],
-        *,
+        envelope: Envelope,
+        context: DecideContext,
         run: int,
         revision: int,
-        envelope: Envelope,
-        now: datetime,
-        limits: Limits,
         timers: tuple[PendingTimer, ...],
     ) -> None:
-        self._definition = definition
-        self._saga_id = definition.id
-        self._key = envelope.key
-        self._run = run
-        self._revision = revision
-        self._envelope = envelope
-        self._now = now
-        self._limits = limits
+        self.definition = definition
+        self.envelope = envelope
+        self.now = context.now
+        self.limits = context.limits
+        self.run = run
+        self.revision = revision
         self._position = 0
         self._bytes = 0
         self.effects: list[OutboxEffect] = []
         self.outgoing: list[Outgoing] = []
-        self.timers: list[Timer] = []
-        self.timers_ended: list[PendingTimer] = []
+        self.timers: tuple[Timer, ...] = ()
+        self.timers_ended: tuple[PendingTimer, ...] = ()
         self.open_timers = timers
         """The timers of the run after this decision."""
 
     def send(self, effect: Send) -> EffectSummary:
         """Writes a command down: one that leaves goes to the outbox, one for a saga stays in the store."""
-        target, saga_id, key, run, envelope = effect.target, self._saga_id, self._key, self._run, self._envelope
-        place = f"{target.kind}:{target.id}"
-        if not place.isascii() or not place.isprintable() or len(place) > KEY_BYTES_MAX:
-            self._check_text("target", place)
+        target, envelope, run, revision = effect.target, self.envelope, self.run, self.revision
+        saga_id, key = self.definition.id, envelope.key
+        try:
+            place = _place(target.kind, target.id)
+        except SagasError as error:
+            self.refuse(HANDLER_RESULT, error.message)
         if effect.idempotency_key or effect.concurrency_key or effect.queue:
             self._check_options(effect)
-        position, name = self._next()
+        position = self._next_position()
+        name = effect_key(saga_id, key, run, revision, position)
         if target.kind == "saga":
             payload, encoded = self._encode_sent("send", effect.payload)
             self.outgoing.append(
@@ -142,10 +139,10 @@ class Ledger:
                 saga_id,
                 key,
                 run,
-                self._revision,
+                revision,
                 position,
                 envelope.id,
-                self._now,
+                self.now,
                 envelope.hops + 1,
                 effect.idempotency_key,
                 effect.concurrency_key,
@@ -162,9 +159,9 @@ class Ledger:
         """Writes down that a child starts, with the link by which its end finds its way back."""
         self._check_text("child", effect.child)
         self._check_options(effect)
-        _, key = self._next()
+        key = self._next_key()
         payload, encoded = self._encode_sent("spawn", effect.input)
-        sender = (self._saga_id, self._key, self._run)
+        sender = (self.definition.id, self.envelope.key, self.run)
         self.outgoing.append(
             Outgoing(
                 "spawn",
@@ -172,14 +169,14 @@ class Ledger:
                 payload,
                 key,
                 sender,
-                self._envelope.id,
-                self._envelope.hops + 1,
+                self.envelope.id,
+                self.envelope.hops + 1,
                 None,
                 effect.idempotency_key,
                 effect.concurrency_key,
                 parent=ParentLink(*sender, key),
-                traceparent=self._envelope.traceparent,
-                tracestate=self._envelope.tracestate,
+                traceparent=self.envelope.traceparent,
+                tracestate=self.envelope.tracestate,
                 encoded=encoded,
             )
         )
@@ -187,8 +184,8 @@ class Ledger:
 
     def schedule(self, effect: Scheduled) -> EffectSummary:
         """Writes a timer down; one of the same name ends."""
-        _, key = self._next()
-        name, message, now = effect.name, effect.message, self._now
+        key = self._next_key()
+        name, message, now, envelope = effect.name, effect.message, self.now, self.envelope
         self._check_text("the name of a timer", name)
         self._check_message("schedule", message)
         try:
@@ -197,45 +194,45 @@ class Ledger:
             self.refuse(HANDLER_RESULT, f"schedule: the delay {effect.delay!r} ends after the year 9999")
         if name is not None:
             self._end_timer(name)
-        if len(self.open_timers) >= self._limits.timers_per_instance_max:
+        if len(self.open_timers) >= self.limits.timers_per_instance_max:
             self.refuse(
                 LIMIT_EXCEEDED,
                 f"schedule: the run has {len(self.open_timers)} timers already, and at most "
-                f"{self._limits.timers_per_instance_max} may wait: cancel some, or give them names, which replace",
+                f"{self.limits.timers_per_instance_max} may wait: cancel some, or give them names, which replace",
             )
         identifier = f"tm{key}"
         timer = Timer(
             identifier,
             due_at,
             Envelope(
-                self._saga_id,
-                self._key,
+                self.definition.id,
+                envelope.key,
                 message.type,
                 identifier,
                 self._encode("schedule", message.payload),
                 due_at,
                 "timer",
-                self._run,
+                self.run,
                 False,
                 message.idempotency_key or message.id or identifier,
-                message.correlation_key or self._envelope.correlation_key,
+                message.correlation_key or envelope.correlation_key,
                 message.idempotency_key,
                 message.concurrency_key,
                 message.occurred_at,
-                message.traceparent or self._envelope.traceparent,
-                message.tracestate or self._envelope.tracestate,
-                self._envelope.id,
-                0 if due_at > now else self._envelope.hops + 1,
+                message.traceparent or envelope.traceparent,
+                message.tracestate or envelope.tracestate,
+                envelope.id,
+                0 if due_at > now else envelope.hops + 1,
             ),
             name,
         )
-        self.timers.append(timer)
+        self.timers = (*self.timers, timer)
         self.open_timers = (*self.open_timers, PendingTimer(identifier, due_at, name))
         return EffectSummary("scheduled", message.type, key, name)
 
     def cancel_scheduled(self, effect: CancelScheduled) -> EffectSummary:
         """Ends the timer of this name, if there is one."""
-        self._next()
+        self._next_position()
         found = self._end_timer(effect.name)
         return EffectSummary("cancel_scheduled", effect.name, None, None if found else "none was waiting")
 
@@ -247,26 +244,26 @@ class Ledger:
             self._count_bytes(len(detail))
         return EffectSummary(kind, target, None, detail)
 
-    def result(self, value: Any) -> bytes | None:
+    def encode_result(self, value: Any) -> bytes | None:
         """The result of a completed run as JSON; None is no result."""
         return None if value is None else self._encode("saga_complete", value)
 
     def child_end(self, parent: ParentLink, message_type: str, payload: Any) -> None:
         """Tells the parent's run that this one is over."""
-        _, key = self._next()
+        key = self._next_key()
         self.outgoing.append(
             Outgoing(
                 "child_end",
                 parent.saga_id,
                 SagaMessage(message_type, payload),
                 key,
-                (self._saga_id, self._key, self._run),
-                self._envelope.id,
-                self._envelope.hops + 1,
+                (self.definition.id, self.envelope.key, self.run),
+                self.envelope.id,
+                self.envelope.hops + 1,
                 parent.key,
                 to_run=parent.run,
-                traceparent=self._envelope.traceparent,
-                tracestate=self._envelope.tracestate,
+                traceparent=self.envelope.traceparent,
+                tracestate=self.envelope.tracestate,
                 encoded=self._encode("end of a child", payload),
             )
         )
@@ -276,23 +273,24 @@ class Ledger:
         if not self.open_timers:
             return
         written = {timer.id for timer in self.timers}
-        self.timers_ended += [timer for timer in self.open_timers if timer.id not in written]
-        self.timers.clear()
+        self.timers_ended += tuple([timer for timer in self.open_timers if timer.id not in written])
+        self.timers = ()
         self.open_timers = ()
 
-    def refuse(self, code: str, what: str) -> NoReturn:
-        raise Refused(f"saga {self._saga_id!r}, message {self._envelope.type!r}: {what}", code=code, retryable=False)
+    def refuse(self, code: str, what: str, *, state_after: bytes | None = None) -> NoReturn:
+        error = Refused(f"saga {self.definition.id!r}, message {self.envelope.type!r}: {what}", code=code)
+        error.state_after = state_after
+        raise error
 
     def _next_position(self) -> int:
         position = self._position
-        if position >= self._limits.effects_max:
-            self.refuse(LIMIT_EXCEEDED, f"more than {self._limits.effects_max} effects in one decision")
+        if position >= self.limits.effects_max:
+            self.refuse(LIMIT_EXCEEDED, f"more than {self.limits.effects_max} effects in one decision")
         self._position = position + 1
         return position
 
-    def _next(self) -> tuple[int, str]:
-        position = self._next_position()
-        return position, effect_key(self._saga_id, self._key, self._run, self._revision, position)
+    def _next_key(self) -> str:
+        return effect_key(self.definition.id, self.envelope.key, self.run, self.revision, self._next_position())
 
     def _encode(self, what: str, value: Any) -> bytes:
         try:
@@ -331,10 +329,10 @@ class Ledger:
 
     def _count_bytes(self, size: int) -> None:
         self._bytes += size
-        if self._bytes > self._limits.effects_bytes_max:
+        if self._bytes > self.limits.effects_bytes_max:
             self.refuse(
                 LIMIT_EXCEEDED,
-                f"the effects of one decision have more than {self._limits.effects_bytes_max} bytes: pass a reference "
+                f"the effects of one decision have more than {self.limits.effects_bytes_max} bytes: pass a reference "
                 "to large data instead",
             )
 
@@ -343,15 +341,21 @@ class Ledger:
         if timer is None:
             return False
         self.open_timers = tuple(other for other in self.open_timers if other is not timer)
-        written = [other for other in self.timers if other.id != timer.id]
+        written = tuple([other for other in self.timers if other.id != timer.id])
         if len(written) < len(self.timers):
             self.timers = written  # Asked for and taken back in one decision: it was never there.
         else:
-            self.timers_ended.append(timer)
+            self.timers_ended += (timer,)
         return True
 
     def _key_to_pass_on(self) -> str:
         # Runs of the default key have nothing to do with each other; passed on, that key would merge their partners.
-        if has_default_key(self._definition, self._key):
-            return instance_id(self._saga_id, self._key, self._run)
-        return self._key
+        if has_default_key(self.definition, self.envelope.key):
+            return instance_id(self.definition.id, self.envelope.key, self.run)
+        return self.envelope.key
+
+
+# A saga sends to the same few targets for ever, and history may keep one text for all.
+@lru_cache(maxsize=1024)
+def _place(kind: str, identifier: str) -> str:
+    return check_key(f"{kind}:{identifier}", what="target")

@@ -37,22 +37,21 @@ __all__ = [
 Happening = Literal["start", "advance", "compensate", "complete", "fail", "cancel"]
 HAPPENINGS: Final[tuple[Happening, ...]] = ("start", "advance", "compensate", "complete", "fail", "cancel")
 
-STATUS_TABLE: Final[Mapping[tuple[SagaInstanceStatus, Happening], SagaInstanceStatus]] = MappingProxyType(
-    {
-        ("pending", "start"): "running",
-        ("pending", "cancel"): "cancelled",
-        ("running", "advance"): "running",
-        ("running", "compensate"): "compensating",
-        ("running", "complete"): "completed",
-        ("running", "fail"): "failed",
-        ("running", "cancel"): "cancelled",
-        ("compensating", "advance"): "compensating",
-        ("compensating", "compensate"): "compensating",
-        ("compensating", "complete"): "completed",
-        ("compensating", "fail"): "failed",
-        ("compensating", "cancel"): "cancelled",
-    }
-)
+_NEXT: Final[dict[tuple[SagaInstanceStatus, Happening], SagaInstanceStatus]] = {
+    ("pending", "start"): "running",
+    ("pending", "cancel"): "cancelled",
+    ("running", "advance"): "running",
+    ("running", "compensate"): "compensating",
+    ("running", "complete"): "completed",
+    ("running", "fail"): "failed",
+    ("running", "cancel"): "cancelled",
+    ("compensating", "advance"): "compensating",
+    ("compensating", "compensate"): "compensating",
+    ("compensating", "complete"): "completed",
+    ("compensating", "fail"): "failed",
+    ("compensating", "cancel"): "cancelled",
+}
+STATUS_TABLE: Final[Mapping[tuple[SagaInstanceStatus, Happening], SagaInstanceStatus]] = MappingProxyType(_NEXT)
 
 _LIVE: Final = frozenset(status for status, _ in STATUS_TABLE)
 
@@ -69,7 +68,7 @@ def is_terminal(status: SagaInstanceStatus) -> bool:
 def next_status(status: SagaInstanceStatus, happening: Happening) -> SagaInstanceStatus:
     """The status after `happening`; raises `StatusRefused` when the table has no such pair."""
     try:
-        return STATUS_TABLE[status, happening]
+        return _NEXT[status, happening]
     except KeyError:
         raise StatusRefused(f"the status table knows no {happening!r} for an instance that is {status!r}") from None
 

@@ -3,7 +3,7 @@
 Everything here is a frozen `msgspec.Struct`. Those marked *stored* are encoded as arrays, so their fields have an
 order for life: new ones are added at the end, with a default; none is renamed in meaning, moved or removed.
 
-None of them can be part of a reference cycle, so the garbage collector need not look at them (`gc=False`).
+None of those can be part of a reference cycle, so the garbage collector need not look at them (`gc=False`).
 
     Envelope       one message addressed to one instance of one saga; what an inbox row holds          stored
     Head           one correlation key of one saga: where its runs live, and which is the newest        stored
@@ -14,6 +14,7 @@ None of them can be part of a reference cycle, so the garbage collector need not
     DeadLetter     a message or effect that was given up, and why                                      stored
     Mark           that a message was seen                                                             stored
     FeedEvent      one thing that happened, for those who watch                                        stored
+    DecideContext  what a decision may know of the world
     Decision       everything that one message asks for, as a value
 """
 
@@ -25,10 +26,13 @@ from typing import Any, Literal
 import msgspec
 
 from sagaloom.definitions import RetryPolicy, SagaDurabilityTier, SagaInstanceStatus
+from sagaloom.engine.limits import Limits
+from sagaloom.messages import SagaMessage
 
 __all__ = [
     "AppliedStep",
     "DeadLetter",
+    "DecideContext",
     "Decision",
     "Disposition",
     "EffectSummary",
@@ -301,6 +305,17 @@ class Outgoing(msgspec.Struct, frozen=True, gc=False):
     tracestate: str | None = None
     encoded: bytes = b""
     """The JSON of the payload, or of the payload of the message that `payload` is."""
+
+
+class DecideContext(msgspec.Struct, frozen=True):
+    """What a decision may know of the world: the time, and the correlation head of its key. `instance` of `decide` is
+    the newest run, or the run the envelope is bound to. `typed` is the message as `address` has read it, when the
+    caller still has it and no handler has seen it yet."""
+
+    now: datetime
+    head: Head
+    limits: Limits = Limits()
+    typed: SagaMessage[Any] | None = None
 
 
 class Decision(msgspec.Struct, frozen=True, gc=False):

@@ -8,21 +8,35 @@ and what cannot be stored is found at the step that made it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
 from typing import Any, Final, Literal, NamedTuple, NoReturn
 
-from sagaloom.definitions import Saga, SagaContext, SagaDefinition, SagaInstanceStatus, StoredState
+from sagaloom.definitions import Saga, SagaContext, SagaDefinition, SagaInstanceStatus
 from sagaloom.effects import CancelScheduled, CascadedMessage, Compensate, Complete, Fail, Scheduled, Send, Spawn
-from sagaloom.engine.ledger import HANDLER_RESULT, LIMIT_EXCEEDED, Ledger, Refused
+from sagaloom.engine.ledger import HANDLER_RESULT, LIMIT_EXCEEDED, Ledger
 from sagaloom.engine.lifecycle import is_terminal, next_status
-from sagaloom.engine.limits import Limits
-from sagaloom.engine.records import AppliedStep, EffectSummary, Envelope, StepRecord
+from sagaloom.engine.records import (
+    AppliedStep,
+    DecideContext,
+    EffectSummary,
+    Envelope,
+    Instance,
+    PendingTimer,
+    StepRecord,
+)
 from sagaloom.engine.retrying import USER_ERRORS, describe
 from sagaloom.errors import SagasError
 from sagaloom.ids import instance_id
 from sagaloom.messages import SagaMessage
 
-__all__ = ["INVARIANT_BROKEN", "STATE_UNREADABLE", "Asked", "HandlerRaised", "Transition"]
+__all__ = [
+    "ASKED_NOTHING",
+    "INVARIANT_BROKEN",
+    "STATE_UNREADABLE",
+    "Asked",
+    "HandlerRaised",
+    "Transition",
+    "without_fired",
+]
 
 INVARIANT_BROKEN: Final = "SAGA_INVARIANT_BROKEN"
 STATE_UNREADABLE: Final = "SAGA_STATE_UNREADABLE"
@@ -44,85 +58,81 @@ class Asked(NamedTuple):
     compensations: tuple[Compensate, ...] = ()
 
 
-class Transition:
-    """Runs steps, and knows where they led: state, status, how it ended, which applied steps are left."""
+ASKED_NOTHING: Final = Asked(None)
+
+
+def without_fired(timers: tuple[PendingTimer, ...], message: Envelope) -> tuple[PendingTimer, ...]:
+    """The timers without the one that brought this message; the runtime consumes its row."""
+    if not timers or message.origin != "timer":
+        return timers
+    return tuple(timer for timer in timers if timer.id != message.id)
+
+
+class Transition(Ledger):
+    """A ledger that runs the steps whose effects it collects, and knows where they led: state, status, how the run
+    ended, which applied steps are left."""
 
     __slots__ = (
-        "_attempt",
-        "_instance_id",
-        "_limits",
-        "_now",
-        "_run",
         "_steps",
         "applied",
-        "compensation_depth_max",
-        "definition",
-        "envelope",
+        "instance",
         "is_current_undone",
-        "ledger",
         "reason",
         "result",
         "state",
+        "state_before",
         "status",
+        "status_before",
         "undo_reason",
     )
 
     def __init__(
         self,
         definition: SagaDefinition[Any],
+        instance: Instance | None,
         envelope: Envelope,
-        ledger: Ledger,
-        *,
-        run: int,
+        context: DecideContext,
         state: bytes,
-        status: SagaInstanceStatus,
-        applied: tuple[AppliedStep, ...],
-        now: datetime,
-        limits: Limits,
     ) -> None:
-        self.definition = definition
-        self.envelope = envelope
-        self.ledger = ledger
+        """`instance` is the run as it was, None for a new one. `state` fits the definition, which that of the instance
+        may be too old for."""
+        if instance is None:
+            Ledger.__init__(self, definition, envelope, context, context.head.run + 1, 1, ())
+            self.status_before: SagaInstanceStatus = "pending"
+            self.status: SagaInstanceStatus = next_status("pending", "start")
+            self.applied: tuple[AppliedStep, ...] = ()
+            """The applied steps that are not undone, oldest first."""
+        else:
+            timers = without_fired(instance.timers, envelope)
+            Ledger.__init__(self, definition, envelope, context, instance.run, instance.revision + 1, timers)
+            self.status_before = instance.status
+            self.status = next_status(instance.status, "advance")
+            self.applied = instance.steps
+        self.instance = instance
+        self.state_before = state
         self.state = state
-        self.status: SagaInstanceStatus = status
-        self.applied = applied
-        """The applied steps that are not undone, oldest first."""
         self.is_current_undone = False
         self.reason: str | None = None
         self.undo_reason: str | None = None
         """Why the first compensation of this decision was asked for."""
         self.result: bytes | None = None
-        self._run = run
-        self._now = now
-        self._limits = limits
-        self.compensation_depth_max = limits.compensation_depth_max
-        self._attempt = envelope.attempt + 1
-        self._instance_id = instance_id(definition.id, envelope.key, run)
         self._steps: list[tuple[Literal["handle", "compensate"], str, tuple[EffectSummary, ...]]] = []
 
     def step(self, phase: Literal["handle", "compensate"], handler: Any, message: SagaMessage[Any]) -> Asked:
         """Runs one handler on the state as it is now. Raises `HandlerRaised`, or `Refused` for what it returned."""
-        definition = self.definition
+        definition, envelope = self.definition, self.envelope
         codec = definition.state_codec
         try:
             saga = Saga(codec.decode(self.state))
         except SagasError as error:
+            name = instance_id(definition.id, envelope.key, self.run)
             self.refuse(
                 STATE_UNREADABLE,
-                f"the stored state of {self._instance_id!r} cannot be read: {error.message}; if its shape has changed, "
+                f"the stored state of {name!r} cannot be read: {error.message}; if its shape has changed, "
                 "declare it with .version(n, migrate={...})",
             )
         context: SagaContext[Any] = SagaContext(
-            definition.id,
-            self._instance_id,
-            self.envelope.key,
-            self._run,
-            StoredState(codec, self.state),
-            message,
-            self._attempt,
-            self._now,
-            message.traceparent,
-            message.tracestate,
+            definition.id, envelope.key, self.run, message, envelope.attempt + 1, self.now, codec, self.state
         )
         try:
             returned: Any = handler(saga, message, context)
@@ -130,7 +140,7 @@ class Transition:
             raise HandlerRaised(error) from error
         if not issubclass(type(returned), (list, tuple)):
             self._refuse_returned(phase, message.type, returned)
-        asked = self._write_down(phase, message.type, returned) if returned else self._nothing(phase, message.type)
+        asked = self._write_down(phase, message.type, returned)
         self._keep(saga.state, message.type)
         return asked
 
@@ -150,7 +160,7 @@ class Transition:
         else:
             self.status = next_status(self.status, "complete")
             self.reason = None
-            self.result = self.ledger.result(ending.result)
+            self.result = self.encode_result(ending.result)
 
     @property
     def is_over(self) -> bool:
@@ -158,22 +168,15 @@ class Transition:
 
     def records(self) -> tuple[StepRecord, ...]:
         """The steps, each with the status after it: the last one led to where the run is now."""
-        *earlier, (phase, message_type, effects) = self._steps
-        if not earlier:
-            return (StepRecord(phase, message_type, self.status, effects),)
-        return (
-            *[StepRecord(phase, message_type, "compensating", effects) for phase, message_type, effects in earlier],
-            StepRecord(phase, message_type, self.status, effects),
-        )
-
-    def refuse(self, code: str, what: str, *, state_after: bytes | None = None) -> NoReturn:
-        error = Refused(f"saga {self.definition.id!r}, message {self.envelope.type!r}: {what}", code=code)
-        error.state_after = state_after
-        raise error
-
-    def _nothing(self, phase: Literal["handle", "compensate"], message_type: str) -> Asked:
-        self._steps.append((phase, message_type, ()))
-        return _ASKED_NOTHING
+        steps = self._steps
+        phase, message_type, effects = steps[-1]
+        last = StepRecord(phase, message_type, self.status, effects)
+        if len(steps) == 1:
+            return (last,)
+        earlier = [
+            StepRecord(phase, message_type, "compensating", effects) for phase, message_type, effects in steps[:-1]
+        ]
+        return (*earlier, last)
 
     def _write_down(
         self,
@@ -181,34 +184,36 @@ class Transition:
         message_type: str,
         returned: Sequence[object],
     ) -> Asked:
-        ledger = self.ledger
+        if not returned:
+            self._steps.append((phase, message_type, ()))
+            return ASKED_NOTHING
         ending: Complete | Fail | Compensate | None = None
         compensations: tuple[Compensate, ...] = ()
         summaries: list[EffectSummary] = []
         for effect in returned:
             match effect:
                 case Send():
-                    summaries.append(ledger.send(effect))
+                    summaries.append(self.send(effect))
                     continue
                 case Scheduled():
-                    summaries.append(ledger.schedule(effect))
+                    summaries.append(self.schedule(effect))
                     continue
                 case CancelScheduled():
-                    summaries.append(ledger.cancel_scheduled(effect))
+                    summaries.append(self.cancel_scheduled(effect))
                     continue
                 case Spawn():
-                    summaries.append(ledger.spawn(effect))
+                    summaries.append(self.spawn(effect))
                     continue
                 case Compensate() if effect.message is not None:
-                    summaries.append(ledger.note("compensate", target=effect.message.type, detail=effect.reason))
+                    summaries.append(self.note("compensate", target=effect.message.type, detail=effect.reason))
                     compensations = (*compensations, effect)
                     continue
                 case Compensate():
-                    summaries.append(ledger.note("compensate", target="ALL_STEPS", detail=effect.reason))
+                    summaries.append(self.note("compensate", target="ALL_STEPS", detail=effect.reason))
                 case Complete():
-                    summaries.append(ledger.note("complete"))
+                    summaries.append(self.note("complete"))
                 case Fail():
-                    summaries.append(ledger.note("fail", detail=effect.reason))
+                    summaries.append(self.note("fail", detail=effect.reason))
                 case _:
                     self._refuse_foreign(phase, message_type, effect)
             if ending is not None:
@@ -219,6 +224,8 @@ class Transition:
                 )
             ending = effect
         self._steps.append((phase, message_type, tuple(summaries)))
+        if ending is None and not compensations:
+            return ASKED_NOTHING
         return Asked(ending, compensations)
 
     def _keep(self, state: Any, message_type: str) -> None:
@@ -228,10 +235,10 @@ class Transition:
             encoded = definition.state_codec.encode(state)
         except SagasError as error:
             self.refuse(error.code, f"the state that its handler left behind cannot be stored: {error.message}")
-        if len(encoded) > self._limits.state_bytes_max:
+        if len(encoded) > self.limits.state_bytes_max:
             self.refuse(
                 LIMIT_EXCEEDED,
-                f"the state has {len(encoded)} bytes, at most {self._limits.state_bytes_max} are allowed: keep large "
+                f"the state has {len(encoded)} bytes, at most {self.limits.state_bytes_max} are allowed: keep large "
                 "data elsewhere and a reference here",
             )
         # Encoded before the predicates see it: one that changes the state changes nothing.
@@ -272,7 +279,6 @@ class Transition:
         )
 
 
-_ASKED_NOTHING: Final = Asked(None)
 _HANDLER: Final = {"handle": "handler", "compensate": "compensation"}
 
 

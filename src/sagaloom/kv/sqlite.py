@@ -124,7 +124,10 @@ class _Connection(Protocol):
 
 def _is_taken(cause: apsw.Error) -> bool:
     """Whether an insert met a row with its key."""
-    return isinstance(cause, apsw.ConstraintError) and getattr(cause, "extendedresult", 0) == apsw.SQLITE_CONSTRAINT_PRIMARYKEY
+    return (
+        isinstance(cause, apsw.ConstraintError)
+        and getattr(cause, "extendedresult", 0) == apsw.SQLITE_CONSTRAINT_PRIMARYKEY
+    )
 
 
 def _has_slot(key: Key) -> bool:

@@ -247,9 +247,7 @@ class SagaStore(Protocol):
         """All runs of one key, newest first."""
         ...
 
-    async def history(
-        self, instance: Instance, *, after_entry: int = 0, limit: int = 50
-    ) -> list[HistoryEntry]:
+    async def history(self, instance: Instance, *, after_entry: int = 0, limit: int = 50) -> list[HistoryEntry]:
         """History rows in the order in which they were written."""
         ...
 

@@ -72,6 +72,7 @@ class Backlog:
 
     def wait_behind(self, delivery: Delivery) -> None:
         """Lines a delivery up behind the starter that holds its key."""
+        delivery.is_lined_up = True
         self._behind.setdefault(delivery.key, []).append(delivery)
         self._lined_up += 1
 
@@ -101,6 +102,8 @@ class Backlog:
             return []
         del self._starters[key]
         behind = self._behind.pop(key, [])
+        for delivery in behind:
+            delivery.is_lined_up = False
         self._lined_up -= len(behind)
         return behind
 

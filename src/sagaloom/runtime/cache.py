@@ -6,7 +6,7 @@ returned, and dropped on any error or unknown outcome. The least recently used o
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import msgspec
 
 from sagaloom.engine.records import Head, Instance
 
@@ -16,19 +16,11 @@ _BYTES_PER_ENTRY = 1200
 InstanceKey = tuple[str, str]
 
 
-class Hot(NamedTuple):
+class Hot(msgspec.Struct, frozen=True, gc=False):
     """The head of a correlation key and its newest run, as last committed. Both None: the store has neither."""
 
     head: Head | None
     instance: Instance | None
-
-    @property
-    def bytes(self) -> int:
-        instance = self.instance
-        if instance is None:
-            return _BYTES_PER_ENTRY
-        steps = sum(len(step.payload) + 200 for step in instance.steps) if instance.steps else 0
-        return _BYTES_PER_ENTRY + len(instance.state) + steps + 150 * len(instance.timers)
 
 
 class HotInstances:
@@ -37,25 +29,23 @@ class HotInstances:
     def __init__(self, bytes_max: int) -> None:
         self._bytes_max = bytes_max
         self._bytes = 0
-        self._entries: dict[InstanceKey, tuple[Hot, int]] = {}
+        self._entries: dict[InstanceKey, Hot] = {}
 
     def get(self, key: InstanceKey) -> Hot | None:
-        found = self._entries.get(key)
-        return None if found is None else found[0]
+        return self._entries.get(key)
 
     def put(self, key: InstanceKey, hot: Hot) -> None:
-        size = hot.bytes
         replaced = self._entries.pop(key, None)
-        self._bytes += size - (replaced[1] if replaced is not None else 0)
+        self._bytes += _bytes_of(hot) - (_bytes_of(replaced) if replaced is not None else 0)
         # Insertion order is the order of use: every applied message puts its instance again.
-        self._entries[key] = (hot, size)
-        while self._bytes > self._bytes_max and len(self._entries) > 1:
-            self.drop(next(iter(self._entries)))
+        self._entries[key] = hot
+        if self._bytes > self._bytes_max:
+            self._evict()
 
     def drop(self, key: InstanceKey) -> None:
         dropped = self._entries.pop(key, None)
         if dropped is not None:
-            self._bytes -= dropped[1]
+            self._bytes -= _bytes_of(dropped)
 
     def clear(self) -> None:
         self._entries.clear()
@@ -63,3 +53,23 @@ class HotInstances:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def _evict(self) -> None:
+        """Drops the least recently used ones until an eighth is free; the last one stays, whatever its size."""
+        # Many at once: a dict finds its first key by walking past the places of all that were removed before it.
+        enough = self._bytes_max - self._bytes_max // 8
+        for key in list(self._entries)[:-1]:
+            self.drop(key)
+            if self._bytes <= enough:
+                return
+
+
+def _bytes_of(hot: Hot) -> int:
+    """About what an entry takes. The parts of a frozen thing: it comes out the same when the entry goes."""
+    instance = hot.instance
+    if instance is None:
+        return _BYTES_PER_ENTRY
+    size = _BYTES_PER_ENTRY + len(instance.state) + 150 * len(instance.timers)
+    if instance.steps:
+        size += sum(len(step.payload) + 200 for step in instance.steps)
+    return size

@@ -4,7 +4,7 @@ A lane is one (instance run, target). Its effects leave in the order in which th
 leaves only when the one before is settled in the store, so a refund never overtakes its charge, not even through a
 crash. Lanes are independent; `dispatch_concurrency` of them are served at once.
 
-    idle --add--> ready --take--> under way --settled--> ready | gone (when empty)
+    gone --add--> ready --take--> under way --settled--> ready | gone (when empty)
                                      |
                                      +--failed--> backing off --due--> ready
                                      +--given up--> stalled --redriven or discarded--> ready
@@ -29,8 +29,8 @@ import msgspec
 
 from sagaloom.clock import Clock
 from sagaloom.codec import encode_any
-from sagaloom.engine.records import DeadLetter, Envelope, OutboxEffect
 from sagaloom.engine.correlation import dead_letter_id
+from sagaloom.engine.records import DeadLetter, Envelope, OutboxEffect
 from sagaloom.engine.retrying import backoff, describe, is_retryable, traceback_text
 from sagaloom.errors import DeliveryFailed, SagasError
 from sagaloom.ids import derived_id
@@ -48,7 +48,7 @@ _BODIES_RESIDENT_MAX = 20_000
 _TURNS_BETWEEN_YIELDS = 64
 
 
-class _Waiting(msgspec.Struct):
+class _Waiting(msgspec.Struct, gc=False):
     """A committed effect. Only the first so many bodies stay in memory; the others are read when their turn comes."""
 
     ref: RowRef
@@ -56,9 +56,31 @@ class _Waiting(msgspec.Struct):
 
 
 class _Lane(msgspec.Struct):
+    """A lane with at least one effect. Most have only that one, and never need a queue `behind` it."""
+
     name: str
-    waiting: deque[_Waiting]
-    state: Literal["idle", "ready", "under_way", "backing_off", "stalled"] = "idle"
+    head: _Waiting
+    behind: deque[_Waiting] | None = None
+    state: Literal["ready", "under_way", "backing_off", "stalled"] = "ready"
+
+
+class _Server(msgspec.Struct):
+    """One of those that serve the lanes: its task, and since when its delivery is under way."""
+
+    task: asyncio.Task[None]
+    began: float | None = None
+    is_overdue: bool = False
+
+
+class _Served(Work):
+    """What serving an effect came to; `then` goes on with its lane when that is in the store."""
+
+    lane: _Lane
+    effect: OutboxEffect
+    then: Callable[[_Lane, OutboxEffect, SagasError | Conflict | None], None]
+
+    def done(self, trouble: SagasError | Conflict | None) -> None:
+        self.then(self.lane, self.effect, trouble)
 
 
 class Dispatcher:
@@ -84,8 +106,7 @@ class Dispatcher:
         self._due: list[tuple[datetime, int, _Lane]] = []
         self._count = itertools.count()
         self._alarm = Alarm(clock, self._bring_back)
-        self._began: dict[asyncio.Task[Any], float] = {}
-        self._overdue: set[asyncio.Task[Any]] = set()
+        self._servers: list[_Server] = []
         self._is_nudging = False
         self._resident = 0
         self._under_way = 0
@@ -113,19 +134,26 @@ class Dispatcher:
     def add(self, rows: Sequence[tuple[RowRef, OutboxEffect]]) -> None:
         """Lines committed effects up in their lanes."""
         for ref, effect in rows:
-            lane = self._lanes.get(effect.lane)
-            if lane is None:
-                lane = self._lanes[effect.lane] = _Lane(effect.lane, deque())
             keep = self._resident < _BODIES_RESIDENT_MAX
             self._resident += keep
-            lane.waiting.append(_Waiting(ref, effect if keep else None))
-            self.waiting += 1
-            if lane.state == "idle":
+            waiting = _Waiting(ref, effect if keep else None)
+            lane = self._lanes.get(effect.lane)
+            if lane is None:
+                lane = self._lanes[effect.lane] = _Lane(effect.lane, waiting)
                 self._start(lane, effect)
+            elif lane.behind is None:
+                lane.behind = deque((waiting,))
+            else:
+                lane.behind.append(waiting)
+        self.waiting += len(rows)
 
     async def run(self) -> None:
         """Serves ready lanes until cancelled. Several of these run side by side."""
         loop = asyncio.get_running_loop()
+        task = asyncio.current_task()
+        assert task is not None
+        server = _Server(task)
+        self._servers.append(server)
         turns = 0
         while True:
             if not self._ready:
@@ -141,7 +169,7 @@ class Dispatcher:
             lane.state = "under_way"
             self._under_way += 1
             try:
-                await self._serve(lane)
+                await self._serve(server, lane)
             except BaseException:
                 self._under_way -= 1
                 raise
@@ -155,10 +183,10 @@ class Dispatcher:
         while True:
             await asyncio.sleep(min(max(allowed / 4, 0.005), 1.0))
             now = time.monotonic()
-            for task, began in self._began.items():
-                if now - began > allowed and task not in self._overdue:
-                    self._overdue.add(task)
-                    task.cancel()
+            for server in self._servers:
+                if server.began is not None and now - server.began > allowed and not server.is_overdue:
+                    server.is_overdue = True
+                    server.task.cancel()
 
     def close(self) -> None:
         """Forgets everything; the store has it."""
@@ -167,24 +195,26 @@ class Dispatcher:
         self._ready.clear()
         self._due.clear()
         self._idle.clear()
+        self._servers.clear()
         self._resident = self._under_way = self.waiting = 0
 
     # ---------------------------------------------------------------- one effect
 
-    async def _serve(self, lane: _Lane) -> None:
-        head = lane.waiting[0]
-        effect = head.effect
+    async def _serve(self, server: _Server, lane: _Lane) -> None:
+        ref, effect = lane.head.ref, lane.head.effect
         if effect is None:
             try:
-                (effect,) = await self._store.outbox_rows([head.ref])
+                (effect,) = await self._store.outbox_rows([ref])
             except SagasError as error:
-                _log.warning("effect %s cannot be read: %s", head.ref, error.message)
+                _log.warning("effect %s cannot be read: %s", ref, error.message)
                 self._under_way -= 1
                 self._back_off(lane, self._clock.now() + timedelta(seconds=1))
                 return
             if effect is None:
-                self._settled(lane, head, None)
+                self._under_way -= 1
+                self._next(lane)
                 return
+        envelopes: tuple[Envelope, ...] = ()
         try:
             target = self._targets.get(effect.target_kind)
             if target is None:
@@ -193,34 +223,35 @@ class Dispatcher:
                     f"{effect.target_kind}:{effect.target_id}: add one with runtime.add_target(...) and redrive",
                     retryable=False,
                 )
-            replies = await self._within_time(target.deliver(effect))
-            envelopes = tuple([self._reply(effect, number, reply) for number, reply in enumerate(replies or ())])
+            replies = await self._within_time(server, target.deliver(effect))
+            if replies:
+                envelopes = tuple([self._reply(effect, number, reply) for number, reply in enumerate(replies)])
         except Exception as error:  # noqa: BLE001 - whatever a target raises is that attempt's failure, not ours
-            self._failed(lane, head, effect, error)
+            self._failed(lane, effect, error)
         else:
             self._options.on_step("dispatched")
-            unit = UnitOfWork(part=head.ref.part, outbox_done=head.ref, inbox_add=envelopes)
-            self._submit(Work(unit, lambda trouble: self._delivered(lane, head, effect, trouble)))
+            unit = UnitOfWork(part=ref.part, outbox_done=ref, inbox_add=envelopes)
+            self._submit(_Served(unit, lane, effect, self._delivered))
 
-    async def _within_time(self, delivery: Coroutine[Any, Any, Sequence[SagaMessage[Any]]]) -> Sequence[object]:
+    async def _within_time(
+        self, server: _Server, delivery: Coroutine[Any, Any, Sequence[SagaMessage[Any]]]
+    ) -> Sequence[object]:
         """The outcome of `delivery`, cut off by `watch` when it takes too long.
 
         `asyncio.timeout` says the same and costs more than handing the effect to a function of this process.
         """
-        task = asyncio.current_task()
-        assert task is not None
-        self._began[task] = time.monotonic()
+        server.began = time.monotonic()
         try:
             return await delivery
         except asyncio.CancelledError:
-            if task not in self._overdue:
+            if not server.is_overdue:
                 raise
-            self._overdue.discard(task)
-            task.uncancel()
+            server.is_overdue = False
+            server.task.uncancel()
             seconds = self._options.dispatch_timeout_seconds
             raise DeliveryFailed(f"no answer within {seconds:g} s") from None
         finally:
-            del self._began[task]
+            server.began = None
 
     def _reply(self, effect: OutboxEffect, number: int, reply: object) -> Envelope:
         """An answer of the target, addressed to the run that sent the effect. Its id is the same after a redelivery."""
@@ -243,25 +274,22 @@ class Dispatcher:
             hops=effect.hops,
         )
 
-    def _delivered(
-        self, lane: _Lane, head: _Waiting, effect: OutboxEffect, trouble: SagasError | Conflict | None
-    ) -> None:
+    def _delivered(self, lane: _Lane, effect: OutboxEffect, trouble: SagasError | Conflict | None) -> None:
         if isinstance(trouble, Conflict) and trouble.kind == "refused":
             refused = DeliveryFailed(f"its answer cannot be stored: {trouble.what}", retryable=False)
-            self._failed(lane, head, effect, refused)
+            self._failed(lane, effect, refused)
         else:
-            self._settled(lane, head, trouble)
+            self._settled(lane, effect, trouble)
 
-    def _settled(self, lane: _Lane, head: _Waiting, trouble: SagasError | Conflict | None) -> None:
+    def _settled(self, lane: _Lane, effect: OutboxEffect, trouble: SagasError | Conflict | None) -> None:
         self._under_way -= 1
-        if isinstance(trouble, SagasError):
-            return  # The runtime is closing; the row is still there.
-        # A conflict says that the row is gone: an operator discarded it meanwhile. Either way it is done with.
-        self._drop_head(lane, head)
-        self._next(lane)
+        # When the runtime is closing, the row is still there. A conflict says that it is gone: an operator discarded
+        # it meanwhile. Either way it is done with.
+        if not isinstance(trouble, SagasError):
+            self._next(lane)
 
-    def _failed(self, lane: _Lane, head: _Waiting, effect: OutboxEffect, error: Exception) -> None:
-        now = self._clock.now()
+    def _failed(self, lane: _Lane, effect: OutboxEffect, error: Exception) -> None:
+        ref, now = lane.head.ref, self._clock.now()
         attempt = effect.attempt + 1
         policy = effect.retry or self._options.effect_retry
         text = error.message if isinstance(error, SagasError) else describe(error)
@@ -269,9 +297,9 @@ class Dispatcher:
             wait = max(backoff(policy, attempt=attempt, message_id=effect.effect_key), _asked_for(error))
             due_at = now + wait
             again = msgspec.structs.replace(effect, attempt=attempt, due_at=due_at, last_error=text)
-            unit = UnitOfWork(part=head.ref.part, outbox_update=OutboxRow(head.ref, again))
+            unit = UnitOfWork(part=ref.part, outbox_update=OutboxRow(ref, again))
             _log.info("effect to %s:%s failed: %s", effect.target_kind, effect.target_id, text)
-            self._submit(Work(unit, lambda trouble: self._counted(lane, head, again, trouble)))
+            self._submit(_Served(unit, lane, again, self._counted))
             return
         _log.warning("effect to %s:%s is given up: %s", effect.target_kind, effect.target_id, text)
         given_up = msgspec.structs.replace(effect, attempt=attempt, due_at=None, last_error=text)
@@ -286,32 +314,27 @@ class Dispatcher:
             attempts=attempt,
             traceback=traceback_text(error),
             effect=given_up,
-            outbox_part=None if effect.continues_after_dead_letter else head.ref.part,
-            outbox_seq=None if effect.continues_after_dead_letter else head.ref.seq,
+            outbox_part=None if effect.continues_after_dead_letter else ref.part,
+            outbox_seq=None if effect.continues_after_dead_letter else ref.seq,
         )
         if effect.continues_after_dead_letter:
-            unit = UnitOfWork(part=head.ref.part, outbox_done=head.ref, dead_letters_add=(dead_letter,))
-            self._submit(Work(unit, lambda trouble: self._settled(lane, head, trouble)))
+            unit = UnitOfWork(part=ref.part, outbox_done=ref, dead_letters_add=(dead_letter,))
+            self._submit(_Served(unit, lane, given_up, self._settled))
         else:
             stopped = msgspec.structs.replace(given_up, dead_letter_id=dead_letter.id)
-            unit = UnitOfWork(
-                part=head.ref.part, outbox_update=OutboxRow(head.ref, stopped), dead_letters_add=(dead_letter,)
-            )
-            self._submit(Work(unit, lambda trouble: self._counted(lane, head, stopped, trouble)))
+            unit = UnitOfWork(part=ref.part, outbox_update=OutboxRow(ref, stopped), dead_letters_add=(dead_letter,))
+            self._submit(_Served(unit, lane, stopped, self._counted))
 
-    def _counted(
-        self, lane: _Lane, head: _Waiting, effect: OutboxEffect, trouble: SagasError | Conflict | None
-    ) -> None:
+    def _counted(self, lane: _Lane, effect: OutboxEffect, trouble: SagasError | Conflict | None) -> None:
         """A failed attempt is in the store: wait for the next one, or stand still."""
         self._under_way -= 1
         if isinstance(trouble, SagasError):
             return
         if trouble is not None:
-            self._drop_head(lane, head)
             self._next(lane)
             return
-        if head.effect is not None:
-            head.effect = effect
+        if lane.head.effect is not None:
+            lane.head.effect = effect
         self._start(lane, effect)
 
     # ---------------------------------------------------------------- lanes
@@ -326,11 +349,14 @@ class Dispatcher:
             self._make_ready(lane)
 
     def _next(self, lane: _Lane) -> None:
-        if not lane.waiting:
-            lane.state = "idle"
+        """The head of a lane is done with: the one behind it is the head, or the lane is gone."""
+        self.waiting -= 1
+        self._resident -= lane.head.effect is not None
+        if not lane.behind:
             self._lanes.pop(lane.name, None)
             return
-        effect = lane.waiting[0].effect
+        lane.head = lane.behind.popleft()
+        effect = lane.head.effect
         if effect is None:
             self._make_ready(lane)
         else:
@@ -363,27 +389,20 @@ class Dispatcher:
         if self._due:
             self._alarm.set(self._due[0][0])
 
-    def _drop_head(self, lane: _Lane, head: _Waiting) -> None:
-        if lane.waiting and lane.waiting[0] is head:
-            lane.waiting.popleft()
-            self.waiting -= 1
-            self._resident -= head.effect is not None
-
     # ---------------------------------------------------------------- operators
 
     def resume(self, lane_name: str, effect: OutboxEffect) -> None:
         """The head of a stalled lane was redriven: it goes on with a fresh count of attempts."""
         lane = self._lanes.get(lane_name)
         if lane is not None and lane.state == "stalled":
-            if lane.waiting[0].effect is not None:
-                lane.waiting[0].effect = effect
+            if lane.head.effect is not None:
+                lane.head.effect = effect
             self._make_ready(lane)
 
     def skip(self, lane_name: str) -> None:
         """The head of a stalled lane was discarded: the next effect goes."""
         lane = self._lanes.get(lane_name)
         if lane is not None and lane.state == "stalled":
-            self._drop_head(lane, lane.waiting[0])
             self._next(lane)
 
 
@@ -391,5 +410,3 @@ def _asked_for(error: Exception) -> timedelta:
     """How long the target asked us to wait, up to an hour."""
     seconds = error.data.get("retryAfterSeconds") if isinstance(error, SagasError) else None
     return timedelta(seconds=min(float(seconds), 3600.0)) if isinstance(seconds, (int, float)) else timedelta(0)
-
-

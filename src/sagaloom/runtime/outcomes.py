@@ -20,10 +20,7 @@ def outcome_of(delivery: Delivery, decision: Decision | None, unit: UnitOfWork, 
     envelope = delivery.envelope
     instance = unit.instance
     run = instance.run if instance is not None else envelope.run or 0
-    effects: tuple[str, ...] = ()
-    if detailed and decision is not None and decision.entry is not None:
-        effects = tuple(effect.kind for step in decision.entry.steps for effect in step.effects)
-    return Outcome(
+    outcome = Outcome(
         message_id=envelope.id,
         instance_id=instance_id(envelope.saga_id, envelope.key, run),
         saga_id=envelope.saga_id,
@@ -32,10 +29,18 @@ def outcome_of(delivery: Delivery, decision: Decision | None, unit: UnitOfWork, 
         disposition="pending" if decision is None else decision.disposition,
         status=instance.status if instance is not None else None,
         revision=instance.revision if instance is not None else None,
-        state=_decode(instance.state) if detailed and instance is not None else None,
-        effects=effects,
-        result=_decode(instance.result) if detailed and instance is not None and instance.result else None,
         reason=_reason(decision, instance),
+    )
+    if not detailed:
+        return outcome
+    effects: tuple[str, ...] = ()
+    if decision is not None and decision.entry is not None:
+        effects = tuple(effect.kind for step in decision.entry.steps for effect in step.effects)
+    return msgspec.structs.replace(
+        outcome,
+        state=_decode(instance.state) if instance is not None else None,
+        effects=effects,
+        result=_decode(instance.result) if instance is not None and instance.result else None,
     )
 
 

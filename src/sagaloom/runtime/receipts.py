@@ -20,7 +20,8 @@ _log = logging.getLogger("sagaloom.publish")
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """What a message did to one instance of one saga. `pending`: accepted and safe, but not applied yet; then there
-    may be no status, state or revision. `message_id` of a duplicate is that of the first one. `state` and `result` are plain JSON values."""
+    may be no status, state or revision. `message_id` of a duplicate is that of the first one. `state` and `result` are
+    plain JSON values."""
 
     message_id: str
     instance_id: str

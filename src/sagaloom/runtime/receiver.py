@@ -23,10 +23,13 @@ What we dislike about it: one commit is under way at a time, so a store with a s
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from itertools import islice
+from typing import ClassVar
 
 import msgspec
 
@@ -38,12 +41,12 @@ from sagaloom.engine.records import DeadLetter, Decision, Envelope, Head, Instan
 from sagaloom.engine.retrying import traceback_text
 from sagaloom.errors import BackendUnavailable, Fenced, IdempotencyKeyReused, SagasError, StoreCorrupt
 from sagaloom.ids import content_digest, key_hash, partition_of
-from sagaloom.ports.store import CommitResult, Conflict, InboxRow, Lease, RowRef, SagaStore, UnitOfWork
+from sagaloom.ports.store import CommitResult, Conflict, InboxRow, Lease, Loaded, RowRef, SagaStore, UnitOfWork
 from sagaloom.runtime.alarm import Alarm
 from sagaloom.runtime.backlog import Backlog
 from sagaloom.runtime.cache import Hot, HotInstances
-from sagaloom.runtime.deliveries import Delivery, InstanceKey, unit_of_accept, unit_of_decision
-from sagaloom.runtime.options import RuntimeOptions
+from sagaloom.runtime.deliveries import Delivery, InstanceKey, unit_of_accept, unit_of_decision, unit_of_loss
+from sagaloom.runtime.options import RuntimeOptions, no_step
 from sagaloom.runtime.outcomes import outcome_of, outcome_of_duplicate
 from sagaloom.runtime.receipts import Outcome
 
@@ -57,23 +60,34 @@ _UNSEEN = Hot(None, None)
 
 
 class Work(msgspec.Struct):
-    """A unit that needs no decision: a settled effect, an operator's request. `done` is called once, after the commit,
-    with what stood against it. `is_patient`: it waits for a store that does not answer, instead of failing."""
+    """A unit that needs no decision: a settled effect, an operator's request. `is_patient`: it waits for a store that
+    does not answer, instead of failing."""
 
     unit: UnitOfWork
-    done: Callable[[SagasError | Conflict | None], None]
-    is_patient: bool = True
+
+    is_patient: ClassVar[bool] = True
+
+    def done(self, trouble: SagasError | Conflict | None) -> None:
+        """Is called once, after the commit, with what stood against it."""
+        raise NotImplementedError
 
 
-class _Planned(msgspec.Struct):
-    """One unit of the batch and what follows from it: `hot` is what to remember of the key once it is committed."""
+class _Planned(msgspec.Struct, gc=False):
+    """The unit of one delivery and what follows from it, once it is committed: `hot` is what to remember of the key.
+    `decision` is None when the message was only accepted. `holds`: its key waits for it. `successor` is the same
+    message as it is found in the inbox from then on, when it waits there for the first time."""
 
+    delivery: Delivery
     unit: UnitOfWork
-    delivery: Delivery | None = None
-    decision: Decision | None = None
-    hot: Hot | None = None
+    decision: Decision | None
+    hot: Hot | None
     holds: bool = False
-    work: Work | None = None
+    successor: Delivery | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether its message is in the inbox now, decided or not."""
+        return self.decision is None or self.decision.disposition == "pending"
 
 
 class Receiver:
@@ -99,7 +113,7 @@ class Receiver:
         self._work: deque[Work] = deque()
         self._alarm = Alarm(clock, self._bring_back)
         self._hot = HotInstances(options.cache_bytes_max)
-        self._marks: OrderedDict[tuple[int, str], Mark] = OrderedDict()
+        self._marks: dict[tuple[int, str], Mark] = {}
         self._pks: list[int] = []
         self._lease: Lease | None = None
         self._wake: asyncio.Future[None] | None = None
@@ -189,99 +203,124 @@ class Receiver:
 
     async def _turn(self) -> None:
         batch = self._backlog.take(self._options.batch_max)
-        works = [self._work.popleft() for _ in range(min(len(self._work), self._options.batch_max))]
+        works = self._take_works()
         self._options.on_step("claimed")
         try:
             if self.problem is not None:
                 await self._store.probe()
                 self.problem, self._failures = None, 0
             planned = await self._plan(batch) if batch else []
-            planned.extend(_Planned(unit=work.unit, work=work) for work in works)
-            if not planned:
+            units = [each.unit for each in planned]
+            units.extend([work.unit for work in works])
+            if not units:
                 return
             self._options.on_step("decided")
             assert self._lease is not None
-            result = await self._store.commit([each.unit for each in planned], lease=self._lease)
+            result = await self._store.commit(units, lease=self._lease)
         except SagasError as error:
             await self._cannot_commit(batch, works, error)
             return
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - see the next line
             # A bug of ours or of the store's. It must not end the loop, for then nobody would hear of anything again.
             _log.exception("a turn has failed")
             await self._cannot_commit(batch, works, BackendUnavailable(f"a turn has failed: {error!r}"))
             return
-        await self._follow_up(planned, result)
+        await self._follow_up(planned, works, result)
+
+    def _take_works(self) -> list[Work]:
+        works = self._work
+        if len(works) <= self._options.batch_max:
+            taken = list(works)
+            works.clear()
+            return taken
+        return [works.popleft() for _ in range(self._options.batch_max)]
 
     async def _plan(self, batch: list[Delivery]) -> list[_Planned]:
         """Decides each delivery on top of what those before it in this batch decided."""
-        corrupt = await self._load_missing(batch)
+        newest, corrupt = await self._load(batch)
         now = self._clock.now()
         definitions = self._definitions()
-        drafts: dict[InstanceKey, Hot] = {}
         seen: dict[tuple[int, str], Mark] = {}
         holding: set[InstanceKey] = set()
         planned: list[_Planned] = []
         for delivery in batch:
-            key = delivery.key
-            known = drafts.get(key) or self._hot.get(key) or _UNSEEN
-            head = known.head or await self._new_head(key, now)
-            if delivery.enters and self._is_duplicate(delivery, head, known.instance, seen):
-                continue
-            if self._backlog.is_held(delivery) or (key in holding and not delivery.envelope.opens_run):
+            key, envelope = delivery.key, delivery.envelope
+            known = newest[key]
+            head = known.head or self._new_head(key, now)
+            if delivery.enters:
+                where = (head.pk, envelope.dedupe_key or envelope.id)
+                mark = seen.get(where) or self._marks.get(where)
+                if mark is not None:
+                    self._answer_duplicate(delivery, mark, known.instance, is_in_batch=where in seen)
+                    continue
+            if self._backlog.is_held(delivery) or (key in holding and not envelope.opens_run):
                 if delivery.row is not None:
                     self._backlog.wait_behind(delivery)
                     continue
-                step = self._plan_accept(delivery, known, head)
-            elif decided := await self._plan_decision(delivery, known, head, definitions, now, corrupt.get(key)):
-                step = decided
+                unit = unit_of_accept(delivery, head, known.head)
+                step = _Planned(delivery, unit, None, Hot(head, known.instance))
             else:
-                continue
+                addressed = known.instance
+                if envelope.run is not None and envelope.run != head.run:
+                    # Rare: a reply, timer or child of a run that is not the newest. Such runs are read each time.
+                    addressed = await self._store.load_run(envelope.saga_id, envelope.key, envelope.run)
+                decision = self._decide(delivery, addressed, head, definitions, now, corrupt.get(key))
+                if delivery.is_offer and decision.disposition == "pending":
+                    self._put_aside(delivery)
+                    continue
+                if key in corrupt:
+                    step = _Planned(delivery, unit_of_loss(delivery, decision), decision, None)
+                else:
+                    step = self._plan_decision(delivery, decision, known, head, addressed, definitions, now)
             if step.holds:
                 holding.add(key)
             if step.unit.mark is not None:
                 seen[head.pk, step.unit.mark.dedupe_key] = step.unit.mark
             if step.hot is not None:
-                drafts[key] = step.hot
+                newest[key] = step.hot
             planned.append(step)
         return planned
 
-    def _plan_accept(self, delivery: Delivery, known: Hot, head: Head) -> _Planned:
-        unit = unit_of_accept(delivery, head, known.head)
-        return _Planned(unit=unit, delivery=delivery, hot=Hot(head, known.instance))
-
-    async def _plan_decision(
+    def _decide(
         self,
         delivery: Delivery,
-        known: Hot,
+        addressed: Instance | None,
         head: Head,
         definitions: DefinitionSet,
         now: datetime,
         corrupt: StoreCorrupt | None,
-    ) -> _Planned | None:
-        envelope, newest = delivery.envelope, known.instance
-        addressed = newest
-        if envelope.run is not None and envelope.run != head.run:
-            # Rare: a reply, timer or child of a run that is not the newest. Such runs are read each time.
-            addressed = await self._store.load_run(envelope.saga_id, envelope.key, envelope.run)
+    ) -> Decision:
+        envelope = delivery.envelope
         definition = definitions.get(envelope.saga_id)
-        if corrupt is not None or delivery.refusal is not None:
-            decision = _give_up(envelope, now, corrupt or delivery.refusal or _vanished(envelope.saga_id))
-        elif definition is None:
-            decision = _give_up(envelope, now, _vanished(envelope.saga_id))
-        else:
-            typed, delivery.typed = delivery.typed, None
-            decision = decide(definition, addressed, envelope, DecideContext(now, head, self._options.limits, typed))
-        waits = decision.disposition == "pending"
-        if delivery.is_offer and waits:
-            self._put_aside(delivery)
-            return None
-        cascaded, dead_letters = self._route(decision, definitions, now)
+        if definition is None or corrupt is not None or delivery.refusal is not None:
+            return _give_up(envelope, now, corrupt or delivery.refusal or _vanished(envelope.saga_id))
+        typed, delivery.typed = delivery.typed, None
+        return decide(definition, addressed, envelope, DecideContext(now, head, self._options.limits, typed))
+
+    def _plan_decision(
+        self,
+        delivery: Delivery,
+        decision: Decision,
+        known: Hot,
+        head: Head,
+        addressed: Instance | None,
+        definitions: DefinitionSet,
+        now: datetime,
+    ) -> _Planned:
+        """The unit that `decision` about run `addressed` becomes, and what is known of the key after it."""
         instance, before, head_before = decision.instance, addressed, known.head
+        waits = decision.disposition == "pending"
         if instance is not None and instance.run > head.run:
             before = None
             head = msgspec.structs.replace(head, run=instance.run, awaits_start=False)
         elif head.run == 0 and head.awaits_start != waits:
             head = msgspec.structs.replace(head, awaits_start=waits)
+        cascaded: list[Envelope] = []
+        dead_letters: list[DeadLetter] = []
+        for outgoing in decision.outgoing:
+            routed = route(definitions, outgoing, now=now)
+            cascaded.extend(routed.envelopes)
+            dead_letters.extend(routed.dead_letters)
         unit = unit_of_decision(
             delivery,
             decision,
@@ -291,44 +330,21 @@ class Receiver:
             cascaded=cascaded,
             dead_letters=dead_letters,
         )
-        hot = None
+        newest, hot = known.instance, None
         if head_before is not None or unit.head is not None:
             hot = Hot(head, instance if instance is not None and instance.run == head.run else newest)
-        return _Planned(
-            unit=unit,
-            delivery=delivery,
-            decision=decision,
-            hot=hot,
-            holds=waits
-            and not envelope.opens_run
-            and envelope.run is None
-            and (newest is None or is_terminal(newest.status)),
-        )
+        holds = False
+        if waits:
+            envelope = delivery.envelope
+            would_start = newest is None or is_terminal(newest.status)
+            holds = would_start and not envelope.opens_run and envelope.run is None
+        return _Planned(delivery, unit, decision, hot, holds)
 
-    def _route(
-        self, decision: Decision, definitions: DefinitionSet, now: datetime
-    ) -> tuple[list[Envelope], list[DeadLetter]]:
-        envelopes: list[Envelope] = []
-        dead_letters: list[DeadLetter] = []
-        for outgoing in decision.outgoing:
-            routed = route(definitions, outgoing, now=now)
-            envelopes.extend(routed.envelopes)
-            dead_letters.extend(routed.dead_letters)
-        return envelopes, dead_letters
-
-    def _is_duplicate(
-        self,
-        delivery: Delivery,
-        head: Head,
-        instance: Instance | None,
-        seen: dict[tuple[int, str], Mark],
-    ) -> bool:
+    def _answer_duplicate(
+        self, delivery: Delivery, mark: Mark, instance: Instance | None, *, is_in_batch: bool
+    ) -> None:
         """Answers a message that was seen before. Most are found here; the rest the commit itself finds."""
         envelope = delivery.envelope
-        where = (head.pk, envelope.dedupe_key or envelope.id)
-        mark = seen.get(where) or self._marks.get(where)
-        if mark is None:
-            return False
         if mark.digest != content_digest(envelope.type, envelope.payload):
             _refuse(
                 delivery,
@@ -338,71 +354,68 @@ class Receiver:
                     data={"messageId": mark.message_id, "sagaId": envelope.saga_id},
                 ),
             )
-        elif where in seen:
+        elif is_in_batch:
             # The first one is in this very batch: its commit has to come before anybody hears of it.
             self._backlog.add(delivery)
         else:
             _answer(delivery, outcome_of_duplicate(envelope, mark, instance))
-        return True
 
     # ---------------------------------------------------------------- after the commit
 
-    async def _follow_up(self, planned: list[_Planned], result: CommitResult) -> None:
-        inbox_seq, outbox_seq = result.inbox_base, result.outbox_base
-        effects: list[tuple[RowRef, OutboxEffect]] = []
-        conflicting: list[tuple[_Planned, Conflict]] = []
-        written: list[tuple[_Planned, Delivery | None]] = []
-        backlog = self._backlog
+    async def _follow_up(self, planned: list[_Planned], works: list[Work], result: CommitResult) -> None:
+        rows = _NewRows(result, self._backlog)
+        conflicts = result.conflicts
+        accepted: list[_Planned] = []
+        decided: list[_Planned] = []
         for number, each in enumerate(planned):
-            conflict = result.conflicts.get(number)
-            if conflict is not None:
-                conflicting.append((each, conflict))
+            if number in conflicts:
                 continue
-            unit, successor = each.unit, None
-            for position, envelope in enumerate(unit.inbox_add):
-                arrival = Delivery(
-                    envelope, row=RowRef(partition_of(key_hash(envelope.saga_id, envelope.key)), inbox_seq)
-                )
-                inbox_seq += 1
-                if position == 0 and each.delivery is not None and _waits(each):
-                    successor = arrival
-                else:
-                    backlog.add(arrival)
-            for effect in unit.outbox_add:
-                effects.append((RowRef(unit.part, outbox_seq), effect))
-                outbox_seq += 1
+            unit = each.unit
+            if unit.inbox_add or unit.outbox_add:
+                each.successor = rows.take(unit, first_waits=each.waits)
             if unit.timers_add:
                 self._on_timers(unit.timers_add)
-            if each.hot is not None and each.delivery is not None:
+            if each.hot is not None:
                 self._hot.put(each.delivery.key, each.hot)
             if unit.mark is not None:
                 self._remember(unit.mark_pk, unit.mark)
-            written.append((each, successor))
-        self._report_steps(planned)
+            (decided if each.decision is not None else accepted).append(each)
+        for number, work in enumerate(works, len(planned)):
+            if number not in conflicts and (work.unit.inbox_add or work.unit.outbox_add):
+                rows.take(work.unit)
+        if self._options.on_step is not no_step:
+            self._report_steps(planned, works)
         # Those that were only accepted come first: a starter of this very batch may let go of what is lined up behind
         # it, and whoever lined up after that would wait for nobody.
-        written.sort(key=lambda pair: pair[0].delivery is None or pair[0].decision is not None)
-        for each, successor in written:
-            if each.delivery is not None:
-                self._go_on(each, each.delivery, successor)
-            elif each.work is not None:
-                each.work.done(None)
-        if conflicting:
-            await self._resolve(conflicting)
-        if effects:
-            self._on_effects(effects)
-
-    def _go_on(self, each: _Planned, delivery: Delivery, successor: Delivery | None) -> None:
-        """Answers the publisher and gives those who waited for this message their turn."""
-        decision = each.decision
-        if decision is not None and decision.disposition != "pending":
-            outcome = outcome_of(delivery, decision, each.unit, detailed=delivery.settled is not None)
-            _answer(delivery, outcome)
-            if decision.disposition == "applied":
-                self._backlog.moved(delivery.key, delivery)
+        for each in accepted:
+            self._wait_on(each)
+        for each in decided:
+            if each.waits:
+                self._wait_on(each)
             else:
-                self._backlog.gave_up(delivery.key, delivery)
-            return
+                self._go_on(each)
+        for number, work in enumerate(works, len(planned)):
+            if number not in conflicts:
+                work.done(None)
+        if conflicts:
+            await self._resolve(planned, works, conflicts)
+        if rows.effects:
+            self._on_effects(rows.effects)
+
+    def _go_on(self, each: _Planned) -> None:
+        """Answers the publisher of a message that is done with, and gives those who waited for it their turn."""
+        delivery, decision = each.delivery, each.decision
+        assert decision is not None
+        if delivery.answered is not None or delivery.settled is not None:
+            _answer(delivery, outcome_of(delivery, decision, each.unit, detailed=delivery.settled is not None))
+        if decision.disposition == "applied":
+            self._backlog.moved(delivery.key, delivery)
+        else:
+            self._backlog.gave_up(delivery.key, delivery)
+
+    def _wait_on(self, each: _Planned) -> None:
+        """Tells the publisher that its message is safe, and gives the message its place among those that wait."""
+        delivery, successor = each.delivery, each.successor
         if successor is None:
             assert each.unit.inbox_update is not None
             delivery.envelope = each.unit.inbox_update.envelope
@@ -410,8 +423,8 @@ class Receiver:
         else:
             successor.settled = delivery.settled
         if delivery.answered is not None and not delivery.answered.done():
-            delivery.answered.set_result(outcome_of(delivery, decision, each.unit, detailed=False))
-        if decision is None:
+            delivery.answered.set_result(outcome_of(delivery, each.decision, each.unit, detailed=False))
+        if each.decision is None:
             self._backlog.wait_behind(successor)
         elif each.holds:
             self._backlog.hold(successor)
@@ -420,15 +433,14 @@ class Receiver:
             self._put_aside(successor)
             self._backlog.gave_up(delivery.key, delivery)
 
-    async def _resolve(self, conflicting: list[tuple[_Planned, Conflict]]) -> None:
+    async def _resolve(self, planned: list[_Planned], works: list[Work], conflicts: Mapping[int, Conflict]) -> None:
         """Puts the messages of refused units back in front, to be decided on what the store really has."""
         again: list[Delivery] = []
-        for each, conflict in conflicting:
-            delivery = each.delivery
-            if delivery is None:
-                if each.work is not None:
-                    each.work.done(conflict)
+        for number, conflict in sorted(conflicts.items()):
+            if number >= len(planned):
+                works[number - len(planned)].done(conflict)
                 continue
+            delivery, unit = planned[number].delivery, planned[number].unit
             self._hot.drop(delivery.key)
             if conflict.kind == "gone":
                 # Somebody else consumed its row: whatever it asked for has been done there.
@@ -439,18 +451,19 @@ class Receiver:
                     f"the store cannot write what {delivery.envelope.type!r} asked for: {conflict.what}",
                     code="SAGA_NOT_STORABLE",
                 )
-            if conflict.kind == "mark" and each.unit.mark is not None:
-                where = (each.unit.mark_pk, each.unit.mark.dedupe_key)
-                (mark,) = await self._store.marks([where])
-                if mark is not None:
-                    self._remember(where[0], mark)
+            if conflict.kind == "mark" and unit.mark is not None:
+                # If the store does not answer now, the next commit finds the mark again.
+                with contextlib.suppress(SagasError):
+                    (mark,) = await self._store.marks([(unit.mark_pk, unit.mark.dedupe_key)])
+                    if mark is not None:
+                        self._remember(unit.mark_pk, mark)
             again.append(delivery)
         self._backlog.put_back(again)
 
     async def _cannot_commit(self, batch: list[Delivery], works: list[Work], error: SagasError) -> None:
         self._hot.clear()
         self._marks.clear()
-        rows = [delivery for delivery in batch if not delivery.enters]
+        rows = [each for each in batch if not (each.enters or each.is_aside or each.is_lined_up)]
         for delivery in batch:
             if delivery.enters:
                 _refuse(delivery, error)
@@ -470,16 +483,24 @@ class Receiver:
 
     # ---------------------------------------------------------------- small things
 
-    async def _load_missing(self, batch: list[Delivery]) -> dict[InstanceKey, StoreCorrupt]:
-        """Makes every instance of the batch hot. One that cannot be read does not keep the others from their turn."""
-        missing = [key for key in dict.fromkeys(d.key for d in batch) if self._hot.get(key) is None]
+    async def _load(self, batch: list[Delivery]) -> tuple[dict[InstanceKey, Hot], dict[InstanceKey, StoreCorrupt]]:
+        """What is known of every key of the batch. One that cannot be read does not keep the others from their turn."""
+        newest: dict[InstanceKey, Hot] = {}
+        missing: list[InstanceKey] = []
+        for delivery in batch:
+            key = delivery.key
+            if key not in newest:
+                hot = self._hot.get(key)
+                newest[key] = hot or _UNSEEN
+                if hot is None:
+                    missing.append(key)
         corrupt: dict[InstanceKey, StoreCorrupt] = {}
         if not missing:
-            return corrupt
+            return newest, corrupt
+        found: list[Loaded] = []
         try:
             found = await self._store.load(missing)
         except StoreCorrupt:
-            found = []
             for key in missing:
                 try:
                     found.extend(await self._store.load([key]))
@@ -488,13 +509,16 @@ class Receiver:
             missing = [key for key in missing if key not in corrupt]
         for key, loaded in zip(missing, found, strict=True):
             if loaded.head is not None:
-                self._hot.put(key, Hot(loaded.head, loaded.instance))
-        return corrupt
+                newest[key] = hot = Hot(loaded.head, loaded.instance)
+                self._hot.put(key, hot)
+        # Whatever is unseen gets a new head below, and none of the batch gets two.
+        if len(self._pks) < len(batch):
+            count = max(_PKS_AT_ONCE, len(batch))
+            first = await self._store.reserve_pks(count)
+            self._pks[:0] = range(first + count - 1, first - 1, -1)
+        return newest, corrupt
 
-    async def _new_head(self, key: InstanceKey, now: datetime) -> Head:
-        if not self._pks:
-            first = await self._store.reserve_pks(_PKS_AT_ONCE)
-            self._pks = list(range(first + _PKS_AT_ONCE - 1, first - 1, -1))
+    def _new_head(self, key: InstanceKey, now: datetime) -> Head:
         return Head(
             saga_id=key[0],
             key=key[1],
@@ -516,8 +540,8 @@ class Receiver:
             )
         )
         for row in page:
-            delivery = Delivery(row.envelope, row=row.ref)
             envelope = row.envelope
+            delivery = Delivery(envelope, (envelope.saga_id, envelope.key), row.ref)
             if envelope.due_at is None:
                 self._backlog.add(delivery)
                 continue
@@ -540,34 +564,63 @@ class Receiver:
     def _remember(self, pk: int, mark: Mark) -> None:
         self._marks[pk, mark.dedupe_key] = mark
         if len(self._marks) > _MARKS_REMEMBERED:
-            self._marks.popitem(last=False)
+            # Many at once, for the reason given in `HotInstances`.
+            for where in list(islice(self._marks, _MARKS_REMEMBERED // 8)):
+                del self._marks[where]
 
     def forget_mark(self, pk: int, dedupe_key: str) -> None:
         """A discarded dead letter frees its idempotency key."""
         self._marks.pop((pk, dedupe_key), None)
 
-    def _report_steps(self, planned: list[_Planned]) -> None:
+    def _report_steps(self, planned: list[_Planned], works: list[Work]) -> None:
         step = self._options.on_step
         step("committed")
         for each in planned:
-            if each.unit.outbox_done is not None:
-                step("settled")
-            if each.unit.mark is not None and _waits(each):
+            if each.unit.mark is not None and each.waits:
                 step("accepted")
             entry = each.unit.entry
             if entry is not None and any(moment.phase == "compensate" for moment in entry.steps):
                 step("compensated")
+        for work in works:
+            if work.unit.outbox_done is not None:
+                step("settled")
 
 
-def _waits(each: _Planned) -> bool:
-    """Whether the message of this unit is in the inbox now, decided or not."""
-    return each.delivery is not None and (each.decision is None or each.decision.disposition == "pending")
+class _NewRows:
+    """Numbers the rows that a commit has added, unit by unit: messages go to the backlog, `effects` are gathered."""
+
+    __slots__ = ("_backlog", "_inbox_seq", "_outbox_seq", "effects")
+
+    def __init__(self, result: CommitResult, backlog: Backlog) -> None:
+        self._backlog = backlog
+        self._inbox_seq = result.inbox_base
+        self._outbox_seq = result.outbox_base
+        self.effects: list[tuple[RowRef, OutboxEffect]] = []
+
+    def take(self, unit: UnitOfWork, *, first_waits: bool = False) -> Delivery | None:
+        """Takes the rows of a written unit. `first_waits`: its first message has had its turn already, and does not
+        get one now; it is returned."""
+        waiting: Delivery | None = None
+        for envelope in unit.inbox_add:
+            key = (envelope.saga_id, envelope.key)
+            arrival = Delivery(envelope, key, RowRef(partition_of(key_hash(*key)), self._inbox_seq))
+            self._inbox_seq += 1
+            if first_waits:
+                waiting, first_waits = arrival, False
+            else:
+                self._backlog.add(arrival)
+        for effect in unit.outbox_add:
+            self.effects.append((RowRef(unit.part, self._outbox_seq), effect))
+            self._outbox_seq += 1
+        return waiting
 
 
 def _answer(delivery: Delivery, outcome: Outcome) -> None:
-    for future in (delivery.answered, delivery.settled):
-        if future is not None and not future.done():
-            future.set_result(outcome)
+    answered, settled = delivery.answered, delivery.settled
+    if answered is not None and not answered.done():
+        answered.set_result(outcome)
+    if settled is not None and not settled.done():
+        settled.set_result(outcome)
 
 
 def _refuse(delivery: Delivery, error: SagasError) -> None:

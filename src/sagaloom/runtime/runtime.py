@@ -15,10 +15,10 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime, timedelta
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, ClassVar, cast
 
 import msgspec
 
@@ -27,7 +27,7 @@ from sagaloom.codec import encode_any
 from sagaloom.definitions import SagaDefinition
 from sagaloom.describe import describe
 from sagaloom.engine.correlation import DefinitionSet, address
-from sagaloom.engine.records import DeadLetter, Envelope, HistoryEntry, Instance
+from sagaloom.engine.records import DeadLetter, Envelope, HistoryEntry, Instance, OutboxEffect, Timer
 from sagaloom.errors import (
     BackendUnavailable,
     DeadLetterNotFound,
@@ -62,8 +62,6 @@ __all__ = ["RuntimeHealth", "SagaRuntime"]
 _log = logging.getLogger("sagaloom.runtime")
 _OPERATOR_SECONDS = 5.0
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuntimeHealth:
@@ -75,6 +73,18 @@ class RuntimeHealth:
     outbox: int = 0
     stalled_lanes: int = 0
     oldest_waiting_seconds: float = 0.0
+
+
+class _Request(Work):
+    """What an operator asks for. It fails rather than wait for a store that does not answer."""
+
+    answer: asyncio.Future[SagasError | Conflict | None]
+
+    is_patient: ClassVar[bool] = False
+
+    def done(self, trouble: SagasError | Conflict | None) -> None:
+        if not self.answer.done():
+            self.answer.set_result(trouble)
 
 
 class SagaRuntime:
@@ -100,6 +110,7 @@ class SagaRuntime:
         self._registry_types: frozenset[str] = frozenset()
         self._targets: dict[str, EffectTarget] = {}
         self._lease: Lease | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._state = "new"
         for definition in definitions:
@@ -111,8 +122,8 @@ class SagaRuntime:
             self.clock,
             self.options,
             definitions=lambda: self.definitions,
-            on_effects=lambda rows: self._dispatcher.add(rows),
-            on_timers=lambda timers: self._timekeeper.added(timers),
+            on_effects=self._effects_committed,
+            on_timers=self._timers_committed,
         )
         self._dispatcher = Dispatcher(
             store, self.clock, self.options, targets=self._targets, submit=self._receiver.submit
@@ -135,8 +146,8 @@ class SagaRuntime:
         if definition.durability not in self.store.tiers:
             raise DefinitionError(
                 f"saga {definition.id!r} asks for durability {definition.durability!r}, which the store "
-                f"{self.store.id} cannot promise (it can {', '.join(sorted(self.store.tiers))}): lower the tier, or use "
-                "a store that waits for a synchronous replica"
+                f"{self.store.id} cannot promise (it can {', '.join(sorted(self.store.tiers))}): lower the tier, or "
+                "use a store that waits for a synchronous replica"
             )
         self.definitions = self.definitions.with_definition(definition)
 
@@ -165,6 +176,8 @@ class SagaRuntime:
         except BaseException:
             await self._let_go("failed to start")
             raise
+        # Kept, for `get_running_loop` asks the system for the process id each time: too much for every message.
+        self._loop = asyncio.get_running_loop()
         self._state = "running"
         self._spawn("receiver", self._receiver.run())
         self._spawn("timekeeper", self._timekeeper.run())
@@ -236,7 +249,13 @@ class SagaRuntime:
             if options or overrides:
                 received = _changed(received, {**(options or {}), **overrides})
             deliveries = self._address(received, waits=wait is not None)
-            return await self._await_answers(received, deliveries, wait)
+            outcomes: list[Outcome] = []
+            for delivery in deliveries:
+                assert delivery.answered is not None
+                outcomes.append(await delivery.answered)
+            if wait is not None:
+                await self._await_ends(deliveries, outcomes, wait)
+            return _receipt(received.type, outcomes)
         except SagasError as error:
             return PublishRejected(message_type=message_type, error=error)
 
@@ -257,10 +276,9 @@ class SagaRuntime:
             )
         if self._receiver.problem is not None:
             raise self._receiver.problem
-        if self._receiver.waiting >= self.options.backlog_max:
-            raise BackendUnavailable(
-                f"{self._receiver.waiting} messages are waiting already: try again later", code="SAGA_OVERLOADED"
-            )
+        waiting = self._receiver.waiting
+        if waiting >= self.options.backlog_max:
+            raise BackendUnavailable(f"{waiting} messages are waiting already: try again later", code="SAGA_OVERLOADED")
         receivers = self.definitions.handling(message.type)
         if not receivers:
             raise self._unknown(message.type)
@@ -269,14 +287,16 @@ class SagaRuntime:
         if message.idempotency_key is not None:
             check_key(message.idempotency_key, what="idempotency key")
         message_id = check_key(message.id, what="message id") if message.id is not None else new_message_id(now)
-        loop = asyncio.get_running_loop()
+        loop = self._loop
+        assert loop is not None
         deliveries: list[Delivery] = []
         for definition in receivers:
-            addressed = address(definition, message, payload_json=payload, accepted_at=now, message_id=message_id)
+            envelope, typed = address(definition, message, payload_json=payload, accepted_at=now, message_id=message_id)
             deliveries.append(
                 Delivery(
-                    addressed.envelope,
-                    typed=addressed.message,
+                    envelope,
+                    (envelope.saga_id, envelope.key),
+                    typed=typed,
                     answered=loop.create_future(),
                     settled=loop.create_future() if waits else None,
                 )
@@ -285,24 +305,16 @@ class SagaRuntime:
             self._receiver.offer(delivery)
         return deliveries
 
-    async def _await_answers(
-        self, message: SagaMessage[Any], deliveries: list[Delivery], wait: float | timedelta | None
-    ) -> PublishReceipt:
-        outcomes = [await delivery.answered for delivery in deliveries if delivery.answered is not None]
-        if wait is not None and any([outcome.disposition == "pending" for outcome in outcomes]):
-            seconds = wait.total_seconds() if isinstance(wait, timedelta) else wait
-            waiting = [d.settled for d in deliveries if d.settled is not None]
-            await asyncio.wait(waiting, timeout=min(max(seconds, 0.0), self.options.wait_seconds_max))
-            for number, delivery in enumerate(deliveries):
-                if delivery.settled is not None and delivery.settled.done() and not delivery.settled.exception():
-                    outcomes[number] = delivery.settled.result()
-        return PublishReceipt(
-            message_id=outcomes[0].message_id,
-            message_type=message.type,
-            correlation_key=outcomes[0].correlation_key,
-            outcomes=tuple(outcomes),
-            duplicate=all([outcome.disposition == "duplicate" for outcome in outcomes]),
-        )
+    async def _await_ends(self, deliveries: list[Delivery], outcomes: list[Outcome], wait: float | timedelta) -> None:
+        """Puts how the messages ended in the place of how they were accepted, for those that end in time."""
+        if not any(outcome.disposition == "pending" for outcome in outcomes):
+            return
+        seconds = wait.total_seconds() if isinstance(wait, timedelta) else wait
+        waiting = [delivery.settled for delivery in deliveries if delivery.settled is not None]
+        await asyncio.wait(waiting, timeout=min(max(seconds, 0.0), self.options.wait_seconds_max))
+        for number, delivery in enumerate(deliveries):
+            if delivery.settled is not None and delivery.settled.done() and not delivery.settled.exception():
+                outcomes[number] = delivery.settled.result()
 
     def _payload(self, message: SagaMessage[Any]) -> bytes:
         payload = message.payload
@@ -462,7 +474,9 @@ class SagaRuntime:
     async def _find(self, dead_letter_id: str) -> DeadLetter:
         letter = await self.store.dead_letter(dead_letter_id)
         if letter is None:
-            raise DeadLetterNotFound(f"no dead letter {dead_letter_id!r:.80}: it was redriven or discarded, or never was")
+            raise DeadLetterNotFound(
+                f"no dead letter {dead_letter_id!r:.80}: it was redriven or discarded, or never was"
+            )
         return letter
 
     async def _submit(self, unit: UnitOfWork) -> None:
@@ -470,12 +484,7 @@ class SagaRuntime:
         if self._state != "running":
             raise BackendUnavailable(f"the runtime is {self._state}", code="SAGA_NOT_STARTED")
         answer: asyncio.Future[SagasError | Conflict | None] = asyncio.get_running_loop().create_future()
-
-        def done(trouble: SagasError | Conflict | None) -> None:
-            if not answer.done():
-                answer.set_result(trouble)
-
-        self._receiver.submit(Work(unit, done, is_patient=False))
+        self._receiver.submit(_Request(unit, answer))
         try:
             trouble = await asyncio.wait_for(answer, _OPERATOR_SECONDS)
         except TimeoutError:
@@ -486,6 +495,12 @@ class SagaRuntime:
             raise trouble
 
     # ---------------------------------------------------------------- inside
+
+    def _effects_committed(self, rows: Sequence[tuple[RowRef, OutboxEffect]]) -> None:
+        self._dispatcher.add(rows)
+
+    def _timers_committed(self, timers: Sequence[Timer]) -> None:
+        self._timekeeper.added(timers)
 
     async def _write_registry(self) -> None:
         now = self.clock.now()
@@ -526,7 +541,7 @@ class SagaRuntime:
 
     async def _wait_until(self, condition: Callable[[], bool], timeout: float) -> None:
         async with asyncio.timeout(timeout):
-            while not condition():
+            while not condition():  # noqa: ASYNC110 - asked for rarely, and what is waited for has no event of its own
                 await asyncio.sleep(0.001)
 
     async def _let_go(self, state: str) -> None:
@@ -541,8 +556,24 @@ class SagaRuntime:
         self._receiver.close(closing)
         lease, self._lease = self._lease, None
         if lease is not None:
-            await self.store.release(lease)
+            try:
+                await self.store.release(lease)
+            except SagasError as error:
+                # The next one takes the lease with a higher epoch; that we could not say goodbye is no matter.
+                _log.warning("the lease could not be released: %s", error.message)
         self._state = state
+
+
+def _receipt(message_type: str, outcomes: list[Outcome]) -> PublishReceipt:
+    first = outcomes[0]
+    return PublishReceipt(
+        message_id=first.message_id,
+        message_type=message_type,
+        correlation_key=first.correlation_key,
+        outcomes=tuple(outcomes),
+        # The first one is asked before a generator is made: it is nearly always the only one, and no duplicate.
+        duplicate=first.disposition == "duplicate" and all(each.disposition == "duplicate" for each in outcomes),
+    )
 
 
 def _changed(message: SagaMessage[Any], changes: Mapping[str, Any]) -> SagaMessage[Any]:
@@ -555,8 +586,8 @@ def _types_of(document: Mapping[str, object]) -> list[str]:
     """The message types in a definition's description."""
     found: list[str] = []
     types = document.get("handledMessageTypes")
-    for each in types if isinstance(types, (list, tuple)) else ():
-        name = each.get("type") if isinstance(each, Mapping) else each
+    for each in cast("Sequence[object]", types) if isinstance(types, (list, tuple)) else ():
+        name = cast("Mapping[str, object]", each).get("type") if isinstance(each, Mapping) else each
         if isinstance(name, str):
             found.append(name)
     return found

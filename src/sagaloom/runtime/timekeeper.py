@@ -89,7 +89,9 @@ class Timekeeper:
             await asyncio.sleep(0)
 
     def _deliver(self, timer: Timer) -> None:
-        self._offer(Delivery(timer.envelope, timer=PendingTimer(timer.id, timer.due_at, timer.name)))
+        envelope = timer.envelope
+        pending = PendingTimer(timer.id, timer.due_at, timer.name)
+        self._offer(Delivery(envelope, (envelope.saga_id, envelope.key), timer=pending))
 
     def _ring(self) -> None:
         self._is_due.set()

@@ -15,6 +15,8 @@ from sagaloom.messages import SagaMessage, as_message
 
 __all__ = ["CallableTarget", "EffectRequest", "EffectResult", "callable_target"]
 
+_decode = msgspec.json.Decoder().decode
+
 
 class EffectRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A committed effect, as its receiver sees it.
@@ -67,7 +69,7 @@ class CallableTarget:
         request = EffectRequest(
             kind=effect.target_kind,
             target_id=effect.target_id,
-            payload=msgspec.json.decode(effect.payload),
+            payload=_decode(effect.payload),
             effect_key=effect.effect_key,
             saga_id=effect.saga_id,
             correlation_key=effect.key,
@@ -79,10 +81,13 @@ class CallableTarget:
             traceparent=effect.traceparent,
             tracestate=effect.tracestate,
         )
-        # A blocking function on the event loop would hold up every other saga, so it gets a thread.
-        answer = self._fn(request) if self._is_async else await asyncio.to_thread(self._fn, request)
-        if inspect.isawaitable(answer):
-            answer = await answer
+        if self._is_async:
+            answer = await cast("Awaitable[EffectResult]", self._fn(request))
+        else:
+            # A blocking function on the event loop would hold up every other saga, so it gets a thread.
+            answer = await asyncio.to_thread(self._fn, request)
+            if inspect.isawaitable(answer):
+                answer = await answer
         if answer is None:
             return []
         answers = cast("Sequence[object]", answer) if isinstance(answer, (list, tuple)) else [answer]
