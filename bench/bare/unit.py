@@ -124,7 +124,8 @@ def _handle(cursor: Cursor, batch: list[Message], parts: list[int], settled: lis
             if execute(_LOAD_HEAD, (head_key,)).fetchall():
                 raise RuntimeError(f"{key} is there already")
             heads.append((head_key, _pack((_SAGA, key, pk, pk % 64, 1, now, False, None)), stamp))
-            revision, state = 1, {}
+            stamp_before, revision = 0, 1
+            state: dict[str, Any] = {}
             entered.append((rows.index_key(pk, b"running"), b"", stamp))
         else:
             ((stored, stamp_before),) = execute(_LOAD_STATE, (state_key,)).fetchall()
@@ -135,11 +136,10 @@ def _handle(cursor: Cursor, batch: list[Message], parts: list[int], settled: lis
                 entered.append((rows.index_key(pk, b"completed"), b"", stamp))
         state, effect = _handler(state, payload, step)
         result = _to_json({"orderId": key}) if step == 2 else None
-        written = _pack(
-            (_SAGA, key, pk, 1, status, revision, _to_json(state), 1, "t1", now, now, revision, 0, revision)
-            + (_TYPES[step], result, None, now if step == 2 else None, now if step == 2 else None, False, None, None)
-            + (None, (), (), "json")
-        )
+        ended = now if step == 2 else None
+        instance = [_SAGA, key, pk, 1, status, revision, _to_json(state), 1, "t1", now, now, revision, 0, revision]
+        instance += [_TYPES[step], result, None, ended, ended, False, None, None, None, (), (), "json"]
+        written = _pack(instance)
         if step == 0:
             new_states.append((state_key, written, stamp))
         else:
@@ -147,13 +147,14 @@ def _handle(cursor: Cursor, batch: list[Message], parts: list[int], settled: lis
         effect_key = f"{pk:020x}{revision:020x}"
         summary = ("send", f"bench:{_TARGETS[step]}", effect_key, None)
         record = ("handle", _TYPES[step], status, (summary,) if step < 2 else (summary, ("complete", None, None, None)))
-        entry = (revision, revision, "applied", _TYPES[step], message.id, now, "running", status, (record,), 1)
-        entry += (message.payload, None, "door", None, None, None, None, None, 1)
+        entry: list[Any] = [revision, revision, "applied", _TYPES[step], message.id, now, "running", status, (record,)]
+        entry += [1, message.payload, None, "door", None, None, None, None, None, 1]
         entries.append((rows.transition_key(pk, revision), _pack(entry), stamp))
         marks.append((rows.dedupe_key(pk, revision), _pack((message.id, message.id, bytes(16), now, 1)), stamp))
-        sent = (effect_key, f"{_SAGA}\0{key}\0001\0bench:{_TARGETS[step]}", "bench", _TARGETS[step], _to_json(effect))
-        sent += (_SAGA, key, 1, revision, 0, message.id, now, 1, None, None, None, None, False, None, None, 0, None)
-        effects.append((rows.outbox_key(parts[pk - 1], number), _pack((*sent, None, None)), stamp))
+        lane = f"{_SAGA}\0{key}\0001\0bench:{_TARGETS[step]}"
+        sent: list[Any] = [effect_key, lane, "bench", _TARGETS[step], _to_json(effect), _SAGA, key, 1, revision, 0]
+        sent += [message.id, now, 1, None, None, None, None, False, None, None, 0, None, None, None]
+        effects.append((rows.outbox_key(parts[pk - 1], number), _pack(sent), stamp))
         number += 1
         for kind in _EVENTS[step]:
             happened.append((kind, now, _SAGA, key, 1, revision, status, _TYPES[step], message.id, None))

@@ -35,5 +35,5 @@ class SystemClock:
 
     async def sleep_until(self, moment: datetime) -> None:
         # Short naps: a wall clock that jumps forward must not leave us asleep for the old distance.
-        while (seconds := (moment - self.now()).total_seconds()) > 0:
+        while (seconds := (moment - self.now()).total_seconds()) > 0:  # noqa: ASYNC110 - there is no event to await
             await asyncio.sleep(min(seconds, _LONGEST_NAP_SECONDS))

@@ -132,4 +132,4 @@ def content_digest(message_type: str, payload: bytes) -> bytes:
 
 def new_message_id(now: datetime) -> str:
     """A fresh id that sorts by time: 12 hex digits of milliseconds, then 80 random bits."""
-    return f"{int(now.timestamp() * 1000):012x}{_random.getrandbits(80):020x}"
+    return (int(now.timestamp() * 1000) << 80 | _random.getrandbits(80)).to_bytes(16, "big").hex()

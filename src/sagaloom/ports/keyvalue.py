@@ -25,7 +25,7 @@ __all__ = ["Check", "Committed", "Conflicted", "Entry", "Key", "KeyPart", "KeyVa
 
 
 class Slot(NamedTuple):
-    """Stands in the key of an insert or put for `base + offset`, where `base` is what the commit reserved of `counter`."""
+    """Stands in the key of an insert or put for `base + offset`; `base` is what the commit reserved of `counter`."""
 
     counter: str
     offset: int

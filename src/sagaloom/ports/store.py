@@ -89,7 +89,8 @@ class UnitOfWork(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """All that one message, or one settled effect, writes. `part` is the partition of its instance.
 
     `instance` must be exactly one revision ahead of the stored one, or have the same revision and no fewer entries (a
-    message that changed nothing was noted or counted), as told by `revision_before` and `entries_before`; a new run has `revision_before=None`.
+    message that changed nothing was noted or counted), as told by `revision_before` and `entries_before`; a new run has
+    `revision_before=None`.
     """
 
     part: int

@@ -26,8 +26,9 @@ class Delivery(msgspec.Struct, eq=False):
     It comes from a door (`row` and `timer` are None: it enters the store with the commit that first mentions it), from
     an inbox row, or from a timer row. `key` is the saga id and the correlation key of its envelope. `answered` resolves
     when the message is durable, `settled` when it is done with. `is_aside`: it waits for its next attempt; `is_offer`:
-    it is tried in between, because its instance has moved; `is_lined_up`: it waits behind a starter. `typed` is the message as it was read at the door, until a handler has
-    had it in its hands. `refusal`: the store can never write what the message asked for.
+    it is tried in between, because its instance has moved; `is_lined_up`: it waits behind a starter. `typed` is the
+    message as it was read at the door, until a handler has had it in its hands. `refusal`: the store can never write
+    what the message asked for.
     """
 
     envelope: Envelope
