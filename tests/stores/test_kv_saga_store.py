@@ -280,7 +280,7 @@ async def test_a_batch_is_one_commit_with_one_feed_row_and_one_lease_check(
 
     (commit,) = kv.commits
     assert [key for key, _ in commit["inserts"] if key[0] == "feed"] == [kv_module._FEED_KEY]
-    assert [check.key[0] for check in commit["checks"]] == ["lease", "correlation", "correlation", "correlation"]
+    assert [check.key[0] for check in commit["checks"]] == ["lease"]
     assert commit["reserve"] == {"feed": 6}
 
 

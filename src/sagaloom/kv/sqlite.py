@@ -569,7 +569,10 @@ class SqliteKeyValue:
     def _delete(self, deletes: Sequence[Key]) -> dict[str, list[bytes]]:
         packed_keys: dict[str, list[bytes]] = {}
         for key in deletes:
-            packed_keys.setdefault(table_of(key), []).append(pack(key[1:]))
+            keys = packed_keys.get(key[0]) if key else None  # type: ignore[arg-type]  # a miss is looked at next
+            if keys is None:
+                keys = packed_keys.setdefault(table_of(key), [])
+            keys.append(pack(key[1:]))
         for name, keys in packed_keys.items():
             table = self._tables.get(name) or self._look_for_table(name)
             if table is not None:

@@ -561,15 +561,16 @@ class KvSagaStore:
             stored = plan.heads.get(head_row)
             if stored is None:
                 known_head = self._heads.get(head_row)
-                if known_head is None:
-                    checks.append(_check((head_row, None)))
-                else:
+                if known_head is not None:
                     stored = known_head[1]
                     checks.append(_check((head_row, known_head[0])))
             if stored != unit.head_before:
                 return Conflict("revision", f"the head of {head.saga_id}:{head.key} is not what was read")
             encoded = _encode(head)
-            rows.append((head_row, encoded))
+            if stored is None:
+                inserts.append((head_row, encoded))
+            else:
+                rows.append((head_row, encoded))
             if stored is not None and stored.awaits_start and stored.run == 0:
                 rows.append((_pending_row(stored), None))
             if head.awaits_start and head.run == 0:
@@ -1240,7 +1241,7 @@ def _head_row(saga_id: str, key: str) -> Key:
 
 
 def _mark_row(pk: int, dedupe_key: str) -> Key:
-    return "dedupe", pk, hashlib.sha256(dedupe_key.encode()).digest()[:16]
+    return "dedupe", pk, hashlib.blake2b(dedupe_key.encode(), digest_size=16).digest()
 
 
 def _timer_row(timer: PendingTimer) -> Key:
