@@ -1,8 +1,10 @@
-"""Line 1: what one process does in its own file, against the same rows written by hand.
+"""Line 1: what one process does in its own file, against the same unit by hand.
 
 Whole runtime, tier t1: three messages an order, one effect each to a function of this process, 64 or 256 publishers
-that wait for the receipt of one message before they publish the next. The bare loop writes the same rows in batches as
-large as ours were in that very round; one commit a message is the bare loop with batches of one.
+that wait for the receipt of one message before they publish the next. The bare loop (`bare/unit.py`) does for each
+message what has to be done: dedupe, load, run the handler, make and write all rows, acknowledge; in batches as large as
+ours were in that very round. One commit a message is the bare loop with batches of one. What the database alone costs,
+with rows prepared before the clock starts (`bare/loop.py`), is told beside it, and is what the append log is held to.
 """
 
 from __future__ import annotations
@@ -162,14 +164,14 @@ def run(bench: Bench) -> None:
             )
         )
         # Both run one after the other, and the disk has its moods: the pairs are compared, not the best of each.
-        pairs = zip(bare[in_flight], floor[in_flight], strict=True)
+        pairs = zip(prepared[in_flight], floor[in_flight], strict=True)
         bench.found(
             Finding(
                 line="1",
-                what=f"check: the bare loop in batches of {best.batch:.0f}, against the append log",
-                ours=f"{best_bare:,.0f}/s",
+                what=f"check: rows prepared beforehand, in batches of {best.batch:.0f}, against the append log",
+                ours=f"{max(prepared[in_flight]):,.0f}/s",
                 baseline=f"{max(floor[in_flight]):,.0f}/s",
-                value=median([rate / of_log for (rate, _), of_log in pairs]),
+                value=median([rate / of_log for rate, of_log in pairs]),
                 must=_MUST_OF_LOG,
                 aim=_MUST_OF_LOG,
                 note="median of the rounds",

@@ -172,11 +172,13 @@ def address(
     rule and no key names an instance for. Raises `MessageRejected`.
     """
     # Keys are checked where they are found. These are stored beside them, and an unstorable one must not get far.
-    check_key(message_id, what="message id")
-    for field in _TEXT_FIELDS:
-        text = getattr(message, field)
-        if text is not None:
-            check_key(text, what=field)
+    if message.id is not None:
+        check_key(message_id, what="message id")
+    if message.idempotency_key or message.concurrency_key or message.traceparent or message.tracestate:
+        for field in _TEXT_FIELDS:
+            text = getattr(message, field)
+            if text is not None:
+                check_key(text, what=field)
     if correlation_key is not None and message.correlation_key is None:
         message = msgspec.structs.replace(message, correlation_key=correlation_key)
     typed = _typed(definition, message, payload_json, message_id)

@@ -730,9 +730,14 @@ class KvSagaStore:
                 if unit.head_before is not None and head_row not in heads and head_row not in made:
                     wanted[head_row] = None
                 made.add(head_row)
-            for key in _consumed_rows(unit):
+            if unit.outbox_done is not None:
+                key: Key = ("outbox", *unit.outbox_done)
                 if key not in rows:
                     wanted[key] = None
+            if unit.inbox_done or unit.inbox_update or unit.outbox_update or unit.timer_done:
+                for key in _consumed_rows(unit):
+                    if key not in rows:
+                        wanted[key] = None
             if unit.dead_letter_done is not None:
                 wanted["dead_letter", unit.dead_letter_done] = None
         dead_letters: dict[str, DeadLetter] = {}
