@@ -23,7 +23,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from datetime import datetime, timedelta
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import msgspec
 
@@ -72,9 +72,12 @@ class _Server(msgspec.Struct):
     is_overdue: bool = False
 
 
-class _Served(Work):
+class _Served(msgspec.Struct):
     """What serving an effect came to; `then` goes on with its lane when that is in the store."""
 
+    is_patient: ClassVar[bool] = True
+
+    unit: UnitOfWork
     lane: _Lane
     effect: OutboxEffect
     then: Callable[[_Lane, OutboxEffect, SagasError | Conflict | None], None]

@@ -29,7 +29,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from itertools import islice
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import msgspec
 
@@ -59,17 +59,16 @@ _PAUSE_SECONDS_MAX = 1.0
 _UNSEEN = Hot(None, None)
 
 
-class Work(msgspec.Struct):
+class Work(Protocol):
     """A unit that needs no decision: a settled effect, an operator's request. `is_patient`: it waits for a store that
     does not answer, instead of failing."""
 
     unit: UnitOfWork
-
-    is_patient: ClassVar[bool] = True
+    is_patient: ClassVar[bool]
 
     def done(self, trouble: SagasError | Conflict | None) -> None:
         """Is called once, after the commit, with what stood against it."""
-        raise NotImplementedError
+        ...
 
 
 class _Planned(msgspec.Struct, gc=False):

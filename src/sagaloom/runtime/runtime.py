@@ -54,7 +54,7 @@ from sagaloom.runtime.deliveries import Delivery
 from sagaloom.runtime.dispatcher import Dispatcher
 from sagaloom.runtime.options import RuntimeOptions
 from sagaloom.runtime.receipts import Outcome, PublishReceipt, PublishRejected
-from sagaloom.runtime.receiver import Receiver, Work
+from sagaloom.runtime.receiver import Receiver
 from sagaloom.runtime.timekeeper import Timekeeper
 
 __all__ = ["RuntimeHealth", "SagaRuntime"]
@@ -75,12 +75,13 @@ class RuntimeHealth:
     oldest_waiting_seconds: float = 0.0
 
 
-class _Request(Work):
+class _Request(msgspec.Struct):
     """What an operator asks for. It fails rather than wait for a store that does not answer."""
 
-    answer: asyncio.Future[SagasError | Conflict | None]
-
     is_patient: ClassVar[bool] = False
+
+    unit: UnitOfWork
+    answer: asyncio.Future[SagasError | Conflict | None]
 
     def done(self, trouble: SagasError | Conflict | None) -> None:
         if not self.answer.done():
