@@ -114,6 +114,7 @@ async def _serve(plan: Plan) -> None:
     from sagaloom.composition import create_durable_saga_runtime
     from sagaloom.runtime import RuntimeOptions
     from sagaloom.service import create_app
+    from sagaloom.targets import ServiceTarget
 
     async with contextlib.AsyncExitStack() as stack:
         stopping = stack.enter_context(_signals())
@@ -121,15 +122,22 @@ async def _serve(plan: Plan) -> None:
             await stack.enter_async_context(_serving(companion.app, companion.listener))
             for companion in plan.companions
         ]
-        for target in plan.targets:
+        targets, services = list(plan.targets), plan.services or None
+        if not any(target.kind == "service" for target in targets):
+            # Opened now: the first effect would do it otherwise, and every request would wait for it.
+            over_http = ServiceTarget(services)
+            over_http.open()
+            targets.append(over_http)
+            services = None
+        for target in targets:
             stack.push_async_callback(target.close)
         durable = await stack.enter_async_context(
             create_durable_saga_runtime(
                 "kv",
                 path=plan.kv_path,
                 definitions=plan.definitions,
-                targets=plan.targets,
-                services=plan.services or None,
+                targets=targets,
+                services=services,
                 options=RuntimeOptions(drain_seconds=_DRAIN_SECONDS),
             )
         )

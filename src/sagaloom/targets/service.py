@@ -96,7 +96,7 @@ class ServiceTarget:
 
         name = effect.target_id
         address = self._address_of(name)
-        client = self._client or self._open()
+        client = self._client or self.open()
         shown = _without_credentials(address)
         try:
             async with asyncio.timeout(self._timeout_seconds):
@@ -131,7 +131,8 @@ class ServiceTarget:
         if client is not None:
             await client.aclose()
 
-    def _open(self) -> httpx2.AsyncClient:
+    def open(self) -> httpx2.AsyncClient:
+        """Loads the HTTP client now. Otherwise the first effect does, and everybody waits for it meanwhile."""
         import httpx2
 
         self._client = httpx2.AsyncClient(
