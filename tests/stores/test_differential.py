@@ -21,8 +21,7 @@ from sagaloom.errors import BackendUnavailable, Fenced, MessageRejected
 from sagaloom.kv import MemoryKeyValue, SqliteKeyValue
 from sagaloom.ports.keyvalue import Check, Committed, Conflicted, Entry, Key, KeyValue
 from sagaloom.ports.store import InboxRow, InstanceFilter, Lease, OutboxRow, RowRef, UnitOfWork
-from sagaloom.stores import KvSagaStore
-from sagaloom.stores import kv as kv_module
+from sagaloom.stores import KvSagaStore, planning
 from sagaloom.testing import MemoryStore
 from sagaloom.testing.contracts.sagastore import (
     at,
@@ -644,6 +643,6 @@ async def test_a_store_that_remembers_next_to_nothing_does_what_the_model_does(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("_RUNS_KNOWN_MAX", "_HEADS_KNOWN_MAX", "_ROWS_KNOWN_MAX", "_FRESH_PKS_MAX"):
-        monkeypatch.setattr(kv_module, name, 2)
+        monkeypatch.setattr(planning, name, 2)
 
     await Run(2_000 + seed, MemoryKeyValue()).play()

@@ -18,8 +18,7 @@ from sagaloom.kv import MemoryKeyValue, SqliteKeyValue
 from sagaloom.kv.ownership import OwnerLock, StoreInUse
 from sagaloom.ports.keyvalue import Check, Committed, Conflicted, Entry, Key
 from sagaloom.ports.store import InstanceFilter, Lease, RegisteredDefinition, RowRef, UnitOfWork
-from sagaloom.stores import KvSagaStore
-from sagaloom.stores import kv as kv_module
+from sagaloom.stores import KvSagaStore, planning, rows
 from sagaloom.testing.contracts.sagastore import (
     NOW,
     effect_of,
@@ -279,7 +278,7 @@ async def test_a_batch_is_one_commit_with_one_feed_row_and_one_lease_check(
     await write(store, lease, *units)
 
     (commit,) = kv.commits
-    assert [key for key, _ in commit["inserts"] if key[0] == "feed"] == [kv_module._FEED_KEY]
+    assert [key for key, _ in commit["inserts"] if key[0] == "feed"] == [rows.FEED_KEY]
     assert [check.key[0] for check in commit["checks"]] == ["lease"]
     assert commit["reserve"] == {"feed": 6}
 
@@ -299,7 +298,7 @@ async def test_what_is_remembered_has_a_bound(
     store: KvSagaStore, lease: Lease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("_RUNS_KNOWN_MAX", "_HEADS_KNOWN_MAX", "_ROWS_KNOWN_MAX"):
-        monkeypatch.setattr(kv_module, name, 8)
+        monkeypatch.setattr(planning, name, 8)
 
     for n in range(40):
         await started(
@@ -309,7 +308,7 @@ async def test_what_is_remembered_has_a_bound(
         )
         await write(store, lease, UnitOfWork(part=0, inbox_add=(envelope_of("o-1", f"m-{n}"),)))
 
-    assert max(len(store._runs), len(store._heads), len(store._rows)) <= 8
+    assert max(len(store._beliefs.runs), len(store._beliefs.heads), len(store._beliefs.rows)) <= 8
 
 
 # -- trouble ----------------------------------------------------------------------------------------------------------
@@ -318,7 +317,7 @@ async def test_what_is_remembered_has_a_bound(
 async def test_a_row_that_is_too_large_is_the_fault_of_its_own_unit(
     store: KvSagaStore, lease: Lease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kv_module, "ROW_BYTES_MAX", 2_000)
+    monkeypatch.setattr(planning, "ROW_BYTES_MAX", 2_000)
     instances = [await started(store, lease, f"o-{n}") for n in range(5)]
     steps = [step_of(run, next_of(run), events=(event_of(run),)) for run in instances]
     huge = next_of(instances[3], state=b"x" * 2_001)
@@ -385,7 +384,7 @@ async def test_times_keep_their_microseconds(store: KvSagaStore, lease: Lease) -
 
     found, _ = await store.instances(InstanceFilter(), limit=10)
     assert [run.created_at for run in found] == moments[::-1]
-    assert [kv_module._micros(moment) % 1_000_000 for moment in moments] == [1, 999_999] * 3
+    assert [rows.micros(moment) % 1_000_000 for moment in moments] == [1, 999_999] * 3
 
 
 def test_the_stores_can_be_named_without_loading_a_driver() -> None:

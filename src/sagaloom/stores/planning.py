@@ -1,0 +1,525 @@
+"""Planning a commit of the key-value saga store: what a batch writes, and what may be believed without asking.
+
+`Plan.place` adds units one after the other, as if each were written before the next; `Beliefs` is the memory it plans
+on. Why that is sound is told at the head of `sagaloom.stores.kv`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
+from functools import partial
+from typing import Final, TypeVar, cast
+
+import msgspec
+
+from sagaloom.definitions import SagaInstanceStatus
+from sagaloom.engine.records import DeadLetter, Head, Instance
+from sagaloom.ids import instance_id
+from sagaloom.ports.keyvalue import Check, Committed, Entry, Key, KeyValue
+from sagaloom.ports.store import Conflict, UnitOfWork
+from sagaloom.stores.rows import (
+    dead_letter_keys,
+    decode_dead_letter,
+    decode_head,
+    decode_instance,
+    decoded,
+    encode,
+    head_key,
+    mark_key,
+    micros,
+    pending_key,
+    placed,
+    slot,
+    timer_key,
+)
+
+__all__ = ["ROW_BYTES_MAX", "Beliefs", "Plan", "check_size", "doubt", "pk_of", "refused"]
+
+ROW_BYTES_MAX: Final = 256 << 20
+
+_RUNS_KNOWN_MAX: Final = 65_536
+_HEADS_KNOWN_MAX: Final = 65_536
+_ROWS_KNOWN_MAX: Final = 262_144
+_FRESH_PKS_MAX: Final = 65_536
+
+_RunKey = tuple[int, int]
+_RunFacts = tuple[int, int, SagaInstanceStatus, datetime]
+"""Of a stored run: revision, entries, status, created_at."""
+
+# What a named tuple's own constructor does, without its Python frame: a third of the time, for each row of a commit.
+_check: Final = cast("Callable[[tuple[Key, int | None]], Check]", partial(tuple.__new__, Check))  # pyright: ignore[reportUnknownMemberType]
+
+
+class Beliefs:
+    """What the holder of the lease knows of the store without asking it. Forgetting is always right."""
+
+    def __init__(self, kv: KeyValue) -> None:
+        self._kv = kv
+        self.generation = 0
+        """How many commits have ended: a read that saw another number may not teach us what is there."""
+        self.runs: dict[_RunKey, tuple[int, _RunFacts]] = {}
+        self.heads: dict[Key, tuple[int, Head]] = {}
+        self.rows: dict[Key, None] = {}
+        """Inbox, outbox and timer rows that are there."""
+        self.fresh_pks: set[int] = set()
+        self.sagas_seen: set[str] = set()
+
+    def forget(self) -> None:
+        self.generation += 1
+        self.runs.clear()
+        self.heads.clear()
+        self.rows.clear()
+        self.fresh_pks.clear()
+        self.sagas_seen.clear()
+
+    def learn(self, plan: Plan, done: Committed) -> None:
+        """Takes over what a commit has changed."""
+        self.generation += 1
+        stamp = done.versionstamp
+        rows = self.rows
+        for run_key, facts in plan.runs.items():
+            self.runs[run_key] = (stamp, facts)
+        for head_row, head in plan.heads.items():
+            self.heads[head_row] = (stamp, head)
+        for key in plan.consumed:
+            rows.pop(key, None)
+        base = done.bases.get("inbox", 0)
+        for offset, part in enumerate(plan.inbox):
+            rows["inbox", part, base + offset] = None
+        base = done.bases.get("outbox", 0)
+        for offset, part in enumerate(plan.outbox):
+            rows["outbox", part, base + offset] = None
+        for key in plan.timers:
+            rows[key] = None
+        self.fresh_pks -= plan.pks
+        self.sagas_seen |= plan.sagas
+        self.bound()
+
+    def reserved(self, first: int, count: int) -> None:
+        """Remembers that no row carries these numbers."""
+        if len(self.fresh_pks) + count <= _FRESH_PKS_MAX:
+            self.fresh_pks.update(range(first, first + count))
+
+    def bound(self) -> None:
+        # Forgetting is always right: what is not remembered is looked up.
+        _shrink(self.runs, _RUNS_KNOWN_MAX)
+        _shrink(self.heads, _HEADS_KNOWN_MAX)
+        _shrink(self.rows, _ROWS_KNOWN_MAX)
+
+    def learn_row(self, key: Key, row: Entry | None) -> None:
+        """Takes over what was read under `key`."""
+        table = key[0]
+        if table == "state":
+            _, pk, run = key
+            assert isinstance(pk, int)
+            assert isinstance(run, int)
+            if row is None:
+                self.runs.pop((pk, run), None)
+            else:
+                self.learn_instance(decoded(self._kv, row, decode_instance), row.versionstamp)
+        elif table == "correlation":
+            if row is None:
+                self.heads.pop(key, None)
+            else:
+                self.heads[key] = (row.versionstamp, decoded(self._kv, row, decode_head))
+        elif row is None:
+            self.rows.pop(key, None)
+        else:
+            self.rows[key] = None
+
+    def learn_instance(self, instance: Instance, stamp: int) -> None:
+        facts = (instance.revision, instance.entries, instance.status, instance.created_at)
+        self.runs[instance.pk, instance.run] = (stamp, facts)
+
+    def learn_rows(self, rows: Iterable[Entry], generation: int) -> None:
+        if generation == self.generation:
+            self.rows.update((row.key, None) for row in rows)
+            _shrink(self.rows, _ROWS_KNOWN_MAX)
+
+    async def read_unknown(
+        self, units: Sequence[UnitOfWork], doubted: Iterable[Key], marks_there: set[Key]
+    ) -> dict[str, DeadLetter]:
+        """Reads what planning `units` needs and memory does not have, and what is `doubted`. Adds the marks that it
+        meets to `marks_there`, and returns the dead letters that the units consume."""
+        wanted: dict[Key, None] = dict.fromkeys(doubted)
+        runs, heads, rows = self.runs, self.heads, self.rows
+        made: set[object] = set()
+        for unit in units:
+            instance = unit.instance
+            if instance is not None:
+                run_key = (instance.pk, instance.run)
+                if unit.revision_before is not None and run_key not in runs and run_key not in made:
+                    wanted["state", instance.pk, instance.run] = None
+                made.add(run_key)
+            head = unit.head
+            if head is not None:
+                head_row = head_key(head.saga_id, head.key)
+                if unit.head_before is not None and head_row not in heads and head_row not in made:
+                    wanted[head_row] = None
+                made.add(head_row)
+            if unit.outbox_done is not None:
+                key: Key = ("outbox", *unit.outbox_done)
+                if key not in rows:
+                    wanted[key] = None
+            if unit.inbox_done or unit.inbox_update or unit.outbox_update or unit.timer_done:
+                for key in _consumed_rows(unit):
+                    if key not in rows:
+                        wanted[key] = None
+            if unit.dead_letter_done is not None:
+                wanted["dead_letter", unit.dead_letter_done] = None
+        dead_letters: dict[str, DeadLetter] = {}
+        if wanted:
+            keys = list(wanted)
+            for key, row in zip(keys, await self._kv.get_many(keys), strict=True):
+                if key[0] == "dead_letter":
+                    if row is not None:
+                        letter = decoded(self._kv, row, decode_dead_letter)
+                        dead_letters[letter.id] = letter
+                elif key[0] == "dedupe":
+                    if row is not None:
+                        marks_there.add(key)
+                else:
+                    self.learn_row(key, row)
+        return dead_letters
+
+
+class Plan:
+    """What a batch will write, unit by unit, and what it will have changed."""
+
+    __slots__ = (
+        "assumed_new",
+        "checks",
+        "conflicts",
+        "consumed",
+        "dead_letters",
+        "events",
+        "feed_count",
+        "heads",
+        "inbox",
+        "inserts",
+        "lost",
+        "marks",
+        "outbox",
+        "pks",
+        "runs",
+        "sagas",
+        "timers",
+        "writes",
+    )
+
+    def __init__(self) -> None:
+        self.conflicts: dict[int, Conflict] = {}
+        self.lost: set[int] = set()
+        """Surrogate numbers of instances of which a unit was left out."""
+        self.checks: list[Check] = []
+        self.writes: dict[Key, bytes | None] = {}
+        """The last word on each key; None deletes."""
+        self.inserts: list[tuple[Key, bytes]] = []
+        """Rows that must be new: history, marks, and those whose number the commit gives."""
+        self.runs: dict[_RunKey, _RunFacts] = {}
+        self.heads: dict[Key, Head] = {}
+        self.marks: dict[Key, bool] = {}
+        self.assumed_new: set[Key] = set()
+        """Marks whose absence only their insert will find out."""
+        self.consumed: set[Key] = set()
+        self.timers: set[Key] = set()
+        self.dead_letters: dict[str, DeadLetter] = {}
+        self.inbox: list[int] = []
+        """The partition of each new row, in the order of their numbers."""
+        self.outbox: list[int] = []
+        self.events: list[msgspec.Raw] = []
+        self.feed_count = 0
+        self.pks: set[int] = set()
+        self.sagas: set[str] = set()
+
+    def place(
+        self, unit: UnitOfWork, beliefs: Beliefs, marks_there: set[Key], dead_letters: dict[str, DeadLetter]
+    ) -> Conflict | None:
+        """Adds `unit`, whole; or says why not, and leaves the plan as it was."""
+        if unit.outbox_done is not None and unit == UnitOfWork(part=unit.part, outbox_done=unit.outbox_done):
+            # Every effect ends as such a unit, so half of all units are.
+            row: Key = ("outbox", *unit.outbox_done)
+            if row not in beliefs.rows or row in self.consumed:
+                return Conflict("gone", f"outbox row {unit.outbox_done}")
+            self.writes[row] = None
+            self.consumed.add(row)
+            return None
+        shape = _misshapen(unit)
+        if shape is not None:
+            return Conflict("refused", shape)
+        pk = pk_of(unit)
+        if pk and pk in self.lost:
+            return Conflict("revision", "an earlier unit of the same instance in this batch was not written")
+        checks: list[Check] = []
+        rows: list[tuple[Key, bytes | None]] = []
+        inserts: list[tuple[Key, bytes]] = []
+
+        instance = unit.instance
+        run_key = (0, 0)
+        if instance is not None:
+            run_key = (pk, instance.run)
+            run_row: Key = ("state", pk, instance.run)
+            facts = self.runs.get(run_key)
+            if facts is None:
+                known = beliefs.runs.get(run_key)
+                if known is not None:
+                    facts = known[1]
+                elif pk not in beliefs.fresh_pks:
+                    checks.append(_check((run_row, None)))
+            if unit.revision_before is None:
+                if facts is not None:
+                    return _wrong_revision(instance, facts)
+            elif facts is None or facts[0] != unit.revision_before or facts[1] != unit.entries_before:
+                return _wrong_revision(instance, facts)
+            rows.append((run_row, encode(instance)))
+            status = instance.status
+            if facts is None or facts[2] != status or facts[3] != instance.created_at:
+                if facts is not None:
+                    rows.append((("instance_index", instance.saga_id, facts[2], micros(facts[3]), *run_key), None))
+                rows.append((("instance_index", instance.saga_id, status, micros(instance.created_at), *run_key), b""))
+            entry = unit.entry
+            if entry is not None:
+                # The second belt: whoever else has written this run has written this entry.
+                inserts.append((("transition", pk, instance.run, entry.entry_no), encode(entry)))
+
+        head = unit.head
+        head_row: Key = ()
+        if head is not None:
+            head_row = head_key(head.saga_id, head.key)
+            stored = self.heads.get(head_row)
+            if stored is None:
+                known_head = beliefs.heads.get(head_row)
+                if known_head is not None:
+                    stored = known_head[1]
+                    checks.append(_check((head_row, known_head[0])))
+            if stored != unit.head_before:
+                return Conflict("revision", f"the head of {head.saga_id}:{head.key} is not what was read")
+            encoded = encode(head)
+            if stored is None:
+                inserts.append((head_row, encoded))
+            else:
+                rows.append((head_row, encoded))
+            if stored is not None and stored.awaits_start and stored.run == 0:
+                rows.append((pending_key(stored), None))
+            if head.awaits_start and head.run == 0:
+                rows.append((pending_key(head), encoded))
+
+        unmarked_row: Key = ()
+        if unit.unmark is not None:
+            unmarked_row = mark_key(*unit.unmark)
+            rows.append((unmarked_row, None))
+        mark = unit.mark
+        mark_row: Key = ()
+        if mark is not None:
+            mark_row = mark_key(unit.mark_pk, mark.dedupe_key)
+            if mark_row != unmarked_row:
+                is_marked = self.marks.get(mark_row)
+                if is_marked or (is_marked is None and mark_row in marks_there):
+                    return Conflict("mark", f"{mark.dedupe_key!r} was seen before")
+            inserts.append((mark_row, encode(mark)))
+
+        # Rows that the unit consumes or replaces must be there. Updates come first: a unit may do both.
+        there = beliefs.rows
+        consumed: list[Key] = []
+        key: Key
+        if unit.inbox_update is not None:
+            key = ("inbox", *unit.inbox_update.ref)
+            if key not in there or key in self.consumed:
+                return Conflict("gone", f"inbox row {unit.inbox_update.ref}")
+            rows.append((key, encode(unit.inbox_update.envelope)))
+        if unit.inbox_done is not None:
+            key = ("inbox", *unit.inbox_done)
+            if key not in there or key in self.consumed:
+                return Conflict("gone", f"inbox row {unit.inbox_done}")
+            rows.append((key, None))
+            consumed.append(key)
+        if unit.outbox_update is not None:
+            key = ("outbox", *unit.outbox_update.ref)
+            if key not in there or key in self.consumed:
+                return Conflict("gone", f"outbox row {unit.outbox_update.ref}")
+            rows.append((key, encode(unit.outbox_update.effect)))
+        if unit.outbox_done is not None:
+            key = ("outbox", *unit.outbox_done)
+            if key not in there or key in self.consumed:
+                return Conflict("gone", f"outbox row {unit.outbox_done}")
+            rows.append((key, None))
+            consumed.append(key)
+        if unit.timer_done is not None:
+            key = timer_key(unit.timer_done)
+            if key not in self.timers and (key not in there or key in self.consumed):
+                return Conflict("gone", f"timer {unit.timer_done.id}")
+            rows.append((key, None))
+            consumed.append(key)
+        dead_letter: DeadLetter | None = None
+        if unit.dead_letter_done is not None:
+            dead_letter = self.dead_letters.get(unit.dead_letter_done)
+            if dead_letter is None and ("dead_letter", unit.dead_letter_done) not in self.consumed:
+                dead_letter = dead_letters.get(unit.dead_letter_done)
+            if dead_letter is None:
+                return Conflict("gone", f"dead letter {unit.dead_letter_done}")
+            rows += [(row, None) for row in dead_letter_keys(dead_letter)]
+
+        inbox_parts: list[int] = []
+        if unit.inbox_add:
+            number = len(self.inbox)
+            for envelope in unit.inbox_add:
+                part = placed(envelope.saga_id, envelope.key)[1]
+                inserts.append((("inbox", part, slot("inbox", number)), encode(envelope)))
+                inbox_parts.append(part)
+                number += 1
+        if unit.outbox_add:
+            number = len(self.outbox)
+            for effect in unit.outbox_add:
+                inserts.append((("outbox", unit.part, slot("outbox", number)), encode(effect)))
+                number += 1
+        if unit.timers_remove:
+            for pending in unit.timers_remove:
+                key = timer_key(pending)
+                rows.append((key, None))
+                consumed.append(key)
+        timers_added: list[Key] = []
+        if unit.timers_add:
+            for timer in unit.timers_add:
+                key = ("timer", micros(timer.due_at), timer.id)
+                rows.append((key, encode(timer)))
+                timers_added.append(key)
+        if unit.dead_letters_add:
+            for letter in unit.dead_letters_add:
+                keys = dead_letter_keys(letter)
+                rows += [(keys[0], encode(letter)), (keys[1], b""), (keys[2], b"")]
+        events = encode(unit.events) if unit.events else b""
+
+        check_size(max([len(row[1]) for row in rows if row[1]] + [len(row[1]) for row in inserts], default=0))
+
+        # From here on nothing is refused.
+        self.writes.update(rows)
+        if unmarked_row and self.marks.get(unmarked_row):
+            self.inserts = [row for row in self.inserts if row[0] != unmarked_row]
+            if unmarked_row in self.assumed_new:
+                # The delete comes before every insert: it would hide that the first of the two was a duplicate.
+                self.checks.append(_check((unmarked_row, None)))
+                self.assumed_new.discard(unmarked_row)
+        self.inserts += inserts
+        if checks:
+            self.checks += checks
+        if inbox_parts:
+            self.inbox += inbox_parts
+        if unit.outbox_add:
+            self.outbox += [unit.part] * len(unit.outbox_add)
+        if events:
+            self.events.append(msgspec.Raw(events))
+            self.feed_count += len(unit.events)
+        if instance is not None:
+            self.runs[run_key] = (instance.revision, instance.entries, instance.status, instance.created_at)
+            self.pks.add(pk)
+            self.sagas.add(instance.saga_id)
+        if head is not None:
+            self.heads[head_row] = head
+            self.pks.add(head.pk)
+            self.sagas.add(head.saga_id)
+        if unmarked_row:
+            self.marks[unmarked_row] = False
+        if mark_row:
+            if mark_row not in self.marks:
+                self.assumed_new.add(mark_row)
+            self.marks[mark_row] = True
+            self.pks.add(unit.mark_pk)
+        if consumed:
+            self.consumed.update(consumed)
+            self.timers.difference_update(consumed)
+        if timers_added:
+            self.timers.update(timers_added)
+        if dead_letter is not None:
+            self.consumed.add(("dead_letter", dead_letter.id))
+            self.dead_letters.pop(dead_letter.id, None)
+        if unit.dead_letters_add:
+            for letter in unit.dead_letters_add:
+                self.dead_letters[letter.id] = letter
+        return None
+
+
+def doubt(unit: UnitOfWork) -> list[Key]:
+    """The rows on which a conflict of `unit` may rest, or that may name a better one; all but those that every
+    round reads anyway."""
+    keys: list[Key] = []
+    if unit.instance is not None:
+        keys.append(("state", unit.instance.pk, unit.instance.run))
+    if unit.head is not None:
+        keys.append(head_key(unit.head.saga_id, unit.head.key))
+    if unit.mark is not None:
+        keys.append(mark_key(unit.mark_pk, unit.mark.dedupe_key))
+    keys += _consumed_rows(unit)
+    return keys
+
+
+def check_size(size: int) -> None:
+    if size > ROW_BYTES_MAX:
+        raise ValueError(f"a row of {size} bytes is too large for the store: at most {ROW_BYTES_MAX} are allowed")
+
+
+def _misshapen(unit: UnitOfWork) -> str | None:
+    """Why no store could write `unit`, whatever it holds: a fault of the caller."""
+    instance = unit.instance
+    entry = unit.entry
+    if instance is None:
+        return None if entry is None else "a history entry comes with its instance"
+    revision = unit.revision_before or 0
+    entries = unit.entries_before
+    if instance.revision == revision:
+        if instance.entries < entries:
+            return f"{_name(instance)}: {entries} entries cannot become {instance.entries}"
+    elif instance.revision != revision + 1 or instance.entries < entries:
+        return f"{_name(instance)}: a step leads from revision {revision} to {revision + 1}, not to {instance.revision}"
+    if entry is not None and not entries < entry.entry_no <= instance.entries:
+        return f"{_name(instance)}: entry {entry.entry_no} is not one of {entries + 1} to {instance.entries}"
+    return None
+
+
+def pk_of(unit: UnitOfWork) -> int:
+    """Which instance `unit` is about; 0 when it does not say."""
+    if unit.instance is not None:
+        return unit.instance.pk
+    if unit.head is not None:
+        return unit.head.pk
+    return unit.mark_pk
+
+
+def _consumed_rows(unit: UnitOfWork) -> list[Key]:
+    """The inbox, outbox and timer rows that must be there for `unit`."""
+    keys: list[Key] = []
+    if unit.outbox_done is not None:
+        keys.append(("outbox", *unit.outbox_done))
+    if unit.inbox_done is not None:
+        keys.append(("inbox", *unit.inbox_done))
+    if unit.timer_done is not None:
+        keys.append(timer_key(unit.timer_done))
+    if unit.inbox_update is not None:
+        keys.append(("inbox", *unit.inbox_update.ref))
+    if unit.outbox_update is not None:
+        keys.append(("outbox", *unit.outbox_update.ref))
+    return keys
+
+
+def refused(error: Exception) -> Conflict:
+    return Conflict("refused", f"{type(error).__name__}: {error}")
+
+
+def _wrong_revision(instance: Instance, facts: _RunFacts | None) -> Conflict:
+    found = "does not exist" if facts is None else f"is at revision {facts[0]} with {facts[1]} entries"
+    return Conflict("revision", f"{_name(instance)} {found}")
+
+
+def _name(instance: Instance) -> str:
+    return instance_id(instance.saga_id, instance.key, instance.run)
+
+
+_K = TypeVar("_K")
+_V = TypeVar("_V")
+
+
+def _shrink(known: dict[_K, _V], most: int) -> None:
+    """Drops the oldest entries of `known` beyond `most`, some more at once so that it is seldom done."""
+    if len(known) > most:
+        for key in list(known)[: len(known) - most + most // 8]:
+            del known[key]

@@ -1,0 +1,128 @@
+"""The rows of the key-value saga store: their keys, and how their values are read and written."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from datetime import datetime
+from functools import lru_cache
+from typing import Final, TypeVar
+
+import msgspec
+
+from sagaloom.engine.records import (
+    DeadLetter,
+    Envelope,
+    FeedEvent,
+    Head,
+    HistoryEntry,
+    Instance,
+    Mark,
+    OutboxEffect,
+    PendingTimer,
+    Timer,
+)
+from sagaloom.errors import StoreCorrupt
+from sagaloom.ids import key_hash, partition_of
+from sagaloom.ports.keyvalue import Entry, Key, KeyValue, Slot
+from sagaloom.ports.store import RegisteredDefinition, RowRef
+
+FEED_KEY: Final[Key] = ("feed", Slot("feed", 0))
+
+encode = msgspec.msgpack.Encoder().encode
+to_json = msgspec.json.Encoder().encode
+decode_head = msgspec.msgpack.Decoder(Head).decode
+decode_instance = msgspec.msgpack.Decoder(Instance).decode
+decode_entry = msgspec.msgpack.Decoder(HistoryEntry).decode
+decode_mark = msgspec.msgpack.Decoder(Mark).decode
+decode_envelope = msgspec.msgpack.Decoder(Envelope).decode
+decode_effect = msgspec.msgpack.Decoder(OutboxEffect).decode
+decode_timer = msgspec.msgpack.Decoder(Timer).decode
+decode_dead_letter = msgspec.msgpack.Decoder(DeadLetter).decode
+decode_events = msgspec.msgpack.Decoder(tuple[tuple[FeedEvent, ...], ...]).decode
+decode_lease = msgspec.msgpack.Decoder(tuple[str, int]).decode
+decode_definition = msgspec.msgpack.Decoder(RegisteredDefinition).decode
+
+_R = TypeVar("_R")
+
+
+@lru_cache(maxsize=16_384)
+def slot(counter: str, offset: int) -> Slot:
+    return Slot(counter, offset)
+
+
+def decoded(kv: KeyValue, row: Entry, decode: Callable[[bytes], _R]) -> _R:
+    try:
+        return decode(row.value)
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise StoreCorrupt(
+            f"{kv.name}: row {row.key!r} cannot be read ({error}): restore the store from a backup, "
+            "or upgrade sagaloom if a newer version wrote it"
+        ) from error
+
+
+def micros(moment: datetime) -> int:
+    # Exact: the float is within a quarter of a microsecond until the year 2255.
+    return round(moment.timestamp() * 1_000_000)
+
+
+@lru_cache(maxsize=16_384)
+def placed(saga_id: str, key: str) -> tuple[bytes, int]:
+    """The hash and the partition of a correlation key."""
+    hashed = key_hash(saga_id, key)
+    return hashed, partition_of(hashed)
+
+
+def head_key(saga_id: str, key: str) -> Key:
+    return "correlation", saga_id, placed(saga_id, key)[0]
+
+
+def mark_key(pk: int, dedupe_key: str) -> Key:
+    return "dedupe", pk, hashlib.blake2b(dedupe_key.encode(), digest_size=16).digest()
+
+
+def timer_key(timer: PendingTimer) -> Key:
+    return "timer", micros(timer.due_at), timer.id
+
+
+def pending_key(head: Head) -> Key:
+    return "instance_index", head.saga_id, "pending", micros(head.created_at), head.pk, 0
+
+
+def pending_instance(head: Head) -> Instance:
+    """A key whose first message waits, as a run with number 0."""
+    return Instance(
+        saga_id=head.saga_id,
+        key=head.key,
+        pk=head.pk,
+        run=0,
+        status="pending",
+        revision=0,
+        state=b"null",
+        def_version=0,
+        tier="t1",
+        created_at=head.created_at,
+        updated_at=head.created_at,
+    )
+
+
+def dead_letter_keys(letter: DeadLetter) -> tuple[Key, Key, Key]:
+    """The row of a dead letter, and those that find it by its saga and by its key."""
+    return (
+        ("dead_letter", letter.id),
+        ("dead_letter_index", letter.saga_id, b"", letter.id),
+        ("dead_letter_index", letter.saga_id, placed(letter.saga_id, letter.key)[0], letter.id),
+    )
+
+
+def ref_of(row: Entry) -> RowRef:
+    _, part, seq = row.key
+    assert isinstance(part, int)
+    assert isinstance(seq, int)
+    return RowRef(part, seq)
+
+
+def number_of(row: Entry) -> int:
+    number = row.key[-1]
+    assert isinstance(number, int)
+    return number
