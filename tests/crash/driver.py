@@ -27,7 +27,7 @@ from typing import Any, Final
 
 import msgspec
 
-from sagaloom.kv.ownership import OwnerLock
+from sagaloom.kv.presence import FilePresence
 from sagaloom.kv.sqlite import SqliteKeyValue
 from sagaloom.stores.kv import KvSagaStore
 from sagaloom.testing.faults import STEPS
@@ -383,7 +383,7 @@ class CrashRun:
         return msgspec.json.decode(answer, type=list[Arrival])
 
     async def _judge(self, arrivals: list[Arrival]) -> Verdict:
-        store = KvSagaStore(await SqliteKeyValue.open(self._store_path), owner=OwnerLock(self._store_path))
+        store = KvSagaStore(await SqliteKeyValue.open(self._store_path), presence=FilePresence(self._store_path))
         try:
             lease = await store.acquire("judge", now=datetime.now(UTC))
             verdict = await judge(store, orders=self._orders, ledger=self._ledger, arrivals=arrivals)

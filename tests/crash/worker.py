@@ -17,7 +17,7 @@ from typing import Final
 import msgspec
 
 from sagaloom.definitions import RetryPolicy
-from sagaloom.kv.ownership import OwnerLock, StoreInUse
+from sagaloom.kv.presence import FilePresence
 from sagaloom.kv.sqlite import SqliteKeyValue
 from sagaloom.messages import SagaMessage
 from sagaloom.ports.store import SagaStore
@@ -71,7 +71,7 @@ async def what_waits(store: SagaStore) -> Waiting:
 async def _main(path: str, receiver_port: int, tag: str, life: int) -> int:
     faults = Faults.from_env()
     kv = await SqliteKeyValue.open(path, on_step=faults)
-    store = KvSagaStore(kv, owner=OwnerLock(path))
+    store = KvSagaStore(kv, presence=FilePresence(path))
     services = {name: f"http://{HOST}:{receiver_port}/{name}" for name in SERVICES}
     target = ServiceTarget(services, timeout_seconds=5.0)
     options = RuntimeOptions(on_step=faults, effect_retry=effect_retry())

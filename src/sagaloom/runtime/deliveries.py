@@ -48,6 +48,11 @@ class Delivery(msgspec.Struct, eq=False):
         """Whether the store does not have it yet."""
         return self.row is None and self.timer is None
 
+    @property
+    def part(self) -> int:
+        """The partition of its instance."""
+        return self.row.part if self.row is not None else partition_of(key_hash(*self.key))
+
 
 def mark_for(envelope: Envelope, run: int) -> Mark:
     """What the store remembers of a message that came through a door."""

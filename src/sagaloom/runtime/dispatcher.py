@@ -21,7 +21,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from datetime import datetime, timedelta
 from typing import Any, ClassVar, Literal
 
@@ -35,7 +35,7 @@ from sagaloom.engine.retrying import backoff, describe, is_retryable, traceback_
 from sagaloom.errors import DeliveryFailed, SagasError
 from sagaloom.ids import derived_id
 from sagaloom.messages import SagaMessage, as_message
-from sagaloom.ports.store import Conflict, Lease, OutboxRow, RowRef, SagaStore, UnitOfWork
+from sagaloom.ports.store import Conflict, OutboxRow, RowRef, SagaStore, UnitOfWork
 from sagaloom.ports.targets import EffectTarget
 from sagaloom.runtime.alarm import Alarm
 from sagaloom.runtime.options import RuntimeOptions
@@ -46,6 +46,7 @@ __all__ = ["Dispatcher"]
 _log = logging.getLogger("sagaloom.dispatcher")
 _BODIES_RESIDENT_MAX = 20_000
 _TURNS_BETWEEN_YIELDS = 64
+_GIVING_WAIT = timedelta(seconds=0.25)
 
 
 class _Waiting(msgspec.Struct, gc=False):
@@ -56,12 +57,14 @@ class _Waiting(msgspec.Struct, gc=False):
 
 
 class _Lane(msgspec.Struct):
-    """A lane with at least one effect. Most have only that one, and never need a queue `behind` it."""
+    """A lane with at least one effect. Most have only that one, and never need a queue `behind` it. `is_dropped`: its
+    partition is held by another process now."""
 
     name: str
     head: _Waiting
     behind: deque[_Waiting] | None = None
     state: Literal["ready", "under_way", "backing_off", "stalled"] = "ready"
+    is_dropped: bool = False
 
 
 class _Server(msgspec.Struct):
@@ -96,12 +99,14 @@ class Dispatcher:
         options: RuntimeOptions,
         *,
         targets: dict[str, EffectTarget],
+        giving: Callable[[], frozenset[int]],
         submit: Callable[[Work], None],
     ) -> None:
         self._store = store
         self._clock = clock
         self._options = options
         self._targets = targets
+        self._giving = giving
         self._submit = submit
         self._lanes: dict[str, _Lane] = {}
         self._ready: deque[_Lane] = deque()
@@ -126,13 +131,31 @@ class Dispatcher:
 
     # ---------------------------------------------------------------- the role's life
 
-    async def load(self, lease: Lease) -> None:
-        """Reads every unsettled effect of the store into its lane, in order."""
+    async def load(self, parts: Collection[int]) -> None:
+        """Reads every unsettled effect of these partitions into its lane, in order."""
         after: RowRef | None = None
-        while page := await self._store.outbox_page(after=after, limit=1_000):
+        while page := await self._store.outbox_page(after=after, limit=1_000, parts=parts):
             after = page[-1].ref
             self.add(page)
             await asyncio.sleep(0)
+
+    def drop(self, parts: Collection[int]) -> None:
+        """Forgets the lanes of partitions that others hold now. What is under way there ends, and is not settled."""
+        for lane in [lane for lane in self._lanes.values() if lane.head.ref.part in parts]:
+            del self._lanes[lane.name]
+            waiting = [lane.head, *(lane.behind or ())]
+            lane.behind = None
+            if lane.state == "under_way":
+                waiting.pop(0)
+            self.waiting -= len(waiting)
+            self._resident -= sum(each.effect is not None for each in waiting)
+            if lane.state == "ready":
+                self._ready.remove(lane)
+            lane.is_dropped = True
+
+    def is_quiet(self, parts: Collection[int]) -> bool:
+        """Whether no effect of these partitions is under way."""
+        return not any(lane.state == "under_way" and lane.head.ref.part in parts for lane in self._lanes.values())
 
     def add(self, rows: Sequence[tuple[RowRef, OutboxEffect]]) -> None:
         """Lines committed effects up in their lanes."""
@@ -169,6 +192,10 @@ class Dispatcher:
             if self._ready:
                 # One of us wakes the next one, who only gets to run if this delivery has to wait for something.
                 self._nudge()
+            if lane.head.ref.part in self._giving():
+                # Whoever gets this partition begins here; should nobody take it, we look again.
+                self._back_off(lane, self._clock.now() + _GIVING_WAIT)
+                continue
             lane.state = "under_way"
             self._under_way += 1
             try:
@@ -333,7 +360,7 @@ class Dispatcher:
         self._under_way -= 1
         if isinstance(trouble, SagasError):
             return
-        if trouble is not None:
+        if trouble is not None or lane.is_dropped:
             self._next(lane)
             return
         if lane.head.effect is not None:
@@ -356,7 +383,8 @@ class Dispatcher:
         self.waiting -= 1
         self._resident -= lane.head.effect is not None
         if not lane.behind:
-            self._lanes.pop(lane.name, None)
+            if not lane.is_dropped:
+                self._lanes.pop(lane.name, None)
             return
         lane.head = lane.behind.popleft()
         effect = lane.head.effect
@@ -387,7 +415,7 @@ class Dispatcher:
         now = self._clock.now()
         while self._due and self._due[0][0] <= now:
             _, _, lane = heapq.heappop(self._due)
-            if lane.state == "backing_off":
+            if lane.state == "backing_off" and not lane.is_dropped:
                 self._make_ready(lane)
         if self._due:
             self._alarm.set(self._due[0][0])

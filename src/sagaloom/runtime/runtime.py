@@ -5,7 +5,8 @@
     timekeeper ────┴────────────────────────┘
 
 Everything that changes an instance goes through the receiver, and everything the receiver does is one atomic commit of
-the store. The runtime owns its tasks and the store's lease while it runs; it never closes a store that it was given.
+the store. Several processes may run on one store: each holds some of its partitions, and the lifeline notices when
+others come and go. The runtime owns its tasks and its lease while it runs; it never closes a store that it was given.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import asyncio
 import contextlib
 import logging
 import os
+import secrets
 import socket
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, ClassVar, cast
@@ -42,7 +44,6 @@ from sagaloom.messages import SagaMessage, as_message
 from sagaloom.ports.store import (
     Conflict,
     InstanceFilter,
-    Lease,
     OutboxRow,
     RegisteredDefinition,
     RowRef,
@@ -52,6 +53,7 @@ from sagaloom.ports.store import (
 from sagaloom.ports.targets import EffectTarget
 from sagaloom.runtime.deliveries import Delivery
 from sagaloom.runtime.dispatcher import Dispatcher
+from sagaloom.runtime.lifeline import Lifeline
 from sagaloom.runtime.options import RuntimeOptions
 from sagaloom.runtime.receipts import Outcome, PublishReceipt, PublishRejected
 from sagaloom.runtime.receiver import Receiver
@@ -110,7 +112,6 @@ class SagaRuntime:
         self._registry_ids: frozenset[str] = frozenset()
         self._registry_types: frozenset[str] = frozenset()
         self._targets: dict[str, EffectTarget] = {}
-        self._lease: Lease | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._state = "new"
@@ -118,18 +119,29 @@ class SagaRuntime:
             self.register(definition)
         for target in targets:
             self.add_target(target)
+        self.holder = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+        """By what name this runtime stands among those on its store."""
         self._receiver = Receiver(
             store,
             self.clock,
             self.options,
+            holder=self.holder,
+            on_holding=self._hold,
+            is_quiet=self._is_quiet,
             definitions=lambda: self.definitions,
             on_effects=self._effects_committed,
             on_timers=self._timers_committed,
         )
         self._dispatcher = Dispatcher(
-            store, self.clock, self.options, targets=self._targets, submit=self._receiver.submit
+            store,
+            self.clock,
+            self.options,
+            targets=self._targets,
+            giving=lambda: self._receiver.giving,
+            submit=self._receiver.submit,
         )
-        self._timekeeper = Timekeeper(store, self.clock, self.options, offer=self._receiver.offer)
+        self._timekeeper = Timekeeper(store, self.clock, self.options, holds=self.holds, offer=self._receiver.offer)
+        self._lifeline = Lifeline(store, self._receiver)
 
     # ---------------------------------------------------------------- definitions and targets
 
@@ -161,19 +173,14 @@ class SagaRuntime:
     # ---------------------------------------------------------------- life
 
     async def start(self) -> None:
-        """Takes the store, writes the registry, loads what waits, and starts the roles.
-
-        Raises `BackendUnavailable` when another live process has the store, and leaves nothing behind then.
-        """
+        """Writes the registry, takes a share of the store and loads what waits there, and starts the roles. What other
+        live processes hold comes to us within a second or so, as soon as they have ended what is under way."""
         if self._state != "new":
             raise DefinitionError(f"a runtime starts once; this one is {self._state}: make another")
         self._state = "starting"
         try:
-            holder = f"{socket.gethostname()}:{os.getpid()}"
-            self._lease = await self.store.acquire(holder, now=self.clock.now())
             await self._write_registry()
-            await self._receiver.load(self._lease)
-            await self._dispatcher.load(self._lease)
+            await self._receiver.start()
         except BaseException:
             await self._let_go("failed to start")
             raise
@@ -181,6 +188,9 @@ class SagaRuntime:
         self._loop = asyncio.get_running_loop()
         self._state = "running"
         self._spawn("receiver", self._receiver.run())
+        self._spawn("lifeline", self._lifeline.run())
+        if not self.options.works:
+            return
         self._spawn("timekeeper", self._timekeeper.run())
         self._spawn("dispatcher-watch", self._dispatcher.watch())
         for number in range(self.options.dispatch_concurrency):
@@ -198,7 +208,7 @@ class SagaRuntime:
     async def abandon(self) -> None:
         """Ends at once, draining nothing, as if the process had been killed: for tests of recovery."""
         self._state = "stopping"
-        await self._let_go("abandoned")
+        await self._let_go("abandoned", says_goodbye=False)
 
     async def __aenter__(self) -> SagaRuntime:
         await self.start()
@@ -214,7 +224,7 @@ class SagaRuntime:
     def health(self) -> RuntimeHealth:
         """What works right now; looks only at memory, so that it can be asked often."""
         checks = {"store": self._store_check()}
-        for role in ("receiver", "timekeeper", "dispatcher"):
+        for role in ("receiver", "timekeeper", "dispatcher", "lifeline"):
             checks[role] = self._role_check(role)
         oldest = self._receiver.oldest_waiting()
         return RuntimeHealth(
@@ -495,7 +505,21 @@ class SagaRuntime:
         if trouble is not None:
             raise trouble
 
+    def holds(self, part: int) -> bool:
+        """Whether partition `part` is ours to work on right now."""
+        return part in self._receiver.parts
+
     # ---------------------------------------------------------------- inside
+
+    def _is_quiet(self, parts: Collection[int]) -> bool:
+        return self._dispatcher.is_quiet(parts)
+
+    async def _hold(self, gained: frozenset[int], lost: frozenset[int]) -> None:
+        if lost:
+            self._dispatcher.drop(lost)
+        if gained:
+            await self._dispatcher.load(gained)
+            self._timekeeper.gained(gained)
 
     def _effects_committed(self, rows: Sequence[tuple[RowRef, OutboxEffect]]) -> None:
         self._dispatcher.add(rows)
@@ -538,6 +562,8 @@ class SagaRuntime:
         return "ok"
 
     def _is_drained(self) -> bool:
+        if not self.options.works:
+            return self._receiver.is_idle
         return self._receiver.is_idle and self._dispatcher.is_idle and self._timekeeper.is_idle
 
     async def _wait_until(self, condition: Callable[[], bool], timeout: float) -> None:
@@ -545,7 +571,7 @@ class SagaRuntime:
             while not condition():  # noqa: ASYNC110 - asked for rarely, and what is waited for has no event of its own
                 await asyncio.sleep(0.001)
 
-    async def _let_go(self, state: str) -> None:
+    async def _let_go(self, state: str, *, says_goodbye: bool = True) -> None:
         tasks = list(self._tasks.values())
         self._tasks.clear()
         for task in tasks:
@@ -555,13 +581,12 @@ class SagaRuntime:
         self._timekeeper.close()
         self._dispatcher.close()
         self._receiver.close(closing)
-        lease, self._lease = self._lease, None
-        if lease is not None:
-            try:
-                await self.store.release(lease)
-            except SagasError as error:
-                # The next one takes the lease with a higher epoch; that we could not say goodbye is no matter.
-                _log.warning("the lease could not be released: %s", error.message)
+        try:
+            if says_goodbye:
+                await self._receiver.leave()
+        except SagasError as error:
+            # The others find out, and take over; that we could not say goodbye is no matter.
+            _log.warning("the lease could not be released: %s", error.message)
         self._state = state
 
 

@@ -7,8 +7,8 @@ nothing survives the process. One unit after the other is looked at, then writte
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
-from datetime import datetime
+from collections.abc import Collection, Sequence
+from datetime import UTC, datetime
 
 import msgspec
 
@@ -26,10 +26,11 @@ from sagaloom.engine.records import (
     Timer,
 )
 from sagaloom.errors import BackendUnavailable, Fenced, MessageRejected
-from sagaloom.ids import key_hash, partition_of
+from sagaloom.ids import PARTITIONS, key_hash, partition_of
 from sagaloom.ports.store import (
     CommitResult,
     Conflict,
+    Holding,
     InboxRow,
     InstanceFilter,
     Lease,
@@ -66,6 +67,7 @@ class MemoryStore:
         self.definitions_by_id: dict[str, RegisteredDefinition] = {}
         self.lease: Lease | None = None
         self._epoch = 0
+        self._loaded_by: Lease | None = None
         self._last_pk = 0
         self._last_inbox = 0
         self._last_outbox = 0
@@ -93,6 +95,30 @@ class MemoryStore:
         self._epoch += 1
         self.lease = Lease(holder, self._epoch)
         return self.lease
+
+    async def join(self, holder: str, *, works: bool = True) -> Lease:
+        return await self.acquire(holder, now=datetime.now(UTC))
+
+    async def tend(self, lease: Lease, *, give_up: Collection[int] = ()) -> Holding:
+        if lease != self.lease:
+            raise Fenced(f"the lease of {lease.holder!r} (epoch {lease.epoch}) is over, now: {self.lease}")
+        return Holding(frozenset(range(PARTITIONS)), frozenset(range(PARTITIONS)))
+
+    @property
+    def is_shareable(self) -> bool:
+        return False
+
+    def stands(self) -> bool:
+        return True
+
+    def has_news(self) -> bool:
+        return False
+
+    async def arrivals(self, lease: Lease, *, limit: int = 1_000) -> list[InboxRow]:
+        """Everything, once: nobody else writes here."""
+        waiting = [] if lease == self._loaded_by else await self.inbox_page(after=None, limit=len(self.inbox))
+        self._loaded_by = lease
+        return waiting
 
     async def release(self, lease: Lease) -> None:
         if self.lease == lease:
@@ -244,9 +270,11 @@ class MemoryStore:
     async def inbox_rows(self, refs: Sequence[RowRef]) -> list[Envelope | None]:
         return [self.inbox.get(ref) for ref in refs]
 
-    async def outbox_page(self, *, after: RowRef | None, limit: int) -> list[OutboxRow]:
+    async def outbox_page(
+        self, *, after: RowRef | None, limit: int, parts: Collection[int] | None = None
+    ) -> list[OutboxRow]:
         rows = [OutboxRow(ref, self.outbox[ref]) for ref in sorted(self.outbox) if after is None or ref > after]
-        return rows[:limit]
+        return [row for row in rows if parts is None or row.ref.part in parts][:limit]
 
     async def outbox_rows(self, refs: Sequence[RowRef]) -> list[OutboxEffect | None]:
         return [self.outbox.get(ref) for ref in refs]
