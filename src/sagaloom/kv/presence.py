@@ -75,7 +75,6 @@ class FilePresence:
         self.leave()
         file = self._directory / quote(holder, safe="")
         try:
-            self._directory.mkdir(exist_ok=True)
             self._descriptor = _open_locked(file)
         except OSError as error:
             raise ConfigurationError(
@@ -112,6 +111,13 @@ class FilePresence:
                 file.unlink()
         if descriptor is not None:
             os.close(descriptor)
+            with contextlib.suppress(OSError):
+                self._directory.rmdir()  # which succeeds only for the last one
+
+    def is_gone(self, holder: str) -> bool:
+        """Whether `holder` is certainly dead: nobody has its lock any more. One that was stopped still has it."""
+        file = self._directory / quote(holder, safe="")
+        return not file.exists() or _is_abandoned(file)
 
     def _say(self, now: float) -> None:
         assert self._descriptor is not None
@@ -121,20 +127,12 @@ class FilePresence:
         os.pwrite(self._descriptor, text.encode(), 0)
 
     def _is_alive(self, file: Path) -> bool:
-        try:
-            descriptor = os.open(file, os.O_RDWR | os.O_CLOEXEC)
-        except OSError:
+        if _is_abandoned(file):
             return False
         try:
-            if sys.platform != "win32":
-                with contextlib.suppress(BlockingIOError):
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    with contextlib.suppress(OSError):
-                        file.unlink()
-                    return False
-            lines = os.pread(descriptor, 256, 0).decode(errors="replace").split("\n")
-        finally:
-            os.close(descriptor)
+            lines = file.read_text(errors="replace").split("\n")
+        except OSError:
+            return False
         try:
             return lines[2] == _boot_id() and float(lines[1]) > self._monotonic()
         except (IndexError, ValueError):
@@ -148,20 +146,39 @@ class FilePresence:
             os.close(descriptor)
 
 
+def _is_abandoned(file: Path) -> bool:
+    """Whether nobody has the lock of `file`; then it is removed."""
+    if sys.platform == "win32":
+        return False
+    try:
+        descriptor = os.open(file, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.suppress(OSError):
+            file.unlink()
+        return True
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+
+
 def _open_locked(file: Path) -> int:
     """Opens `file` anew and locks it. Somebody who is looking for the dead may take the lock for a moment, and remove
-    the file with it; then another one is made."""
+    the file with it, or the last one to leave the directory; then another one is made."""
     for _ in range(_TRIES):
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        if sys.platform == "win32":
-            return descriptor
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if os.fstat(descriptor).st_ino == file.stat().st_ino:
+        file.parent.mkdir(exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            if sys.platform == "win32":
                 return descriptor
-        except FileNotFoundError:
-            pass
-        os.close(descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            with contextlib.suppress(FileNotFoundError):
+                if os.fstat(descriptor).st_ino == file.stat().st_ino:
+                    return descriptor
+            os.close(descriptor)
     raise ConfigurationError(f"{file} was taken away {_TRIES} times while it was made: does another tool clean there?")
 
 
