@@ -38,8 +38,8 @@ check: install  ## Check format, lint, types (mypy and pyright) and floors
 	$(BIN)/pyright $(TYPED)
 	$(BIN)/lint-imports --no-logo
 
-# make hands what is set on its command line to the run as environment variables: KILLS, MESSAGES.
-crash: install  ## Kill workers at random and count what was lost (shorter: make crash KILLS=12 MESSAGES=1200)
+# make hands what is set on its command line to the run as environment variables: KILLS, MESSAGES, PROCESSES, SEED.
+crash: install  ## Kill workers and count what was lost (shorter: KILLS=12 MESSAGES=1200; two on one store: PROCESSES=2)
 	$(BIN)/python -m tests.crash
 
 bench: install  ## Measure throughput and latency on this machine
