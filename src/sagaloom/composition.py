@@ -132,7 +132,10 @@ def create_durable_saga_runtime(
         async with AsyncExitStack() as owned:
             chosen = store
             if chosen is None:
-                chosen = await _open_store(_selected(backend, engine, url), kv, path, engine, url, owned)
+                seconds = (options or RuntimeOptions()).lease_seconds
+                chosen = await _open_store(
+                    _selected(backend, engine, url), kv, path, engine, url, owned, lease_seconds=seconds
+                )
             given = list(targets)
             if not any(target.kind == "service" for target in given):
                 from sagaloom.targets import ServiceTarget
@@ -187,6 +190,8 @@ async def _open_store(
     engine: object | None,
     url: str | None,
     owned: AsyncExitStack,
+    *,
+    lease_seconds: float,
 ) -> SagaStore:
     if backend == "sql":
         if engine is None and url is None:
@@ -195,13 +200,14 @@ async def _open_store(
             "the sql saga store is not part of this version: choose kv (NETSCRIPT_SAGA_STORE=kv), or inject a store"
         )
     from sagaloom.kv import SqliteKeyValue
-    from sagaloom.kv.ownership import OwnerLock
+    from sagaloom.kv.presence import FilePresence
     from sagaloom.stores import KvSagaStore
 
     chosen = await open_saga_runtime_kv(path) if kv is None else kv
-    # A file that two processes serve would have them take the lease from each other all day.
-    owner = OwnerLock(chosen.name.removeprefix("kv:")) if isinstance(chosen, SqliteKeyValue) else None
-    store = KvSagaStore(chosen, owner=owner)
+    presence = None
+    if isinstance(chosen, SqliteKeyValue):
+        presence = FilePresence(chosen.name.removeprefix("kv:"), lease_seconds=lease_seconds)
+    store = KvSagaStore(chosen, presence=presence)
     if kv is None:
         owned.push_async_callback(store.close)  # and with it the file
     await store.open()

@@ -11,6 +11,7 @@ import pytest
 
 from sagaloom import SagaDefinition, SagaMessage
 from sagaloom.engine.records import HistoryEntry, Instance, OutboxEffect
+from sagaloom.kv.presence import FilePresence
 from sagaloom.kv.sqlite import SqliteKeyValue
 from sagaloom.runtime.options import RuntimeOptions
 from sagaloom.runtime.receipts import Outcome, PublishReceipt
@@ -81,8 +82,9 @@ class Bench:
 
     async def live(self, *definitions: SagaDefinition[Any], **options: Any) -> Life:
         kv = await SqliteKeyValue.open(self.path)
+        presence = FilePresence(self.path, lease_seconds=options.get("lease_seconds", 6.0))
         runtime = SagaRuntime(
-            KvSagaStore(kv),
+            KvSagaStore(kv, presence=presence),
             definitions=definitions,
             targets=[self.receiver],
             clock=self.clock,
@@ -96,12 +98,12 @@ class Bench:
     async def die(self, life: Life) -> None:
         """Ends a life as a kill would: nothing is drained."""
         await life.runtime.abandon()
-        await life.kv.close()
+        await life.runtime.store.close()
         self._lives.remove(life)
 
     async def end(self, life: Life) -> None:
         await life.runtime.stop()
-        await life.kv.close()
+        await life.runtime.store.close()
         self._lives.remove(life)
 
     async def advance(self, by: str) -> None:

@@ -11,8 +11,8 @@ import pytest
 import sagaloom.runtime
 from sagaloom import NotImplementedYet, SagaDefinition, define_saga, saga_complete, send
 from sagaloom.demo import sagas
-from sagaloom.errors import BackendUnavailable, ConfigurationError
-from sagaloom.kv import MemoryKeyValue, SqliteKeyValue
+from sagaloom.errors import ConfigurationError
+from sagaloom.kv import MemoryKeyValue
 from sagaloom.presets import start_saga_handlers, start_sagas
 from sagaloom.runtime import PublishReceipt, create_durable_saga_runtime, open_saga_runtime_kv
 from sagaloom.stores import KvSagaStore
@@ -107,17 +107,19 @@ async def test_contradictions_are_refused() -> None:
         await create_durable_saga_runtime("redis")  # type: ignore[arg-type]
 
 
-async def test_a_second_runtime_on_one_file_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+async def test_two_runtimes_on_one_file_share_its_work(tmp_path: Path) -> None:
     path = tmp_path / "sagas.db"
-    async with create_durable_saga_runtime(path=path, definitions=sagas) as first:
-        with pytest.raises(BackendUnavailable, match="in use"):
-            await create_durable_saga_runtime(path=path, definitions=sagas).__aenter__()
-        kv = await SqliteKeyValue.open(path)
-        with pytest.raises(BackendUnavailable, match="in use"):
-            await create_durable_saga_runtime(kv=kv, definitions=sagas).__aenter__()
-        await kv.close()
+    async with (
+        create_durable_saga_runtime(path=path, definitions=sagas) as first,
+        create_durable_saga_runtime(path=path, definitions=sagas) as second,
+    ):
+        receipts = [
+            await durable.runtime.publish(SETTINGS_CREATED, correlation_key=f"{name}-{n}", wait=5)
+            for name, durable in (("first", first), ("second", second))
+            for n in range(8)
+        ]
 
-        assert (await first.runtime.publish(SETTINGS_CREATED, wait=5)).published
+        assert [receipt.outcomes[0].disposition for receipt in receipts if receipt.published] == ["applied"] * 16
 
 
 async def test_what_was_opened_is_closed_when_composing_fails(tmp_path: Path) -> None:

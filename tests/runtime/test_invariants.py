@@ -73,7 +73,7 @@ class Tampered(MemoryStore):
     async def inbox_page(self, *, after, limit):  # type: ignore[no-untyped-def]
         return self.change_inbox(await super().inbox_page(after=None, limit=limit)) if after is None else []
 
-    async def outbox_page(self, *, after, limit):  # type: ignore[no-untyped-def]
+    async def outbox_page(self, *, after, limit, parts=None):  # type: ignore[no-untyped-def]
         return self.change_outbox(await super().outbox_page(after=None, limit=limit)) if after is None else []
 
     async def timers(self, *, due_by=None, after=None, limit=100):  # type: ignore[no-untyped-def]

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from sagaloom.errors import BackendUnavailable, ConfigurationError, Fenced, StoreCorrupt
-from sagaloom.kv import MemoryKeyValue, SqliteKeyValue
-from sagaloom.kv.ownership import OwnerLock, StoreInUse
+from sagaloom.kv import MemoryKeyValue
+from sagaloom.kv.sqlite import SqliteKeyValue
 from sagaloom.ports.keyvalue import Check, Committed, Conflicted, Entry, Key
 from sagaloom.ports.store import InstanceFilter, Lease, RegisteredDefinition, RowRef, UnitOfWork
 from sagaloom.stores import KvSagaStore, planning, rows
@@ -158,7 +158,7 @@ async def test_the_later_of_two_stores_on_one_file_wins(kv: Watched, store: KvSa
     other = KvSagaStore(kv)
     later = await other.acquire("worker-2", now=NOW)
 
-    with pytest.raises(Fenced, match="'worker-2' holds it with epoch 2"):
+    with pytest.raises(Fenced, match=r"'worker-1'.*is over"):
         await store.commit([step_of(instance, next_of(instance))], lease=lease)
 
     await write(other, later, step_of(instance, next_of(instance)))
@@ -265,7 +265,7 @@ async def test_a_page_that_was_read_is_known(kv: Watched, store: KvSagaStore, le
     assert kv.reads == 0
 
 
-async def test_a_batch_is_one_commit_with_one_feed_row_and_one_lease_check(
+async def test_a_batch_is_one_commit_with_one_feed_row_and_one_check_of_its_lease(
     kv: Watched, store: KvSagaStore, lease: Lease
 ) -> None:
     first = await store.reserve_pks(3)
@@ -279,7 +279,7 @@ async def test_a_batch_is_one_commit_with_one_feed_row_and_one_lease_check(
 
     (commit,) = kv.commits
     assert [key for key, _ in commit["inserts"] if key[0] == "feed"] == [rows.FEED_KEY]
-    assert [check.key[0] for check in commit["checks"]] == ["lease"]
+    assert [check.key[0] for check in commit["checks"]] == ["member"]
     assert commit["reserve"] == {"feed": 6}
 
 
@@ -393,42 +393,42 @@ def test_the_stores_can_be_named_without_loading_a_driver() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-# -- the owner's lock -------------------------------------------------------------------------------------------------
+# -- the feed ---------------------------------------------------------------------------------------------------------
 
 
-async def test_a_second_store_on_one_file_is_refused_while_the_first_is_alive(tmp_path: Path) -> None:
+async def test_a_page_of_the_feed_reads_only_rows_that_have_part_in_it(kv: Watched, store: KvSagaStore) -> None:
+    lease = await store.acquire("worker-1", now=NOW)
+    instance = await started(store, lease, "o-1")
+    for _ in range(40):
+        await write(store, lease, UnitOfWork(part=0, events=(event_of(instance),) * 10))
+    entries: list[Entry] = []
+    scan = kv.scan
+
+    async def counted(*args: Any, **named: Any) -> list[Entry]:
+        found = await scan(*args, **named)
+        entries.extend(found)
+        return found
+
+    kv.scan = counted  # type: ignore[method-assign]
+
+    found = await store.feed(after=95, limit=10)
+
+    assert [number for number, _ in found] == list(range(96, 106))
+    assert [entry.key for entry in entries] == [("feed", 91), ("feed", 101)]
+
+
+async def test_the_store_asks_its_keys_for_the_commits_of_others(tmp_path: Path) -> None:
     path = tmp_path / "saga.db"
-    first = KvSagaStore(await SqliteKeyValue.open(path), owner=OwnerLock(path))
-    second = KvSagaStore(await SqliteKeyValue.open(path), owner=OwnerLock(path))
-    lease = await first.acquire("worker-1", now=NOW)
+    one = KvSagaStore(await SqliteKeyValue.open(path))
+    other = KvSagaStore(await SqliteKeyValue.open(path))
+    await one.open()
+    before = one.others_version()
 
-    with pytest.raises(StoreInUse, match="this very process"):
-        await second.acquire("worker-2", now=NOW)
+    await one.put_definitions([])
+    after_own = one.others_version()
+    await other.put_definitions([RegisteredDefinition("orders", 1, "f1", {}, NOW)])
 
-    await write(first, lease, UnitOfWork(part=0, inbox_add=(envelope_of("o-1", "m-1"),)))
-    await first.release(lease)
-    assert (await second.acquire("worker-2", now=NOW)).epoch == lease.epoch + 1
-    await first.close()
-    await second.close()
-
-
-async def test_closing_a_store_lets_the_next_one_in(tmp_path: Path) -> None:
-    path = tmp_path / "saga.db"
-    first = KvSagaStore(await SqliteKeyValue.open(path), owner=OwnerLock(path))
-    await first.acquire("worker-1", now=NOW)
-    await first.close()
-
-    second = KvSagaStore(await SqliteKeyValue.open(path), owner=OwnerLock(path))
-    await second.acquire("worker-2", now=NOW)
-
-    await second.close()
-
-
-async def test_a_store_that_fails_to_acquire_keeps_nobody_out(tmp_path: Path, kv: Watched) -> None:
-    lock = OwnerLock(tmp_path / "saga.db")
-    kv.error = BackendUnavailable("no space left")
-
-    with pytest.raises(BackendUnavailable):
-        await KvSagaStore(kv, owner=lock).acquire("worker-1", now=NOW)
-
-    assert not lock.is_taken
+    assert before == after_own
+    assert one.others_version() != after_own
+    await one.close()
+    await other.close()

@@ -431,6 +431,14 @@ class SqliteKeyValue:
             self._refuse_if_unusable()
         return self._watches.add(prefix)
 
+    def others_version(self) -> int:
+        """A number that changes when another connection has committed to the file; asking takes some 2 us."""
+        self._refuse_if_unusable()
+        try:
+            return int(self._execute("PRAGMA data_version").fetchall()[0][0])
+        except apsw.Error as cause:
+            self._fail(cause, "read")
+
     async def close(self) -> None:
         """Moves what the log holds into the file and lets go of it; closing twice is no error."""
         if self._is_closed:

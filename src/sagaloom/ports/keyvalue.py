@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
-__all__ = ["Check", "Committed", "Conflicted", "Entry", "Key", "KeyPart", "KeyValue", "Slot"]
+__all__ = ["Check", "Committed", "Conflicted", "Entry", "Key", "KeyPart", "KeyValue", "SeesOthers", "Slot"]
 
 
 class Slot(NamedTuple):
@@ -116,4 +116,15 @@ class KeyValue(Protocol):
 
     async def close(self) -> None:
         """Releases the file, connection or pool. Closing twice is no error."""
+        ...
+
+
+@runtime_checkable
+class SeesOthers(Protocol):
+    """What a store, of keys or of sagas, can do that knows when another process has written to it. Optional: whoever
+    has to notice the commits of others reads now and then where it is missing."""
+
+    def others_version(self) -> int | None:
+        """A number that is another one after each commit of somebody else: cheap enough to be asked ten times a second,
+        and touching no table. One's own commits leave it as it is. None: it cannot tell after all."""
         ...

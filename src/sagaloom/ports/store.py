@@ -11,7 +11,11 @@ Guarantees every implementation gives, and `sagaloom.testing.contracts` checks:
 - a unit conflicts, and nothing of it is written, when the run it writes is not at `revision - 1` with the `entries`
   it expects (I2), when its mark is already there (I4), or when the row it claims to consume (inbox, timer, outbox,
   dead letter) is gone (I3, I4);
-- a commit under a stale lease writes nothing and raises `Fenced` (I7).
+- a commit under a lease that is over writes nothing and raises `Fenced` (I7);
+- several processes may write at once. Each holds some of the partitions, and is the only one that changes instances in
+  them or consumes their rows. Everybody may *bring* messages to any partition: a unit that only adds inbox rows, with
+  the head and the mark that go with them. Its holder finds them through `arrivals`, and what it decides without knowing
+  of one conflicts (`behind`): so the order of acceptance holds whoever accepted.
 
 What we dislike about it: the reads are many. They are here because people look at sagas in many ways, and a store
 that cannot answer them is not inspectable.
@@ -19,7 +23,7 @@ that cannot answer them is not inspectable.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -36,12 +40,14 @@ from sagaloom.engine.records import (
     Mark,
     OutboxEffect,
     PendingTimer,
+    ScheduleCursor,
     Timer,
 )
 
 __all__ = [
     "CommitResult",
     "Conflict",
+    "Holding",
     "InboxRow",
     "InstanceFilter",
     "Lease",
@@ -76,6 +82,16 @@ class Lease(msgspec.Struct, frozen=True):
 
     holder: str
     epoch: int
+
+
+class Holding(msgspec.Struct, frozen=True):
+    """How a worker stands among the others: the partitions it holds now, those of them that are new, how many it holds
+    above its fair share, and whether anybody else writes to the store."""
+
+    parts: frozenset[int]
+    gained: frozenset[int] = frozenset()
+    excess: int = 0
+    is_shared: bool = False
 
 
 class Loaded(NamedTuple):
@@ -125,9 +141,10 @@ class UnitOfWork(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 class Conflict(msgspec.Struct, frozen=True):
     """Why a unit was not written. `revision`: load again and decide again. `mark`: seen before. `gone`: consumed
-    by somebody else. `refused`: no store can write it (too large, not encodable, no legal step): do not try again."""
+    by somebody else. `refused`: no store can write it (too large, not encodable, no legal step): do not try again.
+    `behind`: something older of its instance has arrived, see `arrivals`. `moved`: its partition is not held here."""
 
-    kind: Literal["revision", "mark", "gone", "refused"]
+    kind: Literal["revision", "mark", "gone", "refused", "behind", "moved"]
     what: str
 
 
@@ -186,10 +203,41 @@ class SagaStore(Protocol):
         ...
 
     async def acquire(self, holder: str, *, now: datetime) -> Lease:
-        """Takes the store for writing, with an epoch above every earlier one; refuses while a live process has it."""
+        """Takes every partition from whoever has it, with an epoch above every earlier one: for tests and repairs."""
         ...
 
-    async def release(self, lease: Lease) -> None: ...
+    async def join(self, holder: str, *, works: bool = True) -> Lease:
+        """Enters among those who write. A worker gets its partitions by `tend`; who does not work only brings messages.
+        Joining again under one name ends the earlier lease."""
+        ...
+
+    async def tend(self, lease: Lease, *, give_up: Collection[int] = ()) -> Holding:
+        """Gives partitions up, buries the dead, and takes what is free, up to a fair share. Raises `Fenced` when the
+        lease is over."""
+        ...
+
+    @property
+    def is_shareable(self) -> bool:
+        """Whether several processes can work on it side by side; if not, the later one takes everything."""
+        ...
+
+    def stands(self) -> bool:
+        """Shows that we live, and says whether nothing has changed among the others since `tend`. Asked every moment:
+        it touches no table."""
+        ...
+
+    def has_news(self) -> bool:
+        """Whether another process has written since this was last asked; may say so when none has."""
+        ...
+
+    async def arrivals(self, lease: Lease, *, limit: int = 1_000) -> list[InboxRow]:
+        """Messages in the partitions held that were not handed out before and did not come with a commit of ours, in
+        order; at first all that wait there. Ask until there are none."""
+        ...
+
+    async def release(self, lease: Lease) -> None:
+        """Gives everything up and leaves."""
+        ...
 
     async def reserve_pks(self, count: int) -> int:
         """The first of `count` fresh surrogate numbers. Gaps are harmless."""
@@ -221,8 +269,10 @@ class SagaStore(Protocol):
 
     async def inbox_rows(self, refs: Sequence[RowRef]) -> list[Envelope | None]: ...
 
-    async def outbox_page(self, *, after: RowRef | None, limit: int) -> list[OutboxRow]:
-        """Effects that have not been settled, in (partition, number) order."""
+    async def outbox_page(
+        self, *, after: RowRef | None, limit: int, parts: Collection[int] | None = None
+    ) -> list[OutboxRow]:
+        """Effects that have not been settled, in (partition, number) order; of `parts`, else of all."""
         ...
 
     async def outbox_rows(self, refs: Sequence[RowRef]) -> list[OutboxEffect | None]: ...
@@ -231,6 +281,19 @@ class SagaStore(Protocol):
         self, *, due_by: datetime | None = None, after: PendingTimer | None = None, limit: int = 100
     ) -> list[Timer]:
         """Timers in the order of (due_at, id), at most those due by `due_by`."""
+        ...
+
+    async def timer(self, timer_id: str) -> Timer | None:
+        """The timer of this id. It may have to look at all of them: for operators."""
+        ...
+
+    async def schedule_cursors(self) -> list[ScheduleCursor]:
+        """How far each schedule has come, by saga id."""
+        ...
+
+    async def put_schedule_cursor(self, cursor: ScheduleCursor, *, replaces: ScheduleCursor | None) -> bool:
+        """Writes `cursor` if what is stored for its saga is `replaces` (None: nothing is), and says whether it did: of
+        two who move a schedule on from one place, one does. Needs no lease."""
         ...
 
     # What people read.
@@ -266,6 +329,12 @@ class SagaStore(Protocol):
 
     async def feed_bounds(self) -> tuple[int, int]:
         """The oldest and the newest feed number that are kept; (1, 0) when there is none."""
+        ...
+
+    async def prune_feed(self, *, before: int, limit: int) -> int:
+        """Forgets the oldest commits of the feed whose events are all numbered below `before`, at most `limit` of them
+        in one commit, and returns how many that were. The newest one stays, so that its number is known. Needs no
+        lease."""
         ...
 
     async def put_definitions(self, definitions: Sequence[RegisteredDefinition]) -> None: ...

@@ -1,11 +1,14 @@
 """What waits for the receiver, in memory: an index over the inbox that knows whose turn it is.
 
-    queue   deliveries in the order of acceptance; what `take` gives out
-    held    keys whose starter failed: nothing behind it can be applied before it, so the rest of the key waits here
+    rows    deliveries that the store has, in the order of acceptance; what `take` gives out first
+    doors   deliveries that nobody has acknowledged yet; they get their turn when every row has had its own
+    held    keys whose starter failed: nothing behind it can be applied before it, so the rest of the key waits here;
+            so do messages to a paused run, until it goes on
     aside   messages whose attempt failed and that hold nobody up; they come back when they are due, and are offered
             in between whenever their instance has moved
 
-The order within a key is the order of acceptance (I9); only a message that stands aside is overtaken.
+The order within a key is the order of acceptance (I9); only a message that stands aside is overtaken. Rows go before
+doors because some of them were accepted by other processes, and are found later than they came.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from datetime import datetime
 
 from sagaloom.runtime.deliveries import Delivery, InstanceKey
@@ -25,7 +28,8 @@ class Backlog:
     """The waiting deliveries of one receiver."""
 
     def __init__(self) -> None:
-        self._queue: deque[Delivery] = deque()
+        self._rows: deque[Delivery] = deque()
+        self._doors: deque[Delivery] = deque()
         self._starters: dict[InstanceKey, Delivery] = {}
         self._behind: dict[InstanceKey, list[Delivery]] = {}
         self._aside: dict[InstanceKey, list[Delivery]] = {}
@@ -35,43 +39,70 @@ class Backlog:
 
     def __len__(self) -> int:
         """How many could be taken now."""
-        return len(self._queue)
+        return len(self._rows) + len(self._doors)
 
     @property
     def waiting(self) -> int:
         """How many wait in all, for their turn, a starter or their next attempt."""
-        return len(self._queue) + len(self._due) + self._lined_up
+        return len(self._rows) + len(self._doors) + len(self._due) + self._lined_up
 
     def add(self, delivery: Delivery) -> None:
-        self._queue.append(delivery)
+        if delivery.row is None and delivery.timer is None:
+            self._doors.append(delivery)
+        else:
+            self._rows.append(delivery)
 
     def put_back(self, deliveries: Sequence[Delivery]) -> None:
-        """Gives deliveries the first places of the queue, in their order."""
-        self._queue.extendleft(reversed(deliveries))
+        """Gives deliveries the first places of their queue, in their order."""
+        for delivery in reversed(deliveries):
+            (self._doors if delivery.enters else self._rows).appendleft(delivery)
 
     def take(self, most: int) -> list[Delivery]:
-        queue = self._queue
-        if len(queue) <= most:
-            taken = list(queue)
-            queue.clear()
-            return taken
-        return [queue.popleft() for _ in range(most)]
+        """The next deliveries, `most` at the most; none from the doors while a row is left."""
+        taken = _taken(self._rows, most)
+        if len(taken) < most and self._doors:
+            if not taken:
+                return _taken(self._doors, most)
+            taken += _taken(self._doors, most - len(taken))
+        return taken
+
+    def drop(self, parts: Collection[int]) -> list[Delivery]:
+        """Forgets what waits in `parts`, which somebody else holds now, and returns it; doors stay."""
+        dropped = [each for each in self._everything() if not each.enters and each.part in parts]
+        if not dropped:
+            return dropped
+        gone = set(map(id, dropped))
+        self._rows = deque(each for each in self._rows if id(each) not in gone)
+        for delivery in dropped:
+            self._lined_up -= delivery.is_lined_up
+            delivery.is_aside = delivery.is_lined_up = False
+        self._starters = {key: each for key, each in self._starters.items() if id(each) not in gone}
+        for standing in (self._behind, self._aside):
+            for key in list(standing):
+                left = [each for each in standing[key] if id(each) not in gone]
+                if left:
+                    standing[key] = left
+                else:
+                    del standing[key]
+        return dropped
 
     def oldest(self) -> Delivery | None:
-        return self._queue[0] if self._queue else None
+        queue = self._rows or self._doors
+        return queue[0] if queue else None
 
     def is_held(self, delivery: Delivery) -> bool:
         """Whether a failing starter of its key stands before this delivery."""
         starter = self._starters.get(delivery.key)
-        return starter is not None and starter is not delivery and not delivery.envelope.opens_run
+        return starter is not None and starter is not delivery and not delivery.passes
 
     def hold(self, starter: Delivery) -> None:
-        """Keeps the key of a failed starter until `release`; the starter itself comes back when it is due."""
+        """Keeps the key of a failed starter until that has moved its instance, or is given up. The starter itself comes
+        back when it is due."""
         self._starters[starter.key] = starter
         self._await_due(starter)
 
     def wait_behind(self, delivery: Delivery) -> None:
-        """Lines a delivery up behind the starter that holds its key."""
+        """Lines a delivery up behind the starter that holds its key, or the pause of its run."""
         delivery.is_lined_up = True
         self._behind.setdefault(delivery.key, []).append(delivery)
         self._lined_up += 1
@@ -101,6 +132,17 @@ class Backlog:
         if self._starters.get(key) is not by:
             return []
         del self._starters[key]
+        return self._fall_out(key)
+
+    def release(self, keys: Iterable[InstanceKey]) -> list[Delivery]:
+        """Takes out what is lined up for keys that no starter holds, in order. Those that still have to wait line up
+        again when it is their turn, so asking them once too often does no harm."""
+        if not self._behind:
+            return []
+        free = [key for key in dict.fromkeys(keys) if key not in self._starters]
+        return [delivery for key in free for delivery in self._fall_out(key)]
+
+    def _fall_out(self, key: InstanceKey) -> list[Delivery]:
         behind = self._behind.pop(key, [])
         for delivery in behind:
             delivery.is_lined_up = False
@@ -119,7 +161,7 @@ class Backlog:
                 standing.remove(delivery)
                 if not standing:
                     del self._aside[delivery.key]
-            self._queue.append(delivery)
+            self._rows.append(delivery)
         return self._due[0][0] if self._due else None
 
     def clear(self) -> list[Delivery]:
@@ -129,7 +171,8 @@ class Backlog:
         return everything
 
     def _everything(self) -> Iterator[Delivery]:
-        yield from self._queue
+        yield from self._rows
+        yield from self._doors
         yield from self._starters.values()
         for lined_up in (*self._behind.values(), *self._aside.values()):
             yield from lined_up
@@ -138,3 +181,11 @@ class Backlog:
         assert delivery.envelope.due_at is not None
         delivery.is_aside = True
         heapq.heappush(self._due, (delivery.envelope.due_at, next(self._count), delivery))
+
+
+def _taken(queue: deque[Delivery], most: int) -> list[Delivery]:
+    if len(queue) <= most:
+        taken = list(queue)
+        queue.clear()
+        return taken
+    return [queue.popleft() for _ in range(most)]

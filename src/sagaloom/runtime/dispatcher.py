@@ -21,7 +21,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from datetime import datetime, timedelta
 from typing import Any, ClassVar, Literal
 
@@ -30,14 +30,15 @@ import msgspec
 from sagaloom.clock import Clock
 from sagaloom.codec import encode_any
 from sagaloom.engine.correlation import dead_letter_id
-from sagaloom.engine.records import DeadLetter, Envelope, OutboxEffect
+from sagaloom.engine.records import DeadLetter, Envelope, FeedEvent, OutboxEffect
 from sagaloom.engine.retrying import backoff, describe, is_retryable, traceback_text
 from sagaloom.errors import DeliveryFailed, SagasError
 from sagaloom.ids import derived_id
 from sagaloom.messages import SagaMessage, as_message
-from sagaloom.ports.store import Conflict, Lease, OutboxRow, RowRef, SagaStore, UnitOfWork
+from sagaloom.ports.store import Conflict, OutboxRow, RowRef, SagaStore, UnitOfWork
 from sagaloom.ports.targets import EffectTarget
 from sagaloom.runtime.alarm import Alarm
+from sagaloom.runtime.counters import Counters
 from sagaloom.runtime.options import RuntimeOptions
 from sagaloom.runtime.receiver import Work
 
@@ -46,6 +47,7 @@ __all__ = ["Dispatcher"]
 _log = logging.getLogger("sagaloom.dispatcher")
 _BODIES_RESIDENT_MAX = 20_000
 _TURNS_BETWEEN_YIELDS = 64
+_GIVING_WAIT = timedelta(seconds=0.25)
 
 
 class _Waiting(msgspec.Struct, gc=False):
@@ -56,12 +58,14 @@ class _Waiting(msgspec.Struct, gc=False):
 
 
 class _Lane(msgspec.Struct):
-    """A lane with at least one effect. Most have only that one, and never need a queue `behind` it."""
+    """A lane with at least one effect. Most have only that one, and never need a queue `behind` it. `is_dropped`: its
+    partition is held by another process now."""
 
     name: str
     head: _Waiting
     behind: deque[_Waiting] | None = None
     state: Literal["ready", "under_way", "backing_off", "stalled"] = "ready"
+    is_dropped: bool = False
 
 
 class _Server(msgspec.Struct):
@@ -95,13 +99,17 @@ class Dispatcher:
         clock: Clock,
         options: RuntimeOptions,
         *,
+        counters: Counters,
         targets: dict[str, EffectTarget],
+        giving: Callable[[], frozenset[int]],
         submit: Callable[[Work], None],
     ) -> None:
         self._store = store
         self._clock = clock
         self._options = options
+        self._counters = counters
         self._targets = targets
+        self._giving = giving
         self._submit = submit
         self._lanes: dict[str, _Lane] = {}
         self._ready: deque[_Lane] = deque()
@@ -126,13 +134,31 @@ class Dispatcher:
 
     # ---------------------------------------------------------------- the role's life
 
-    async def load(self, lease: Lease) -> None:
-        """Reads every unsettled effect of the store into its lane, in order."""
+    async def load(self, parts: Collection[int]) -> None:
+        """Reads every unsettled effect of these partitions into its lane, in order."""
         after: RowRef | None = None
-        while page := await self._store.outbox_page(after=after, limit=1_000):
+        while page := await self._store.outbox_page(after=after, limit=1_000, parts=parts):
             after = page[-1].ref
             self.add(page)
             await asyncio.sleep(0)
+
+    def drop(self, parts: Collection[int]) -> None:
+        """Forgets the lanes of partitions that others hold now. What is under way there ends, and is not settled."""
+        for lane in [lane for lane in self._lanes.values() if lane.head.ref.part in parts]:
+            del self._lanes[lane.name]
+            waiting = [lane.head, *(lane.behind or ())]
+            lane.behind = None
+            if lane.state == "under_way":
+                waiting.pop(0)
+            self.waiting -= len(waiting)
+            self._resident -= sum(each.effect is not None for each in waiting)
+            if lane.state == "ready":
+                self._ready.remove(lane)
+            lane.is_dropped = True
+
+    def is_quiet(self, parts: Collection[int]) -> bool:
+        """Whether no effect of these partitions is under way."""
+        return not any(lane.state == "under_way" and lane.head.ref.part in parts for lane in self._lanes.values())
 
     def add(self, rows: Sequence[tuple[RowRef, OutboxEffect]]) -> None:
         """Lines committed effects up in their lanes."""
@@ -169,6 +195,10 @@ class Dispatcher:
             if self._ready:
                 # One of us wakes the next one, who only gets to run if this delivery has to wait for something.
                 self._nudge()
+            if lane.head.ref.part in self._giving():
+                # Whoever gets this partition begins here; should nobody take it, we look again.
+                self._back_off(lane, self._clock.now() + _GIVING_WAIT)
+                continue
             lane.state = "under_way"
             self._under_way += 1
             try:
@@ -232,8 +262,10 @@ class Dispatcher:
         except Exception as error:  # noqa: BLE001 - whatever a target raises is that attempt's failure, not ours
             self._failed(lane, effect, error)
         else:
+            self._counters.effects[effect.target_kind, "dispatched"] += 1
             self._options.on_step("dispatched")
-            unit = UnitOfWork(part=ref.part, outbox_done=ref, inbox_add=envelopes)
+            happened = _event("saga:effect_dispatched", effect, self._clock.now())
+            unit = UnitOfWork(part=ref.part, outbox_done=ref, inbox_add=envelopes, events=(happened,))
             self._submit(_Served(unit, lane, effect, self._delivered))
 
     async def _within_time(
@@ -299,11 +331,13 @@ class Dispatcher:
         if is_retryable(error, policy) and attempt < policy.maximum_attempts:
             wait = max(backoff(policy, attempt=attempt, message_id=effect.effect_key), _asked_for(error))
             due_at = now + wait
+            self._counters.effects[effect.target_kind, "failed"] += 1
             again = msgspec.structs.replace(effect, attempt=attempt, due_at=due_at, last_error=text)
             unit = UnitOfWork(part=ref.part, outbox_update=OutboxRow(ref, again))
             _log.info("effect to %s:%s failed: %s", effect.target_kind, effect.target_id, text)
             self._submit(_Served(unit, lane, again, self._counted))
             return
+        self._counters.effects[effect.target_kind, "dead_lettered"] += 1
         _log.warning("effect to %s:%s is given up: %s", effect.target_kind, effect.target_id, text)
         given_up = msgspec.structs.replace(effect, attempt=attempt, due_at=None, last_error=text)
         dead_letter = DeadLetter(
@@ -320,12 +354,14 @@ class Dispatcher:
             outbox_part=None if effect.continues_after_dead_letter else ref.part,
             outbox_seq=None if effect.continues_after_dead_letter else ref.seq,
         )
+        happened = (_event("saga:dead_lettered", effect, now, text),)
         if effect.continues_after_dead_letter:
-            unit = UnitOfWork(part=ref.part, outbox_done=ref, dead_letters_add=(dead_letter,))
+            unit = UnitOfWork(part=ref.part, outbox_done=ref, dead_letters_add=(dead_letter,), events=happened)
             self._submit(_Served(unit, lane, given_up, self._settled))
         else:
             stopped = msgspec.structs.replace(given_up, dead_letter_id=dead_letter.id)
-            unit = UnitOfWork(part=ref.part, outbox_update=OutboxRow(ref, stopped), dead_letters_add=(dead_letter,))
+            row = OutboxRow(ref, stopped)
+            unit = UnitOfWork(part=ref.part, outbox_update=row, dead_letters_add=(dead_letter,), events=happened)
             self._submit(_Served(unit, lane, stopped, self._counted))
 
     def _counted(self, lane: _Lane, effect: OutboxEffect, trouble: SagasError | Conflict | None) -> None:
@@ -333,7 +369,7 @@ class Dispatcher:
         self._under_way -= 1
         if isinstance(trouble, SagasError):
             return
-        if trouble is not None:
+        if trouble is not None or lane.is_dropped:
             self._next(lane)
             return
         if lane.head.effect is not None:
@@ -356,7 +392,8 @@ class Dispatcher:
         self.waiting -= 1
         self._resident -= lane.head.effect is not None
         if not lane.behind:
-            self._lanes.pop(lane.name, None)
+            if not lane.is_dropped:
+                self._lanes.pop(lane.name, None)
             return
         lane.head = lane.behind.popleft()
         effect = lane.head.effect
@@ -387,7 +424,7 @@ class Dispatcher:
         now = self._clock.now()
         while self._due and self._due[0][0] <= now:
             _, _, lane = heapq.heappop(self._due)
-            if lane.state == "backing_off":
+            if lane.state == "backing_off" and not lane.is_dropped:
                 self._make_ready(lane)
         if self._due:
             self._alarm.set(self._due[0][0])
@@ -407,6 +444,22 @@ class Dispatcher:
         lane = self._lanes.get(lane_name)
         if lane is not None and lane.state == "stalled":
             self._next(lane)
+
+
+def _event(kind: str, effect: OutboxEffect, now: datetime, detail: str | None = None) -> FeedEvent:
+    return FeedEvent(
+        kind,
+        now,
+        effect.saga_id,
+        effect.key,
+        effect.run,
+        effect.revision,
+        None,
+        f"{effect.target_kind}:{effect.target_id}",
+        effect.message_id,
+        detail,
+        effect.effect_key,
+    )
 
 
 def _asked_for(error: Exception) -> timedelta:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import msgspec
 
-from sagaloom.engine.records import Decision, Envelope, Instance, Mark
+from sagaloom.engine.records import Decision, Envelope, HistoryEntry, Instance, Mark
 from sagaloom.ids import instance_id
-from sagaloom.ports.store import UnitOfWork
+from sagaloom.ports.store import SagaStore, UnitOfWork
 from sagaloom.runtime.deliveries import Delivery
 from sagaloom.runtime.receipts import Outcome
 
-__all__ = ["outcome_of", "outcome_of_duplicate"]
+__all__ = ["outcome_elsewhere", "outcome_of", "outcome_of_duplicate"]
+
+_ENTRIES_SEARCHED = 200
 
 _decode = msgspec.json.Decoder().decode
 
@@ -60,6 +62,39 @@ def outcome_of_duplicate(envelope: Envelope, mark: Mark, instance: Instance | No
         state=_decode(instance.state) if instance is not None and same else None,
         result=_decode(instance.result) if instance is not None and same and instance.result else None,
         reason=f"the same message was accepted before as {mark.message_id}",
+    )
+
+
+async def outcome_elsewhere(store: SagaStore, envelope: Envelope) -> Outcome:
+    """How a message ended that another process was to apply, read from what that one wrote."""
+    saga_id, key = envelope.saga_id, envelope.key
+    (loaded,) = await store.load([(saga_id, key)])
+    instance = loaded.instance
+    if instance is not None and envelope.run is not None and envelope.run != instance.run:
+        instance = await store.load_run(saga_id, key, envelope.run)
+    entry: HistoryEntry | None = None
+    while instance is not None and entry is None:
+        last = await store.history(instance, after_entry=max(0, instance.entries - _ENTRIES_SEARCHED), limit=1_000)
+        entry = next((each for each in reversed(last) if each.message_id == envelope.id), None)
+        if entry is None:
+            # It may have opened, or ended, a run that is not the newest any more.
+            instance = await store.load_run(saga_id, key, instance.run - 1) if instance.run > 1 else None
+    letters = () if entry is not None else await store.dead_letters(saga_id=saga_id, key=key, limit=20)
+    letter = next((each for each in letters if each.envelope is not None and each.envelope.id == envelope.id), None)
+    run = instance.run if instance is not None else envelope.run or 0
+    return Outcome(
+        message_id=envelope.id,
+        instance_id=instance_id(saga_id, key, run),
+        saga_id=saga_id,
+        correlation_key=key,
+        run=run,
+        disposition=entry.disposition if entry is not None else "dead_lettered" if letter is not None else "ignored",
+        status=entry.status_after if entry is not None else None,
+        revision=entry.revision if entry is not None else None,
+        state=_decode(instance.state) if instance is not None else None,
+        effects=tuple(effect.kind for step in entry.steps for effect in step.effects) if entry is not None else (),
+        result=_decode(instance.result) if instance is not None and instance.result else None,
+        reason=entry.reason if entry is not None else letter.reason if letter is not None else None,
     )
 
 

@@ -10,12 +10,19 @@ under way new messages gather, so batches grow with the load by themselves: that
 2. Per (saga, key) the order of the backlog is the order of acceptance (I9). One exception: a message whose attempt
    failed steps aside until it is due, and younger ones go on.
 3. Except a starter that fails: its key is *held*, for nothing can be applied before the instance exists. Messages
-   behind it are accepted into the inbox and wait.
+   behind it are accepted into the inbox and wait. So do messages to a paused run, behind it, until an operator's
+   control ends the pause; what comes after that control in its own batch waits behind them.
 4. A message that stepped aside is offered again after every transition of its instance. An offer that fails costs no
    attempt and writes nothing.
 5. A unit that conflicts drops what is remembered of its instance, and its message goes back in front, in order.
-6. When the store does not answer, the outcome of a commit is unknown: everything remembered is dropped, publishers
+6. Messages to a partition that another process holds are only accepted: their holder finds them. While somebody else
+   writes to the store, what they bring is read between turns, and it goes before everything that is not accepted yet.
+7. When the store does not answer, the outcome of a commit is unknown: everything remembered is dropped, publishers
    are told to try again under the same id, rows are decided again, and nothing is accepted until a probe succeeds.
+
+Partitions come and go between turns, never within one. What comes is loaded whole; of what goes, everything that was
+remembered is dropped, for the store has it. A lease that is over (another process thought us dead) is all partitions
+gone at once, and a new start.
 
 What we dislike about it: one commit is under way at a time, so a store with a slow round trip is not kept busy.
 """
@@ -26,18 +33,19 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from datetime import datetime
-from itertools import islice
-from typing import ClassVar, Protocol
+from itertools import chain, islice
+from typing import ClassVar, Final, Protocol
 
 import msgspec
 
 from sagaloom.clock import Clock
+from sagaloom.engine.controls import ends_pause
 from sagaloom.engine.correlation import DefinitionSet, dead_letter_id, route
-from sagaloom.engine.decide import DecideContext, decide
+from sagaloom.engine.decide import DecideContext, decide, steer
 from sagaloom.engine.lifecycle import is_terminal
-from sagaloom.engine.records import DeadLetter, Decision, Envelope, Head, Instance, Mark, OutboxEffect, Timer
+from sagaloom.engine.records import DeadLetter, Decision, Envelope, FeedEvent, Head, Instance, Mark, OutboxEffect, Timer
 from sagaloom.engine.retrying import traceback_text
 from sagaloom.errors import BackendUnavailable, Fenced, IdempotencyKeyReused, SagasError, StoreCorrupt
 from sagaloom.ids import content_digest, key_hash, partition_of
@@ -45,17 +53,24 @@ from sagaloom.ports.store import CommitResult, Conflict, InboxRow, Lease, Loaded
 from sagaloom.runtime.alarm import Alarm
 from sagaloom.runtime.backlog import Backlog
 from sagaloom.runtime.cache import Hot, HotInstances
+from sagaloom.runtime.counters import Counters
 from sagaloom.runtime.deliveries import Delivery, InstanceKey, unit_of_accept, unit_of_decision, unit_of_loss
 from sagaloom.runtime.options import RuntimeOptions, no_step
-from sagaloom.runtime.outcomes import outcome_of, outcome_of_duplicate
+from sagaloom.runtime.outcomes import outcome_elsewhere, outcome_of, outcome_of_duplicate
 from sagaloom.runtime.receipts import Outcome
 
-__all__ = ["Receiver", "Work"]
+__all__ = ["DISCARD", "REDRIVE", "Receiver", "Work"]
+
+REDRIVE: Final = "saga:redrive"
+DISCARD: Final = "saga:discard"
+_REPAIRS: Final = frozenset((REDRIVE, DISCARD))
 
 _log = logging.getLogger("sagaloom.receiver")
 _PKS_AT_ONCE = 1_000
 _MARKS_REMEMBERED = 50_000
 _PAUSE_SECONDS_MAX = 1.0
+_MOMENT_SECONDS = 0.0005
+_GIVE_UP_SECONDS = 1.0
 _UNSEEN = Hot(None, None)
 
 
@@ -98,16 +113,28 @@ class Receiver:
         clock: Clock,
         options: RuntimeOptions,
         *,
+        counters: Counters,
+        holder: str,
         definitions: Callable[[], DefinitionSet],
+        on_holding: Callable[[frozenset[int], frozenset[int]], Awaitable[None]],
+        is_quiet: Callable[[Collection[int]], bool],
+        on_repair: Callable[[Delivery], None],
         on_effects: Callable[[Sequence[tuple[RowRef, OutboxEffect]]], None],
         on_timers: Callable[[Sequence[Timer]], None],
+        on_commit: Callable[[int], None],
     ) -> None:
         self._store = store
         self._clock = clock
         self._options = options
+        self._counters = counters
+        self._holder = holder
         self._definitions = definitions
+        self._on_holding = on_holding
+        self._is_quiet = is_quiet
+        self._on_repair = on_repair
         self._on_effects = on_effects
         self._on_timers = on_timers
+        self._on_commit = on_commit
         self._backlog = Backlog()
         self._work: deque[Work] = deque()
         self._alarm = Alarm(clock, self._bring_back)
@@ -115,6 +142,16 @@ class Receiver:
         self._marks: dict[tuple[int, str], Mark] = {}
         self._pks: list[int] = []
         self._lease: Lease | None = None
+        self.parts: frozenset[int] = frozenset()
+        """The partitions that are ours; the messages of all others we only accept."""
+        self.is_shared = False
+        """Whether somebody else writes to the store."""
+        self._giving: frozenset[int] = frozenset()
+        self._give_up_at: float | None = None
+        self._must_tend = False
+        self._must_look = False
+        self._abroad: dict[RowRef, Delivery] = {}
+        """Accepted messages of partitions that others hold, for whose end somebody waits here."""
         self._wake: asyncio.Future[None] | None = None
         self._is_turning = False
         self._failures = 0
@@ -143,7 +180,7 @@ class Receiver:
     @property
     def is_idle(self) -> bool:
         """Whether nothing is waiting that could be done now (messages between two attempts are not)."""
-        return not self._backlog and not self._work and not self._is_turning
+        return not (self._backlog or self._work or self._is_turning or self._must_look)
 
     def oldest_waiting(self) -> datetime | None:
         """When the message whose turn is next was accepted."""
@@ -152,21 +189,28 @@ class Receiver:
 
     # ---------------------------------------------------------------- the role's life
 
-    async def load(self, lease: Lease) -> None:
-        """Reads every inbox row of the store into the backlog, in order."""
-        self._lease = lease
-        after: RowRef | None = None
-        while page := await self._store.inbox_page(after=after, limit=1_000):
-            after = page[-1].ref
-            await self._add_rows(page)
-            await asyncio.sleep(0)
+    async def start(self) -> None:
+        """Enters among those who write to the store, and takes and loads its share of it."""
+        await self._tend()
+
+    async def leave(self) -> None:
+        """Gives everything up, so that others need not find out."""
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            await self._store.release(lease)
+
+    def attend(self, *, standing: bool) -> None:
+        """Has the next turn read what others have brought, and with `standing` also see who holds what."""
+        self._must_look = True
+        self._must_tend = self._must_tend or standing
+        self._rouse()
 
     async def run(self) -> None:
         """Turns until cancelled, or until another process has taken the store over."""
         loop = asyncio.get_running_loop()
         while True:
             # While the store is in trouble nothing new is let in, so nobody but us would ever try it again.
-            if not self._backlog and not self._work and self.problem is None:
+            if not (self._backlog or self._work or self._must_look or self.problem is not None):
                 self._wake = loop.create_future()
                 await self._wake
                 self._wake = None
@@ -175,8 +219,9 @@ class Receiver:
                 await self._turn()
             finally:
                 self._is_turning = False
-            # Publishers that were just answered get to offer their next message before the next batch is taken.
-            await asyncio.sleep(0)
+            # Publishers that were just answered get to offer their next message before the next batch is taken. And of
+            # two processes that commit in a loop one starves, unless each gives the other a moment.
+            await asyncio.sleep(_MOMENT_SECONDS if self.is_shared else 0)
 
     def close(self, error: SagasError) -> None:
         """Answers everybody who still waits. What has a row stays in the store; what has none was never accepted."""
@@ -186,6 +231,9 @@ class Receiver:
         for work in self._work:
             work.done(error)
         self._work.clear()
+        for delivery in self._abroad.values():
+            _refuse(delivery, error)
+        self._abroad.clear()
         self._hot.clear()
 
     def _rouse(self) -> None:
@@ -201,10 +249,16 @@ class Receiver:
     # ---------------------------------------------------------------- one turn
 
     async def _turn(self) -> None:
-        batch = self._backlog.take(self._options.batch_max)
-        works = self._take_works()
-        self._options.on_step("claimed")
+        batch: list[Delivery] = []
+        works: list[Work] = []
         try:
+            if self._must_tend or self._lease is None:
+                await self._tend()
+            elif self._must_look:
+                await self._look()
+            batch = self._backlog.take(self._options.batch_max)
+            works = self._take_works()
+            self._options.on_step("claimed")
             if self.problem is not None:
                 await self._store.probe()
                 self.problem, self._failures = None, 0
@@ -224,6 +278,7 @@ class Receiver:
             _log.exception("a turn has failed")
             await self._cannot_commit(batch, works, BackendUnavailable(f"a turn has failed: {error!r}"))
             return
+        self._on_commit(result.feed_base)
         await self._follow_up(planned, works, result)
 
     def _take_works(self) -> list[Work]:
@@ -240,7 +295,7 @@ class Receiver:
         now = self._clock.now()
         definitions = self._definitions()
         seen: dict[tuple[int, str], Mark] = {}
-        holding: set[InstanceKey] = set()
+        holding: set[InstanceKey] = set()  # The keys whose next messages of this batch have to wait.
         planned: list[_Planned] = []
         for delivery in batch:
             key, envelope = delivery.key, delivery.envelope
@@ -252,8 +307,15 @@ class Receiver:
                 if mark is not None:
                     self._answer_duplicate(delivery, mark, known.instance, is_in_batch=where in seen)
                     continue
-            if self._backlog.is_held(delivery) or (key in holding and not envelope.opens_run):
-                if delivery.row is not None:
+            if head.part not in self.parts:
+                unit = unit_of_accept(delivery, head, known.head)
+                newest[key] = Hot(head, known.instance)
+                step = _Planned(delivery, unit, None, None)
+            elif envelope.origin == "operator" and envelope.type in _REPAIRS:
+                self._on_repair(delivery)
+                continue
+            elif self._backlog.is_held(delivery) or (key in holding and not delivery.passes):
+                if not delivery.enters:
                     self._backlog.wait_behind(delivery)
                     continue
                 unit = unit_of_accept(delivery, head, known.head)
@@ -267,11 +329,17 @@ class Receiver:
                 if delivery.is_offer and decision.disposition == "pending":
                     self._put_aside(delivery)
                     continue
-                if key in corrupt:
+                if decision.disposition == "deferred" and not delivery.enters:
+                    self._backlog.wait_behind(delivery)  # A timer keeps its row, so that it can still be cancelled.
+                    continue
+                if decision.disposition == "deferred":
+                    unit = unit_of_accept(delivery, head, known.head)
+                    step = _Planned(delivery, unit, None, Hot(head, known.instance))
+                elif key in corrupt:
                     step = _Planned(delivery, unit_of_loss(delivery, decision), decision, None)
                 else:
                     step = self._plan_decision(delivery, decision, known, head, addressed, definitions, now)
-            if step.holds:
+            if step.holds or (envelope.origin == "operator" and ends_pause(envelope)):
                 holding.add(key)
             if step.unit.mark is not None:
                 seen[head.pk, step.unit.mark.dedupe_key] = step.unit.mark
@@ -291,6 +359,8 @@ class Receiver:
     ) -> Decision:
         envelope = delivery.envelope
         definition = definitions.get(envelope.saga_id)
+        if definition is None and corrupt is None and envelope.origin == "operator":
+            return steer(addressed, envelope, DecideContext(now, head, self._options.limits))
         if definition is None or corrupt is not None or delivery.refusal is not None:
             return _give_up(envelope, now, corrupt or delivery.refusal or _vanished(envelope.saga_id))
         typed, delivery.typed = delivery.typed, None
@@ -357,12 +427,90 @@ class Receiver:
             # The first one is in this very batch: its commit has to come before anybody hears of it.
             self._backlog.add(delivery)
         else:
+            self._counters.decided[envelope.saga_id]["duplicate"] += 1
             _answer(delivery, outcome_of_duplicate(envelope, mark, instance))
+
+    # ---------------------------------------------------------------- what is ours
+
+    async def _tend(self) -> None:
+        """Enters if we have to, and takes and gives partitions."""
+        self._must_tend = False
+        try:
+            if self._lease is None:
+                self._lease = await self._store.join(self._holder, works=self._options.works)
+            if self._options.works:
+                given = self._giving if self._may_give_up() else frozenset[int]()
+                holding = await self._store.tend(self._lease, give_up=given)
+                self.is_shared = holding.is_shared
+                await self._hold(holding.parts)
+                if given or not holding.excess:
+                    self._giving, self._give_up_at = frozenset(), None
+                elif not self._giving:
+                    self._giving = frozenset(sorted(self.parts)[-holding.excess :])
+                    self._give_up_at = asyncio.get_running_loop().time() + _GIVE_UP_SECONDS
+            await self._look()
+        except BaseException:
+            self._must_tend = True
+            raise
+
+    def _may_give_up(self) -> bool:
+        """Whether nothing is under way in the partitions that are to go, or has been for long enough."""
+        if self._give_up_at is None:
+            return False
+        return self._is_quiet(self._giving) or asyncio.get_running_loop().time() >= self._give_up_at
+
+    @property
+    def giving(self) -> frozenset[int]:
+        """Partitions that others shall have when what is under way in them has ended: nothing new begins there."""
+        return self._giving
+
+    async def _hold(self, parts: frozenset[int]) -> None:
+        """Makes `parts` what is ours: drops what is remembered of others."""
+        gained, lost = parts - self.parts, self.parts - parts
+        self.parts = parts
+        if not gained and not lost:
+            return
+        # Of a partition that comes back, what was remembered when it went may not be true any more.
+        self._hot.clear()
+        self._marks.clear()
+        for delivery in self._backlog.drop(lost):
+            if delivery.row is not None and delivery.settled is not None:
+                self._abroad[delivery.row] = delivery
+        _log.info("%s holds %d partitions (%d new, %d gone)", self._holder, len(parts), len(gained), len(lost))
+        await self._on_holding(gained, lost)
+
+    async def _look(self) -> None:
+        """Reads what others have brought for us, and how messages ended that we brought to others."""
+        self._must_look = False
+        assert self._lease is not None
+        try:
+            while rows := await self._store.arrivals(self._lease):
+                await self._add_rows(rows)
+                await asyncio.sleep(0)
+            if self._abroad:
+                await self._look_abroad()
+        except BaseException:
+            self._must_look = True
+            raise
+
+    async def _look_abroad(self) -> None:
+        waiting = {ref: each for ref, each in self._abroad.items() if each.settled is not None}
+        self._abroad = {ref: each for ref, each in waiting.items() if each.settled and not each.settled.done()}
+        refs = list(self._abroad)
+        for ref, envelope in zip(refs, await self._store.inbox_rows(refs), strict=True):
+            if envelope is None:
+                delivery = self._abroad.pop(ref)
+                _answer(delivery, await outcome_elsewhere(self._store, delivery.envelope))
+
+    @property
+    def looks_abroad(self) -> bool:
+        """Whether somebody here waits for what another process does."""
+        return bool(self._abroad)
 
     # ---------------------------------------------------------------- after the commit
 
     async def _follow_up(self, planned: list[_Planned], works: list[Work], result: CommitResult) -> None:
-        rows = _NewRows(result, self._backlog)
+        rows = _NewRows(result, self._backlog, self.parts)
         conflicts = result.conflicts
         accepted: list[_Planned] = []
         decided: list[_Planned] = []
@@ -376,9 +524,11 @@ class Receiver:
                 self._on_timers(unit.timers_add)
             if each.hot is not None:
                 self._hot.put(each.delivery.key, each.hot)
-            if unit.mark is not None:
+            if unit.mark is not None and unit.part in self.parts:
+                # Marks of partitions that others hold may be taken back without our hearing of it.
                 self._remember(unit.mark_pk, unit.mark)
             (decided if each.decision is not None else accepted).append(each)
+        self._counters.committed(chain(accepted, decided), conflicts=len(conflicts))
         for number, work in enumerate(works, len(planned)):
             if number not in conflicts and (work.unit.inbox_add or work.unit.outbox_add):
                 rows.take(work.unit)
@@ -407,6 +557,8 @@ class Receiver:
         assert decision is not None
         if delivery.answered is not None or delivery.settled is not None:
             _answer(delivery, outcome_of(delivery, decision, each.unit, detailed=delivery.settled is not None))
+        if delivery.envelope.origin == "operator" and ends_pause(delivery.envelope):
+            self._backlog.put_back(self._backlog.release([delivery.key]))
         if decision.disposition == "applied":
             self._backlog.moved(delivery.key, delivery)
         else:
@@ -423,7 +575,10 @@ class Receiver:
             successor.settled = delivery.settled
         if delivery.answered is not None and not delivery.answered.done():
             delivery.answered.set_result(outcome_of(delivery, each.decision, each.unit, detailed=False))
-        if each.decision is None:
+        if successor.row is not None and successor.row.part not in self.parts:
+            if successor.settled is not None:
+                self._abroad[successor.row] = successor
+        elif each.decision is None:
             self._backlog.wait_behind(successor)
         elif each.holds:
             self._backlog.hold(successor)
@@ -441,6 +596,13 @@ class Receiver:
                 continue
             delivery, unit = planned[number].delivery, planned[number].unit
             self._hot.drop(delivery.key)
+            if conflict.kind in ("behind", "moved"):
+                self.attend(standing=conflict.kind == "moved")
+                if delivery.enters or conflict.kind == "behind":
+                    again.append(delivery)
+                elif delivery.row is not None and delivery.settled is not None:
+                    self._abroad[delivery.row] = delivery
+                continue
             if conflict.kind == "gone":
                 # Somebody else consumed its row: whatever it asked for has been done there.
                 _refuse(delivery, BackendUnavailable(f"message {delivery.envelope.id} was taken over elsewhere"))
@@ -457,16 +619,22 @@ class Receiver:
                     if mark is not None:
                         self._remember(unit.mark_pk, mark)
             again.append(delivery)
-        self._backlog.put_back(again)
+        # Some may have lined up behind one that was not written after all.
+        keys = [each.delivery.key for number, each in enumerate(planned) if number in conflicts]
+        self._backlog.put_back(again + self._backlog.release(keys))
 
     async def _cannot_commit(self, batch: list[Delivery], works: list[Work], error: SagasError) -> None:
+        self._counters.commits_failed += 1
         self._hot.clear()
         self._marks.clear()
+        if isinstance(error, Fenced) and self._store.is_shareable:
+            await self._start_over(batch, works, error)
+            return
         rows = [each for each in batch if not (each.enters or each.is_aside or each.is_lined_up)]
         for delivery in batch:
             if delivery.enters:
                 _refuse(delivery, error)
-        self._backlog.put_back(rows)
+        self._backlog.put_back(rows + self._backlog.release(delivery.key for delivery in batch))
         for work in works:
             if not work.is_patient:
                 work.done(error)
@@ -479,6 +647,17 @@ class Receiver:
         self.problem = error
         self._failures += 1
         await asyncio.sleep(min(0.02 * 2**self._failures, _PAUSE_SECONDS_MAX))
+
+    async def _start_over(self, batch: list[Delivery], works: list[Work], error: Fenced) -> None:
+        """Another process took us for dead and has our partitions. Nothing of this turn was written: what is in the
+        store is theirs now, what came through a door is still to be accepted."""
+        _log.warning("%s", error.message)
+        self._backlog.put_back(batch)
+        for work in works:
+            work.done(Conflict("moved", error.message) if work.is_patient else error)
+        self._lease = None
+        self._giving, self._give_up_at = frozenset(), None
+        await self._hold(frozenset())
 
     # ---------------------------------------------------------------- small things
 
@@ -509,7 +688,8 @@ class Receiver:
         for key, loaded in zip(missing, found, strict=True):
             if loaded.head is not None:
                 newest[key] = hot = Hot(loaded.head, loaded.instance)
-                self._hot.put(key, hot)
+                if loaded.head.part in self.parts:
+                    self._hot.put(key, hot)
         # Whatever is unseen gets a new head below, and none of the batch gets two.
         if len(self._pks) < len(batch):
             count = max(_PKS_AT_ONCE, len(batch))
@@ -541,6 +721,8 @@ class Receiver:
         for row in page:
             envelope = row.envelope
             delivery = Delivery(envelope, (envelope.saga_id, envelope.key), row.ref)
+            if self._abroad and (brought := self._abroad.pop(row.ref, None)) is not None:
+                delivery.settled = brought.settled  # We brought it to a partition that has come to us since.
             if envelope.due_at is None:
                 self._backlog.add(delivery)
                 continue
@@ -586,12 +768,14 @@ class Receiver:
 
 
 class _NewRows:
-    """Numbers the rows that a commit has added, unit by unit: messages go to the backlog, `effects` are gathered."""
+    """Numbers the rows that a commit has added, unit by unit: messages go to the backlog, unless another process holds
+    their partition; `effects` are gathered."""
 
-    __slots__ = ("_backlog", "_inbox_seq", "_outbox_seq", "effects")
+    __slots__ = ("_backlog", "_inbox_seq", "_outbox_seq", "_parts", "effects")
 
-    def __init__(self, result: CommitResult, backlog: Backlog) -> None:
+    def __init__(self, result: CommitResult, backlog: Backlog, parts: frozenset[int]) -> None:
         self._backlog = backlog
+        self._parts = parts
         self._inbox_seq = result.inbox_base
         self._outbox_seq = result.outbox_base
         self.effects: list[tuple[RowRef, OutboxEffect]] = []
@@ -602,11 +786,12 @@ class _NewRows:
         waiting: Delivery | None = None
         for envelope in unit.inbox_add:
             key = (envelope.saga_id, envelope.key)
-            arrival = Delivery(envelope, key, RowRef(partition_of(key_hash(*key)), self._inbox_seq))
+            part = partition_of(key_hash(*key))
+            arrival = Delivery(envelope, key, RowRef(part, self._inbox_seq))
             self._inbox_seq += 1
             if first_waits:
                 waiting, first_waits = arrival, False
-            else:
+            elif part in self._parts:
                 self._backlog.add(arrival)
         for effect in unit.outbox_add:
             self.effects.append((RowRef(unit.part, self._outbox_seq), effect))
@@ -652,5 +837,19 @@ def _give_up(envelope: Envelope, now: datetime, error: SagasError) -> Decision:
             attempts=envelope.attempt + 1,
             traceback=traceback_text(error),
             envelope=envelope,
+        ),
+        events=(
+            FeedEvent(
+                "saga:dead_lettered",
+                now,
+                envelope.saga_id,
+                envelope.key,
+                envelope.run or 0,
+                0,
+                None,
+                envelope.type,
+                envelope.id,
+                error.message,
+            ),
         ),
     )

@@ -2,18 +2,21 @@
 
 Timers sort by (due_at, id). The timekeeper walks them with a cursor: everything at or before it has been offered to
 the receiver, whose commit consumes the row together with what the message did. A crash in between leaves the row, and
-the next process starts its walk from the beginning. A timer that is set behind the cursor is offered at once.
+the next process starts its walk from the beginning. A timer that is set behind the cursor is offered at once. Timers
+of partitions that others hold are passed over; when such a partition comes to us, what the cursor has passed is walked
+once more for it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from sagaloom.clock import Clock
 from sagaloom.engine.records import PendingTimer, Timer
 from sagaloom.errors import SagasError
+from sagaloom.ids import key_hash, partition_of
 from sagaloom.ports.store import SagaStore
 from sagaloom.runtime.alarm import Alarm
 from sagaloom.runtime.deliveries import Delivery
@@ -29,12 +32,20 @@ class Timekeeper:
     """Walks the timers of the store as time goes by."""
 
     def __init__(
-        self, store: SagaStore, clock: Clock, options: RuntimeOptions, *, offer: Callable[[Delivery], None]
+        self,
+        store: SagaStore,
+        clock: Clock,
+        options: RuntimeOptions,
+        *,
+        holds: Callable[[int], bool],
+        offer: Callable[[Delivery], None],
     ) -> None:
         self._store = store
         self._clock = clock
         self._options = options
+        self._holds = holds
         self._offer = offer
+        self._passed_over: set[int] = set()
         self._cursor: PendingTimer | None = None
         self._alarm = Alarm(clock, self._ring)
         self._is_due = asyncio.Event()
@@ -53,6 +64,12 @@ class Timekeeper:
                 self._deliver(timer)
             else:
                 self._alarm.set(timer.due_at)
+
+    def gained(self, parts: Collection[int]) -> None:
+        """Minds the timers of partitions that have come to us."""
+        if self._cursor is not None:
+            self._passed_over.update(parts)
+        self._is_due.set()
 
     async def run(self) -> None:
         """Walks whenever a timer is due, until cancelled."""
@@ -75,6 +92,8 @@ class Timekeeper:
     async def _walk(self) -> None:
         """Offers everything that is due, then asks to be woken for the next one."""
         now = self._clock.now()
+        if self._passed_over:
+            await self._walk_again()
         while True:
             page = await self._store.timers(after=self._cursor, limit=self._options.batch_max)
             for timer in page:
@@ -88,10 +107,36 @@ class Timekeeper:
                 return
             await asyncio.sleep(0)
 
+    async def _walk_again(self) -> None:
+        """Offers what the cursor has passed of partitions that were not ours then."""
+        parts, self._passed_over = self._passed_over, set()
+        until, cursor = self._cursor, None
+        try:
+            while until is not None:
+                page = await self._store.timers(after=cursor, limit=self._options.batch_max)
+                for timer in page:
+                    cursor = PendingTimer(timer.id, timer.due_at, timer.name)
+                    if (timer.due_at, timer.id) > (until.due_at, until.id):
+                        return
+                    if _part_of(timer) in parts:
+                        self._deliver(timer)
+                if len(page) < self._options.batch_max:
+                    return
+                await asyncio.sleep(0)
+        except SagasError:
+            self._passed_over |= parts
+            raise
+
     def _deliver(self, timer: Timer) -> None:
         envelope = timer.envelope
+        if not self._holds(_part_of(timer)):
+            return
         pending = PendingTimer(timer.id, timer.due_at, timer.name)
         self._offer(Delivery(envelope, (envelope.saga_id, envelope.key), timer=pending))
 
     def _ring(self) -> None:
         self._is_due.set()
+
+
+def _part_of(timer: Timer) -> int:
+    return partition_of(key_hash(timer.envelope.saga_id, timer.envelope.key))

@@ -10,9 +10,10 @@ The rows (the first part of a key names its table; times are microseconds since 
     dedupe          pk, hash of the dedupe key          Mark
     inbox, outbox   partition, number                   Envelope, OutboxEffect
     timer           due, id                             Timer
+    schedule        saga id                             ScheduleCursor
     dead_letter     id                                  DeadLetter; found by saga and by key through dead_letter_index
     feed            number of its first event           the events of one commit, unit by unit
-    lease           partition                           (holder, epoch)
+    member, lease, arrivals                             who may write what: see `sagaloom.stores.tenure`
     definition, saga("registry", id)                    RegisteredDefinition, and its document as JSON for everybody
     saga_seen       saga id                             empty: which sagas have rows
     meta            "schema", "store_id"
@@ -24,18 +25,20 @@ How a commit works:
    units of the same instance, which were decided on top of it. Everything is encoded here, so that a value that cannot
    be stored is refused as the fault of its own unit.
 2. What planning needs and is not in memory is read first, in one read.
-3. The rest is one key-value commit. It checks the lease row, the versionstamp of each head that it replaces, and the
-   absence of each mark, new head, new run and new history row. A failed check is news: it is read, and the batch
+3. The rest is one key-value commit. It checks the member row of its writer, the versionstamp of each head that it
+   replaces, and the absence of each mark, new head, new run and new history row; while there are others, also that
+   nothing has arrived in the partitions it applies messages of. A failed check is news: it is read, and the batch
    planned again.
 
 What is believed without asking, and why that is sound:
 
-- `acquire` writes all 64 lease rows in one commit, so all of them change together and one check stands for all.
-- Only the holder of the lease writes instances, inbox, outbox, timers and dead letters, and a lease belongs to one
-  object. As long as that check holds, nobody but this object has touched them since `acquire`; so a run still is at
-  the revision that it remembers, and a row that it added or handed out, and has not consumed since, is there. What it
-  does not remember is looked up. The memory is bounded, and dropped with the lease, after any error, and when the
-  lease of somebody else is used.
+- Only the holder of a partition changes instances in it, and consumes its inbox, outbox and timers; a lease belongs to
+  one object, and whoever takes a partition away from it removes its member row first. As long as the check of that row
+  holds, nobody but this object has touched them since it got them; so a run still is at the revision that it remembers,
+  and a row that it added or handed out, and has not consumed since, is there. What it does not remember is looked up.
+  The memory is bounded, and dropped when partitions come or go, after any error, and when the lease of somebody else is
+  used.
+- Messages that others bring add heads, marks and inbox rows, which the commit checks or does not believe in.
 - No row can carry a surrogate number (pk) that this object reserved and has not used: there is nothing to check.
 - A conflict found by memory alone is never reported: the rows are read, and the unit looked at once more.
 
@@ -47,9 +50,10 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import datetime
-from typing import Final, Protocol, TypeVar
+from itertools import pairwise
+from typing import Final, TypeVar
 
 from sagaloom.definitions import SagaDurabilityTier
 from sagaloom.engine.records import (
@@ -61,13 +65,15 @@ from sagaloom.engine.records import (
     Mark,
     OutboxEffect,
     PendingTimer,
+    ScheduleCursor,
     Timer,
 )
-from sagaloom.errors import BackendUnavailable, ConfigurationError, Fenced, SagasError, StoreCorrupt
-from sagaloom.ids import PARTITIONS
-from sagaloom.ports.keyvalue import Check, Committed, Conflicted, Entry, Key, KeyValue
+from sagaloom.errors import BackendUnavailable, ConfigurationError, SagasError, StoreCorrupt
+from sagaloom.ports.keyvalue import Check, Committed, Conflicted, Entry, Key, KeyValue, SeesOthers
 from sagaloom.ports.store import (
     CommitResult,
+    Conflict,
+    Holding,
     InboxRow,
     InstanceFilter,
     Lease,
@@ -78,9 +84,10 @@ from sagaloom.ports.store import (
     UnitOfWork,
 )
 from sagaloom.stores.listing import Listing
-from sagaloom.stores.planning import ROW_BYTES_MAX, Beliefs, Plan, check_size, doubt, pk_of, refused
+from sagaloom.stores.planning import ROW_BYTES_MAX, Beliefs, Plan, brings_only, check_size, doubt, pk_of, refused
 from sagaloom.stores.rows import (
     FEED_KEY,
+    decode_cursor,
     decode_dead_letter,
     decode_definition,
     decode_effect,
@@ -89,7 +96,6 @@ from sagaloom.stores.rows import (
     decode_events,
     decode_head,
     decode_instance,
-    decode_lease,
     decode_mark,
     decode_timer,
     decoded,
@@ -103,8 +109,9 @@ from sagaloom.stores.rows import (
     timer_key,
     to_json,
 )
+from sagaloom.stores.tenure import Presence, Tenure, member_key
 
-__all__ = ["ROW_BYTES_MAX", "SCHEMA", "KvSagaStore", "Ownership"]
+__all__ = ["ROW_BYTES_MAX", "SCHEMA", "KvSagaStore"]
 
 SCHEMA: Final = 1
 
@@ -119,23 +126,11 @@ _PROBE_KEY: Final[Key] = ("meta", "probe")
 _R = TypeVar("_R")
 
 
-class Ownership(Protocol):
-    """Keeps other live processes out of a store while this one has it; `sagaloom.kv.ownership.OwnerLock` is one."""
-
-    def take(self, holder: str) -> None:
-        """Takes the store, or raises a typed, retryable error that names who has it. Taking twice is no error."""
-        ...
-
-    def free(self) -> None:
-        """Lets the next one in. Freeing twice is no error."""
-        ...
-
-
 class KvSagaStore:
     """A `SagaStore` over a `KeyValue`, which it closes with itself. One object belongs to one event loop.
 
-    `owner` keeps a second live process from taking a store that lives in a file. Without it the lease alone decides:
-    the later process wins, and the earlier one's writes are refused.
+    `presence` tells which other processes are alive, so that several of them share the work. Without it the later
+    process takes everything, and the earlier one's writes are refused.
 
     >>> import asyncio
     >>> from datetime import UTC, datetime
@@ -149,14 +144,13 @@ class KvSagaStore:
     0
     """
 
-    def __init__(self, kv: KeyValue, *, owner: Ownership | None = None) -> None:
+    def __init__(self, kv: KeyValue, *, presence: Presence | None = None) -> None:
         self._kv = kv
-        self._owner = owner
+        self._tenure = Tenure(kv, presence)
         self._writing = asyncio.Lock()
         self._store_id = ""
         self._problem: str | None = None
-        self._lease: Lease | None = None
-        self._lease_stamp = 0
+        self._version_seen: int | None = None
         self._beliefs = Beliefs(kv)
         self._listing = Listing(kv)
 
@@ -205,76 +199,61 @@ class KvSagaStore:
 
     async def close(self) -> None:
         self._beliefs.forget()
-        self._lease = None
+        self._tenure.close()
         await self._kv.close()
-        if self._owner is not None:
-            self._owner.free()
 
     # -- the lease ------------------------------------------------------------------------------------------------
 
     async def acquire(self, holder: str, *, now: datetime) -> Lease:
-        if self._owner is not None:
-            self._owner.take(holder)
-        try:
-            await self.open()
-            async with self._writing:
-                return await self._acquire(holder)
-        except BaseException:
-            if self._owner is not None and self._lease is None:
-                self._owner.free()
-            raise
+        await self.open()
+        async with self._writing:
+            self._beliefs.forget()
+            lease = await self._tenure.join(holder, works=True)
+            await self._tenure.take_all(lease)
+            return lease
 
-    async def _acquire(self, holder: str) -> Lease:
-        self._beliefs.forget()
-        for _ in range(_ROUNDS_MAX):
-            rows = await self._kv.get_many([("lease", part) for part in range(PARTITIONS)])
-            epochs = [decoded(self._kv, row, decode_lease)[1] for row in rows if row is not None]
-            lease = Lease(holder, max(epochs, default=0) + 1)
-            value = encode(_held_by(lease))
-            done = await self._commit_kv(
-                checks=[
-                    Check(("lease", part), None if row is None else row.versionstamp) for part, row in enumerate(rows)
-                ],
-                puts=[(("lease", part), value) for part in range(PARTITIONS)],
-            )
-            if isinstance(done, Committed):
-                self._lease, self._lease_stamp = lease, done.versionstamp
-                return lease
-        raise BackendUnavailable(f"{self._kv.name}: others took the lease {_ROUNDS_MAX} times while {holder} tried")
+    async def join(self, holder: str, *, works: bool = True) -> Lease:
+        await self.open()
+        async with self._writing:
+            self._beliefs.forget()
+            return await self._tenure.join(holder, works=works)
+
+    async def tend(self, lease: Lease, *, give_up: Collection[int] = ()) -> Holding:
+        async with self._writing:
+            holding = await self._tenure.tend(lease, give_up)
+            if holding.gained or give_up:
+                self._beliefs.forget()
+            return holding
+
+    @property
+    def is_shareable(self) -> bool:
+        return self._tenure.tells_the_dead
+
+    def stands(self) -> bool:
+        return self._tenure.stands()
+
+    def has_news(self) -> bool:
+        version = self.others_version()
+        before, self._version_seen = self._version_seen, version
+        return version is None or version != before
+
+    def others_version(self) -> int | None:
+        return self._kv.others_version() if isinstance(self._kv, SeesOthers) else None
+
+    async def arrivals(self, lease: Lease, *, limit: int = 1_000) -> list[InboxRow]:
+        async with self._writing:
+            if lease != self._tenure.lease:
+                await self._tenure.look(lease)
+            generation = self._beliefs.generation
+            await self._tenure.read_arrivals(limit)
+            rows = self._tenure.take_arrivals(limit)
+            self._beliefs.learn_keys((("inbox", *row.ref) for row in rows), generation)
+            return rows
 
     async def release(self, lease: Lease) -> None:
         async with self._writing:
             self._beliefs.forget()
-            rows = await self._kv.get_many([("lease", part) for part in range(PARTITIONS)])
-            held = [row for row in rows if row is not None and decoded(self._kv, row, decode_lease) == _held_by(lease)]
-            if held:
-                value = encode(("", lease.epoch))
-                await self._commit_kv(
-                    checks=[Check(row.key, row.versionstamp) for row in held], puts=[(row.key, value) for row in held]
-                )
-            if lease == self._lease:
-                self._lease = None
-        if self._owner is not None and self._lease is None:
-            self._owner.free()
-
-    async def _take_up(self, lease: Lease, part: int) -> None:
-        """Makes `lease` the one that commits check; raises `Fenced` when it is not the newest."""
-        row = await self._kv.get(("lease", part))
-        if row is None or decoded(self._kv, row, decode_lease) != _held_by(lease):
-            self._lease = None
-            self._beliefs.forget()
-            raise self._fenced(lease, row)
-        if lease != self._lease or row.versionstamp != self._lease_stamp:
-            self._beliefs.forget()
-            self._lease, self._lease_stamp = lease, row.versionstamp
-
-    def _fenced(self, lease: Lease, row: Entry | None) -> Fenced:
-        holder, epoch = ("", 0) if row is None else decoded(self._kv, row, decode_lease)
-        now = f"{holder!r} holds it with epoch {epoch}" if holder else "nobody holds it"
-        return Fenced(
-            f"{self._kv.name}: the lease of {lease.holder!r} (epoch {lease.epoch}) is over, now {now}: "
-            "nothing was written; stop writing and acquire again"
-        )
+            await self._tenure.leave(lease)
 
     # -- writing --------------------------------------------------------------------------------------------------
 
@@ -302,9 +281,9 @@ class KvSagaStore:
         if not self._store_id:
             await self.open()
         async with self._writing:
-            part = units[0].part if units else 0
-            if lease != self._lease:
-                await self._take_up(lease, part)
+            if lease != self._tenure.lease:
+                self._beliefs.forget()
+                await self._tenure.look(lease)
             return await self._commit_or_bisect(units, lease, set())
 
     async def _commit_or_bisect(self, units: Sequence[UnitOfWork], lease: Lease, lost: set[int]) -> CommitResult:
@@ -334,7 +313,9 @@ class KvSagaStore:
             raise
 
     async def _commit_planned(self, units: Sequence[UnitOfWork], lease: Lease, lost: set[int]) -> CommitResult:
-        lease_key: Key = ("lease", units[0].part if units else 0)
+        tenure = self._tenure
+        member = member_key(lease.holder)
+        older: set[tuple[str, str]] = set()
         marks_there: set[Key] = set()
         doubted: list[Key] = []
         looked_twice = False
@@ -343,8 +324,14 @@ class KvSagaStore:
             plan = Plan()
             plan.lost |= lost
             for index, unit in enumerate(units):
+                conflict: Conflict | None
                 try:
-                    conflict = plan.place(unit, self._beliefs, marks_there, dead_letters)
+                    if unit.part not in tenure.parts and not brings_only(unit):
+                        conflict = Conflict("moved", f"partition {unit.part} is not held by {lease.holder!r}")
+                    elif older and unit.instance is not None and (unit.instance.saga_id, unit.instance.key) in older:
+                        conflict = Conflict("behind", f"something older of {unit.instance.key!r:.80} has arrived")
+                    else:
+                        conflict = plan.place(unit, self._beliefs, marks_there, dead_letters)
                     if conflict is not None:
                         encode(unit)  # What can never be written is refused, whatever else is in its way.
                 except (TypeError, ValueError, OverflowError) as error:
@@ -358,31 +345,36 @@ class KvSagaStore:
                 if doubted:
                     continue
 
-            done = await self._write(plan, lease_key)
+            if tenure.is_shared:
+                plan.checks += tenure.arrival_checks({unit.part for unit in units if unit.instance is not None})
+            done = await self._write(plan, member)
             if isinstance(done, Committed):
                 lost |= plan.lost
                 bases = done.bases
                 return CommitResult(plan.conflicts, bases.get("inbox", 0), bases.get("outbox", 0), bases.get("feed", 0))
-            if lease_key in done.failed:
-                await self._take_up(lease, units[0].part if units else 0)
+            if member in done.failed:
+                await tenure.look(lease)
             doubted = []
             for key in done.failed:
-                if key[0] == "dedupe":
+                if key[0] == "arrivals":
+                    arrived = await tenure.read_arrivals(_PAGE)
+                    older.update((row.envelope.saga_id, row.envelope.key) for row in arrived)
+                elif key[0] == "dedupe":
                     marks_there.add(key)
                 elif key[0] == "transition":
                     doubted.append(("state", *key[1:3]))
-                elif key != lease_key:
+                elif key != member:
                     doubted.append(key)
         raise BackendUnavailable(f"{self._kv.name}: somebody without the lease keeps changing the rows of this batch")
 
-    async def _write(self, plan: Plan, lease_key: Key) -> Committed | Conflicted:
+    async def _write(self, plan: Plan, member: Key) -> Committed | Conflicted:
         """One key-value commit for `plan`, and what is learnt from it."""
-        check = Check(lease_key, self._lease_stamp)
+        tenure = self._tenure
         if not plan.writes and not plan.inserts and not plan.feed_count:
-            row = await self._kv.get(lease_key)
-            if row is None or row.versionstamp != self._lease_stamp:
-                return Conflicted((lease_key,))
-            return Committed(self._lease_stamp, {})
+            row = await self._kv.get(member)
+            if row is None or row.versionstamp != tenure.stamp:
+                return Conflicted((member,))
+            return Committed(tenure.stamp, {})
 
         puts: list[tuple[Key, bytes]] = []
         deletes: list[Key] = []
@@ -397,6 +389,7 @@ class KvSagaStore:
         reserve: dict[str, int] = {}
         if plan.inbox:
             reserve["inbox"] = len(plan.inbox)
+            puts += [(("arrivals", part), b"") for part in set(plan.inbox) - tenure.parts]
         if plan.outbox:
             reserve["outbox"] = len(plan.outbox)
         if plan.feed_count:
@@ -405,10 +398,16 @@ class KvSagaStore:
             check_size(len(events))
             inserts.append((FEED_KEY, events))
         done = await self._commit_kv(
-            checks=[check, *plan.checks], inserts=inserts, puts=puts, deletes=deletes, reserve=reserve
+            checks=[Check(member, tenure.stamp), *plan.checks],
+            inserts=inserts,
+            puts=puts,
+            deletes=deletes,
+            reserve=reserve,
         )
         if isinstance(done, Committed):
             self._beliefs.learn(plan, done)
+            if plan.inbox:
+                tenure.added(done.bases["inbox"], plan.inbox)
         return done
 
     async def _commit_kv(
@@ -464,18 +463,24 @@ class KvSagaStore:
     async def inbox_page(self, *, after: RowRef | None, limit: int) -> list[InboxRow]:
         return [
             InboxRow(ref_of(row), decoded(self._kv, row, decode_envelope))
-            for row in await self._waiting("inbox", after, limit)
+            for row in await self._waiting(("inbox",), after, limit)
         ]
 
     async def inbox_rows(self, refs: Sequence[RowRef]) -> list[Envelope | None]:
         await self.open()
         return await self._read_many([("inbox", *ref) for ref in refs], decode_envelope)
 
-    async def outbox_page(self, *, after: RowRef | None, limit: int) -> list[OutboxRow]:
-        return [
-            OutboxRow(ref_of(row), decoded(self._kv, row, decode_effect))
-            for row in await self._waiting("outbox", after, limit)
-        ]
+    async def outbox_page(
+        self, *, after: RowRef | None, limit: int, parts: Collection[int] | None = None
+    ) -> list[OutboxRow]:
+        if parts is None:
+            rows = await self._waiting(("outbox",), after, limit)
+        else:
+            rows = []
+            for part in sorted(parts):
+                if len(rows) < limit and (after is None or part >= after.part):
+                    rows += await self._waiting(("outbox", part), after, limit - len(rows))
+        return [OutboxRow(ref_of(row), decoded(self._kv, row, decode_effect)) for row in rows]
 
     async def outbox_rows(self, refs: Sequence[RowRef]) -> list[OutboxEffect | None]:
         await self.open()
@@ -495,10 +500,37 @@ class KvSagaStore:
         self._beliefs.learn_rows(rows, generation)
         return [decoded(self._kv, row, decode_timer) for row in rows]
 
-    async def _waiting(self, table: str, after: RowRef | None, limit: int) -> list[Entry]:
+    async def timer(self, timer_id: str) -> Timer | None:
+        # An index would be a write more for each timer, for what operators seldom ask.
+        await self.open()
+        after: Key | None = None
+        while rows := await self._kv.scan(("timer",), after=after, limit=_PAGE):
+            for row in rows:
+                if row.key[-1] == timer_id:
+                    return decoded(self._kv, row, decode_timer)
+            after = rows[-1].key
+        return None
+
+    async def schedule_cursors(self) -> list[ScheduleCursor]:
+        await self.open()
+        return [decoded(self._kv, row, decode_cursor) for row in await self._all(("schedule",))]
+
+    async def put_schedule_cursor(self, cursor: ScheduleCursor, *, replaces: ScheduleCursor | None) -> bool:
+        await self.open()
+        key: Key = ("schedule", cursor.saga_id)
+        row = await self._kv.get(key)
+        stored = None if row is None else decoded(self._kv, row, decode_cursor)
+        if stored != replaces:
+            return False
+        check = Check(key, None if row is None else row.versionstamp)
+        return isinstance(await self._commit_kv(checks=[check], puts=[(key, encode(cursor))]), Committed)
+
+    async def _waiting(self, prefix: Key, after: RowRef | None, limit: int) -> list[Entry]:
         await self.open()
         generation = self._beliefs.generation
-        rows = await self._kv.scan((table,), after=None if after is None else (table, *after), limit=limit)
+        # A bound outside the prefix is no bound: a partition behind that of `after` is read from its beginning.
+        past = None if after is None or (len(prefix) > 1 and prefix[1] != after.part) else (prefix[0], *after)
+        rows = await self._kv.scan(prefix, after=past, limit=limit)
         self._beliefs.learn_rows(rows, generation)
         return rows
 
@@ -567,21 +599,22 @@ class KvSagaStore:
         await self.open()
         # The row that holds number after + 1 may begin before it.
         rows = await self._kv.scan(("feed",), before=("feed", after + 2), limit=1, reverse=True)
+        begin: Key = rows[-1].key if rows else ("feed", after)
+        # A row says where it begins: those that begin behind the page are not even read.
+        rows += await self._kv.scan(("feed",), after=begin, before=("feed", after + limit + 1), limit=limit)
         found: list[tuple[int, FeedEvent]] = []
-        while True:
-            for row in rows:
-                number = number_of(row)
-                for events in decoded(self._kv, row, decode_events):
-                    for event in events:
-                        if number > after and len(found) < limit:
-                            found.append((number, event))
-                        number += 1
-            if len(found) >= limit:
-                return found
-            last: Key = rows[-1].key if rows else ("feed", after)
-            rows = await self._kv.scan(("feed",), after=last, limit=min(limit, _PAGE))
-            if not rows:
-                return found
+        for row in rows:
+            number = number_of(row)
+            for events in decoded(self._kv, row, decode_events):
+                for event in events:
+                    if number > after and len(found) < limit:
+                        found.append((number, event))
+                    number += 1
+        if not found and limit > 0:
+            # Nothing in the whole page: the feed has ended, or what came next has been pruned.
+            kept = await self._kv.scan(("feed",), after=("feed", after), limit=1)
+            return await self.feed(after=number_of(kept[0]) - 1, limit=limit) if kept else []
+        return found
 
     async def feed_bounds(self) -> tuple[int, int]:
         await self.open()
@@ -591,6 +624,15 @@ class KvSagaStore:
             return 1, 0
         events = sum(map(len, decoded(self._kv, newest[0], decode_events)))
         return number_of(oldest[0]), number_of(newest[0]) + events - 1
+
+    async def prune_feed(self, *, before: int, limit: int) -> int:
+        await self.open()
+        rows = await self._kv.scan(("feed",), limit=limit + 1)
+        # The last event of a row is the one before the first of the next.
+        keys = [row.key for row, following in pairwise(rows) if number_of(following) <= before]
+        if keys:
+            await self._commit_kv(deletes=keys)
+        return len(keys)
 
     async def definitions(self) -> list[RegisteredDefinition]:
         await self.open()

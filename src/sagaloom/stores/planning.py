@@ -34,7 +34,7 @@ from sagaloom.stores.rows import (
     timer_key,
 )
 
-__all__ = ["ROW_BYTES_MAX", "Beliefs", "Plan", "check_size", "doubt", "pk_of", "refused"]
+__all__ = ["ROW_BYTES_MAX", "Beliefs", "Plan", "brings_only", "check_size", "doubt", "pk_of", "refused"]
 
 ROW_BYTES_MAX: Final = 256 << 20
 
@@ -133,15 +133,20 @@ class Beliefs:
         self.runs[instance.pk, instance.run] = (stamp, facts)
 
     def learn_rows(self, rows: Iterable[Entry], generation: int) -> None:
+        self.learn_keys((row.key for row in rows), generation)
+
+    def learn_keys(self, keys: Iterable[Key], generation: int) -> None:
+        """Remembers rows that were there when `generation` was current."""
         if generation == self.generation:
-            self.rows.update((row.key, None) for row in rows)
+            self.rows.update((key, None) for key in keys)
             _shrink(self.rows, _ROWS_KNOWN_MAX)
 
     async def read_unknown(
         self, units: Sequence[UnitOfWork], doubted: Iterable[Key], marks_there: set[Key]
-    ) -> dict[str, DeadLetter]:
+    ) -> dict[str, tuple[DeadLetter, int]]:
         """Reads what planning `units` needs and memory does not have, and what is `doubted`. Adds the marks that it
-        meets to `marks_there`, and returns the dead letters that the units consume."""
+        meets to `marks_there`, and returns the dead letters that the units consume, with their
+        versionstamps: anybody may consume one, so each is checked."""
         wanted: dict[Key, None] = dict.fromkeys(doubted)
         runs, heads, rows = self.runs, self.heads, self.rows
         made: set[object] = set()
@@ -168,14 +173,14 @@ class Beliefs:
                         wanted[key] = None
             if unit.dead_letter_done is not None:
                 wanted["dead_letter", unit.dead_letter_done] = None
-        dead_letters: dict[str, DeadLetter] = {}
+        dead_letters: dict[str, tuple[DeadLetter, int]] = {}
         if wanted:
             keys = list(wanted)
             for key, row in zip(keys, await self._kv.get_many(keys), strict=True):
                 if key[0] == "dead_letter":
                     if row is not None:
                         letter = decoded(self._kv, row, decode_dead_letter)
-                        dead_letters[letter.id] = letter
+                        dead_letters[letter.id] = (letter, row.versionstamp)
                 elif key[0] == "dedupe":
                     if row is not None:
                         marks_there.add(key)
@@ -234,14 +239,19 @@ class Plan:
         self.sagas: set[str] = set()
 
     def place(
-        self, unit: UnitOfWork, beliefs: Beliefs, marks_there: set[Key], dead_letters: dict[str, DeadLetter]
+        self, unit: UnitOfWork, beliefs: Beliefs, marks_there: set[Key], dead_letters: dict[str, tuple[DeadLetter, int]]
     ) -> Conflict | None:
         """Adds `unit`, whole; or says why not, and leaves the plan as it was."""
-        if unit.outbox_done is not None and unit == UnitOfWork(part=unit.part, outbox_done=unit.outbox_done):
+        if unit.outbox_done is not None and unit == UnitOfWork(
+            part=unit.part, outbox_done=unit.outbox_done, events=unit.events
+        ):
             # Every effect ends as such a unit, so half of all units are.
             row: Key = ("outbox", *unit.outbox_done)
             if row not in beliefs.rows or row in self.consumed:
                 return Conflict("gone", f"outbox row {unit.outbox_done}")
+            if unit.events:
+                self.events.append(msgspec.Raw(encode(unit.events)))
+                self.feed_count += len(unit.events)
             self.writes[row] = None
             self.consumed.add(row)
             return None
@@ -355,7 +365,10 @@ class Plan:
         if unit.dead_letter_done is not None:
             dead_letter = self.dead_letters.get(unit.dead_letter_done)
             if dead_letter is None and ("dead_letter", unit.dead_letter_done) not in self.consumed:
-                dead_letter = dead_letters.get(unit.dead_letter_done)
+                found = dead_letters.get(unit.dead_letter_done)
+                if found is not None:
+                    dead_letter = found[0]
+                    checks.append(_check((("dead_letter", dead_letter.id), found[1])))
             if dead_letter is None:
                 return Conflict("gone", f"dead letter {unit.dead_letter_done}")
             rows += [(row, None) for row in dead_letter_keys(dead_letter)]
@@ -437,6 +450,20 @@ class Plan:
             for letter in unit.dead_letters_add:
                 self.dead_letters[letter.id] = letter
         return None
+
+
+def brings_only(unit: UnitOfWork) -> bool:
+    """Whether `unit` does nothing but bring messages, which everybody may do for any partition."""
+    return unit.instance is None and not (
+        unit.outbox_done
+        or unit.inbox_done
+        or unit.timer_done
+        or unit.inbox_update
+        or unit.outbox_update
+        or unit.outbox_add
+        or unit.timers_add
+        or unit.timers_remove
+    )
 
 
 def doubt(unit: UnitOfWork) -> list[Key]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Collection, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple, TypeVar
 
@@ -16,10 +16,13 @@ from sagaloom.engine.records import (
     Mark,
     OutboxEffect,
     PendingTimer,
+    ScheduleCursor,
     Timer,
 )
+from sagaloom.ports.keyvalue import SeesOthers
 from sagaloom.ports.store import (
     CommitResult,
+    Holding,
     InboxRow,
     InstanceFilter,
     Lease,
@@ -114,6 +117,28 @@ class RecordingStore:
     async def acquire(self, holder: str, *, now: datetime) -> Lease:
         return await self._recorded("acquire", self.inner.acquire(holder, now=now), holder=holder, now=now)
 
+    async def join(self, holder: str, *, works: bool = True) -> Lease:
+        return await self._recorded("join", self.inner.join(holder, works=works), holder=holder, works=works)
+
+    async def tend(self, lease: Lease, *, give_up: Collection[int] = ()) -> Holding:
+        given = tuple(give_up)
+        return await self._recorded("tend", self.inner.tend(lease, give_up=given), lease=lease, give_up=given)
+
+    @property
+    def is_shareable(self) -> bool:
+        return self.inner.is_shareable
+
+    def stands(self) -> bool:
+        """Asked every moment, so it is not recorded."""
+        return self.inner.stands()
+
+    def has_news(self) -> bool:
+        """Asked every moment, so it is not recorded."""
+        return self.inner.has_news()
+
+    async def arrivals(self, lease: Lease, *, limit: int = 1_000) -> list[InboxRow]:
+        return await self._recorded("arrivals", self.inner.arrivals(lease, limit=limit), lease=lease, limit=limit)
+
     async def release(self, lease: Lease) -> None:
         await self._recorded("release", self.inner.release(lease), lease=lease)
 
@@ -153,9 +178,11 @@ class RecordingStore:
     async def inbox_rows(self, refs: Sequence[RowRef]) -> list[Envelope | None]:
         return await self._recorded("inbox_rows", self.inner.inbox_rows(refs), refs=tuple(refs))
 
-    async def outbox_page(self, *, after: RowRef | None, limit: int) -> list[OutboxRow]:
-        work = self.inner.outbox_page(after=after, limit=limit)
-        return await self._recorded("outbox_page", work, after=after, limit=limit)
+    async def outbox_page(
+        self, *, after: RowRef | None, limit: int, parts: Collection[int] | None = None
+    ) -> list[OutboxRow]:
+        work = self.inner.outbox_page(after=after, limit=limit, parts=parts)
+        return await self._recorded("outbox_page", work, after=after, limit=limit, parts=parts)
 
     async def outbox_rows(self, refs: Sequence[RowRef]) -> list[OutboxEffect | None]:
         return await self._recorded("outbox_rows", self.inner.outbox_rows(refs), refs=tuple(refs))
@@ -165,6 +192,16 @@ class RecordingStore:
     ) -> list[Timer]:
         work = self.inner.timers(due_by=due_by, after=after, limit=limit)
         return await self._recorded("timers", work, due_by=due_by, after=after, limit=limit)
+
+    async def timer(self, timer_id: str) -> Timer | None:
+        return await self._recorded("timer", self.inner.timer(timer_id), timer_id=timer_id)
+
+    async def schedule_cursors(self) -> list[ScheduleCursor]:
+        return await self._recorded("schedule_cursors", self.inner.schedule_cursors())
+
+    async def put_schedule_cursor(self, cursor: ScheduleCursor, *, replaces: ScheduleCursor | None) -> bool:
+        work = self.inner.put_schedule_cursor(cursor, replaces=replaces)
+        return await self._recorded("put_schedule_cursor", work, cursor=cursor, replaces=replaces)
 
     async def instances(
         self, wanted: InstanceFilter, *, limit: int, offset: int = 0, cursor: str | None = None
@@ -198,6 +235,13 @@ class RecordingStore:
 
     async def feed_bounds(self) -> tuple[int, int]:
         return await self._recorded("feed_bounds", self.inner.feed_bounds())
+
+    async def prune_feed(self, *, before: int, limit: int) -> int:
+        work = self.inner.prune_feed(before=before, limit=limit)
+        return await self._recorded("prune_feed", work, before=before, limit=limit)
+
+    def others_version(self) -> int | None:
+        return self.inner.others_version() if isinstance(self.inner, SeesOthers) else None
 
     async def put_definitions(self, definitions: Sequence[RegisteredDefinition]) -> None:
         work = self.inner.put_definitions(definitions)

@@ -1,0 +1,279 @@
+"""Several runtimes on one store: each works on its share, and everybody's messages keep their order."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from sagaloom import SagasError, define_saga, saga_complete, schedule, send
+from sagaloom.errors import DeliveryFailed
+from tests.runtime.conftest import Bench, Life
+
+PARTITIONS = 64
+
+
+def noting(saga: Any, event: Any, context: Any) -> list[Any]:
+    saga.state = {"seen": [*saga.state["seen"], event.payload["n"]]}
+    return []
+
+
+NOTES = define_saga("notes").state({"seen": []}).on("Note", noting).build()
+KEYED_NOTES = (
+    define_saga("notes")
+    .state({"seen": []})
+    .on("Note", noting)
+    .correlate(lambda message: message.payload["key"])
+    .build()
+)
+
+CHARGES = (
+    define_saga("charges")
+    .state({})
+    .on("Charge", lambda saga, event, context: [send("service:payments", event.payload)])
+    .build()
+)
+
+RELAY = (
+    define_saga("relay")
+    .state({})
+    .on(
+        "Relay",
+        lambda saga, event, context: [
+            send("Note", {"n": event.payload["n"], "key": key}) for key in event.payload["to"]
+        ],
+    )
+    .build()
+)
+
+REMINDERS = (
+    define_saga("reminders")
+    .state({})
+    .on("Start", lambda saga, event, context: [schedule({"type": "Ring"}, "1h")])
+    .on("Ring", lambda saga, event, context: [saga_complete({"rang": True})])
+    .build()
+)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - what is waited for happens in two runtimes, and has no event
+            await asyncio.sleep(0.005)
+
+
+def parts_of(life: Life) -> frozenset[int]:
+    return frozenset(part for part in range(PARTITIONS) if life.runtime.holds(part))
+
+
+async def both(bench: Bench, *definitions: Any, **options: Any) -> tuple[Life, Life]:
+    """Two lives that have shared the partitions out."""
+    first = await bench.live(*definitions, **options)
+    second = await bench.live(*definitions, **options)
+    await until(lambda: len(parts_of(first)) == len(parts_of(second)) == PARTITIONS // 2)
+    return first, second
+
+
+async def test_a_newcomer_gets_its_fair_share_and_no_partition_has_two_holders(bench: Bench) -> None:
+    first, second = await both(bench, NOTES)
+
+    assert parts_of(first) | parts_of(second) == frozenset(range(PARTITIONS))
+    assert not parts_of(first) & parts_of(second)
+
+
+async def test_whoever_takes_a_message_in_it_is_applied_and_its_outcome_told(bench: Bench) -> None:
+    first, second = await both(bench, NOTES)
+
+    for n in range(20):
+        for life in (first, second):
+            outcome = await life.publish("Note", {"n": n}, key=f"k-{n}", wait=5)
+            assert outcome.disposition == "applied"
+
+    assert [(await first.instance("notes", f"k-{n}")).revision for n in range(20)] == [2] * 20
+
+
+async def test_messages_of_one_instance_keep_the_order_of_acceptance_whoever_took_them_in(bench: Bench) -> None:
+    lives = await both(bench, NOTES)
+
+    for n in range(60):
+        await asyncio.gather(*(lives[n % 2].publish("Note", {"n": n}, key=f"k-{k}") for k in range(5)))
+    await until(lambda: all(life.runtime.health().backlog == 0 for life in lives))
+    await lives[0].publish("Note", {"n": 60}, key="k-0", wait=5)
+
+    for k in range(1, 5):
+        outcome = await lives[1].publish("Note", {"n": 60}, key=f"k-{k}", wait=5)
+        assert outcome.state == {"seen": list(range(61))}
+
+
+async def test_a_message_accepted_twice_by_different_doors_is_applied_once(bench: Bench) -> None:
+    first, second = await both(bench, NOTES)
+
+    outcomes = [
+        await life.publish("Note", {"n": 1}, key=f"k-{k}", idempotency_key="once", wait=5)
+        for k in range(10)
+        for life in (first, second)
+    ]
+
+    assert [outcome.disposition for outcome in outcomes] == ["applied", "duplicate"] * 10
+    assert [(await first.instance("notes", f"k-{k}")).revision for k in range(10)] == [1] * 10
+
+
+async def test_sends_to_sagas_reach_partitions_of_the_other(bench: Bench) -> None:
+    first, second = await both(bench, RELAY, KEYED_NOTES)
+    keys = [f"k-{n}" for n in range(12)]
+
+    await first.publish("Relay", {"n": 7, "to": keys}, key="r", wait=5)
+    await until(lambda: all(life.runtime.health().backlog == 0 for life in (first, second)))
+    for key in keys:
+        outcome = await second.publish("Note", {"n": 8, "key": key}, wait=5)
+        assert outcome.state == {"seen": [7, 8]}
+
+
+async def test_when_one_dies_the_other_takes_everything_over(bench: Bench) -> None:
+    first, second = await both(bench, CHARGES)
+    bench.receiver.gate = asyncio.Event()  # so that charges are committed, and do not leave
+    for n in range(20):
+        await first.publish("Charge", {"n": n}, key=f"k-{n}")
+
+    await bench.die(first)
+    bench.receiver.gate.set()
+    await until(lambda: len(parts_of(second)) == PARTITIONS)
+    await second.runtime.settled()
+
+    assert {effect.key for effect in bench.receiver.got} == {f"k-{n}" for n in range(20)}
+    assert len({effect.effect_key for effect in bench.receiver.got}) == 20
+
+
+async def test_when_one_ends_properly_nothing_is_delivered_twice(bench: Bench) -> None:
+    first, second = await both(bench, CHARGES)
+    for n in range(20):
+        await first.publish("Charge", {"n": n}, key=f"k-{n}")
+
+    await bench.end(first)
+    await until(lambda: len(parts_of(second)) == PARTITIONS)
+    await second.runtime.settled()
+
+    assert sorted(effect.key for effect in bench.receiver.got) == sorted(f"k-{n}" for n in range(20))
+
+
+async def test_timers_fire_once_whoever_set_them(bench: Bench) -> None:
+    first, second = await both(bench, REMINDERS)
+    for n in range(20):
+        await first.publish("Start", key=f"k-{n}", wait=5)
+
+    await bench.die(first)
+    await until(lambda: len(parts_of(second)) == PARTITIONS)
+    await bench.advance("1h")
+
+    found = [await second.instance("reminders", f"k-{n}") for n in range(20)]
+    assert [(instance.status, instance.revision) for instance in found] == [("completed", 2)] * 20
+
+
+async def test_one_who_does_not_work_takes_messages_in_for_those_who_do(bench: Bench) -> None:
+    worker = await bench.live(NOTES)
+    door = await bench.live(NOTES, works=False)
+
+    outcomes = [await door.publish("Note", {"n": n}, key="k", wait=5) for n in range(5)]
+
+    assert [outcome.state["seen"] for outcome in outcomes] == [list(range(n + 1)) for n in range(5)]
+    assert len(parts_of(worker)) == PARTITIONS
+    assert not parts_of(door)
+
+
+async def test_messages_for_nobody_wait_for_the_first_worker(bench: Bench) -> None:
+    door = await bench.live(NOTES, works=False)
+    accepted = await door.publish("Note", {"n": 1}, key="k", wait=0.05)
+
+    await bench.live(NOTES)
+    outcome = await door.publish("Note", {"n": 2}, key="k", wait=5)
+
+    assert accepted.disposition == "pending"
+    assert outcome.state == {"seen": [1, 2]}
+
+
+async def test_one_who_was_stopped_past_its_lease_is_refused_and_joins_again(bench: Bench) -> None:
+    sleeper, other = await both(bench, NOTES, lease_seconds=0.3)
+    await sleeper.publish("Note", {"n": 0}, key="k", wait=5)
+
+    # The loop of the sleeper stands still: its lease runs out, while its lock is still there.
+    sleeper.runtime.store._tenure._presence.renew = lambda: True  # type: ignore[attr-defined]
+    await until(lambda: len(parts_of(other)) == PARTITIONS)
+    del sleeper.runtime.store._tenure._presence.renew  # type: ignore[attr-defined]
+    outcomes = [await sleeper.publish("Note", {"n": n}, key=f"k-{n}", wait=5) for n in range(10)]
+    await until(lambda: len(parts_of(sleeper)) == PARTITIONS // 2)
+
+    assert [outcome.disposition for outcome in outcomes] == ["applied"] * 10
+    assert not parts_of(sleeper) & parts_of(other)
+
+
+async def test_three_share_alike_and_those_who_are_left_share_again(bench: Bench) -> None:
+    lives = [await bench.live(NOTES) for _ in range(3)]
+    await until(lambda: sorted(len(parts_of(life)) for life in lives) in ([20, 22, 22], [21, 21, 22]))
+
+    await bench.die(lives[0])
+
+    await until(lambda: [len(parts_of(life)) for life in lives[1:]] == [32, 32])
+
+
+async def test_an_operator_reaches_a_run_that_another_process_holds(bench: Bench) -> None:
+    lives = await both(bench, NOTES)
+    for n in range(8):
+        await lives[0].publish("Note", {"n": 0}, key=f"k-{n}", wait=5)
+
+    outcomes = [await lives[n % 2].runtime.cancel("notes", f"k-{n}", reason="enough") for n in range(8)]
+
+    assert [(outcome.disposition, outcome.status) for outcome in outcomes] == [("applied", "cancelled")] * 8
+
+
+async def test_a_pause_holds_whoever_takes_messages_in(bench: Bench) -> None:
+    first, second = await both(bench, NOTES)
+    for key in ("k-0", "k-1", "k-2", "k-3"):
+        await first.publish("Note", {"n": 0}, key=key, wait=5)
+        await second.runtime.pause("notes", key)
+        waits = [(await life.publish("Note", {"n": 1}, key=key, wait=0.05)).disposition for life in (first, second)]
+
+        await first.runtime.resume("notes", key)
+        outcome = await second.publish("Note", {"n": 2}, key=key, wait=5)
+
+        assert waits == ["pending", "pending"]
+        assert outcome.state == {"seen": [0, 1, 1, 2]}
+
+
+async def test_dead_letters_are_repaired_whoever_is_asked(bench: Bench) -> None:
+    first, second = await both(bench, CHARGES)
+    bench.receiver.answer = lambda effect: DeliveryFailed("refused", retryable=False)
+    for n in range(8):
+        await first.publish("Charge", {"n": n}, key=f"k-{n}", wait=5)
+    await until(lambda: sum(life.runtime.health().stalled_lanes for life in (first, second)) == 8)
+    bench.receiver.answer = lambda effect: ()
+    bench.receiver.got.clear()
+
+    letters = await first.runtime.dead_letters()
+    for n, letter in enumerate(letters):
+        repair = second.runtime.redrive if n % 2 else second.runtime.discard
+        await repair(letter.id)
+    await until(lambda: len(bench.receiver.got) == 4)
+    await until(lambda: sum(life.runtime.health().outbox for life in (first, second)) == 0)
+
+    assert await first.runtime.dead_letters() == []
+    assert {effect.key for effect in bench.receiver.got} == {letter.key for letter in letters[1::2]}
+    assert not await first.runtime.store.inbox_page(after=None, limit=10)
+
+
+async def test_a_discarded_key_is_free_for_everybody(bench: Bench) -> None:
+    def failing(saga: Any, event: Any, context: Any) -> list[Any]:
+        if event.payload["n"] < 0:
+            raise SagasError("below zero", retryable=False)
+        return []
+
+    lives = await both(bench, define_saga("numbers").state({}).on("Number", failing).build())
+    for n in range(6):
+        given_up = await lives[0].publish("Number", {"n": -1}, key=f"k-{n}", idempotency_key="one", wait=5)
+        for letter in await lives[1].runtime.dead_letters():
+            await lives[1].runtime.discard(letter.id)
+
+        outcomes = [
+            await life.publish("Number", {"n": 1}, key=f"k-{n}", idempotency_key="one", wait=5) for life in lives
+        ]
+
+        assert given_up.disposition == "dead_lettered"
+        assert [outcome.disposition for outcome in outcomes] == ["applied", "duplicate"]

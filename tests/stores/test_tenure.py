@@ -1,0 +1,283 @@
+"""Partitions that change hands, and messages that others bring, on the key-value store with several objects."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from sagaloom.engine.records import Head
+from sagaloom.errors import Fenced
+from sagaloom.ids import key_hash, partition_of
+from sagaloom.kv.presence import FilePresence
+from sagaloom.kv.sqlite import SqliteKeyValue
+from sagaloom.ports.store import Lease, UnitOfWork
+from sagaloom.stores.kv import KvSagaStore
+from sagaloom.testing.contracts.sagastore import (
+    dead_letter_of,
+    envelope_of,
+    head_of,
+    next_of,
+    started,
+    step_of,
+    write,
+)
+
+ALL = frozenset(range(64))
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Hall:
+    """Makes stores on one file, all of them by one clock."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.clock = Clock()
+        self.stores: list[KvSagaStore] = []
+
+    async def store(self) -> KvSagaStore:
+        presence = FilePresence(self.path, lease_seconds=6.0, monotonic=self.clock)
+        store = KvSagaStore(await SqliteKeyValue.open(self.path, synchronous="OFF"), presence=presence)
+        self.stores.append(store)
+        return store
+
+
+@pytest.fixture
+async def hall(tmp_path: Path) -> AsyncIterator[Hall]:
+    made = Hall(tmp_path / "saga.db")
+    yield made
+    for store in made.stores:
+        await store.close()
+
+
+async def worker(hall: Hall, name: str) -> tuple[KvSagaStore, Lease]:
+    store = await hall.store()
+    return store, await store.join(name)
+
+
+async def shared(hall: Hall) -> tuple[KvSagaStore, Lease, KvSagaStore, Lease]:
+    """Two workers that hold half of the partitions each."""
+    first, one = await worker(hall, "one")
+    await first.tend(one)
+    second, two = await worker(hall, "two")
+    holding = await first.tend(one)
+    await first.tend(one, give_up=sorted(holding.parts)[-holding.excess :])
+    await second.tend(two)
+    return first, one, second, two
+
+
+def key_in(parts: frozenset[int], not_in: frozenset[int] = frozenset()) -> str:
+    """A correlation key of saga `orders` whose partition is one of `parts`."""
+    return next(f"o-{n}" for n in range(10_000) if partition_of(key_hash("orders", f"o-{n}")) in parts - not_in)
+
+
+def brought(head: Head, message_id: str) -> UnitOfWork:
+    return UnitOfWork(part=head.part, inbox_add=(envelope_of(head.key, message_id),))
+
+
+async def test_who_is_alone_gets_everything(hall: Hall) -> None:
+    store, lease = await worker(hall, "one")
+
+    holding = await store.tend(lease)
+
+    assert holding.parts == holding.gained == ALL
+    assert not holding.is_shared
+    assert store.stands()
+
+
+async def test_a_second_one_waits_until_the_first_gives_its_half_up(hall: Hall) -> None:
+    first, one = await worker(hall, "one")
+    await first.tend(one)
+    second, two = await worker(hall, "two")
+
+    nothing = await second.tend(two)
+    told = await first.tend(one)
+    kept = await first.tend(one, give_up=sorted(told.parts)[-told.excess :])
+    taken = await second.tend(two)
+
+    assert nothing.parts == frozenset()
+    assert told.excess == 32
+    assert told.is_shared
+    assert kept.parts | taken.parts == ALL
+    assert not kept.parts & taken.parts
+    assert first.stands()
+    assert second.stands()
+
+
+async def test_what_is_not_held_cannot_be_changed_and_says_so(hall: Hall) -> None:
+    first, one, second, two = await shared(hall)
+    mine = (await first.tend(one)).parts
+    instance = await started(first, one, key_in(mine))
+
+    result = await second.commit([step_of(instance, next_of(instance))], lease=two)
+
+    assert [conflict.kind for conflict in result.conflicts.values()] == ["moved"]
+    assert (await first.load([("orders", instance.key)]))[0].instance == instance
+
+
+async def test_a_dead_ones_partitions_are_free_at_once_and_its_writes_are_refused(hall: Hall) -> None:
+    first, one, second, two = await shared(hall)
+    mine = (await first.tend(one)).parts
+    instance = await started(first, one, key_in(mine))
+    first._tenure._presence.leave()  # type: ignore[union-attr]  # as if it were dead, though it can still be asked
+
+    stood = second.stands()
+    holding = await second.tend(two)
+    with pytest.raises(Fenced):
+        await first.commit([step_of(instance, next_of(instance))], lease=one)
+
+    assert not stood
+    assert holding.parts == ALL
+    assert not holding.is_shared
+
+
+async def test_one_who_slept_past_its_lease_is_fenced_and_may_join_again(hall: Hall) -> None:
+    first, one, second, two = await shared(hall)
+    hall.clock.now += 3.0
+    assert second.stands()
+    hall.clock.now += 3.1
+    assert not second.stands()
+
+    taken = await second.tend(two)
+    woke_in_time = first.stands()
+    with pytest.raises(Fenced):
+        await first.tend(one)
+    again = await first.join("one")
+
+    assert taken.parts == ALL
+    assert not woke_in_time
+    assert again.epoch > two.epoch
+    assert (await first.tend(again)).parts == frozenset()
+    assert (await second.tend(two)).excess == 32
+
+
+async def test_whoever_leaves_frees_what_it_held(hall: Hall) -> None:
+    first, one, second, two = await shared(hall)
+
+    await first.release(one)
+
+    assert not second.stands()
+    assert (await second.tend(two)).parts == ALL
+    with pytest.raises(Fenced):
+        await first.commit([], lease=one)
+
+
+async def test_everybody_may_bring_messages_and_the_holder_finds_them_in_order(hall: Hall) -> None:
+    first, one, second, two = await shared(hall)
+    mine = (await first.tend(one)).parts
+    assert await first.arrivals(one) == []
+    instance = await started(first, one, key_in(mine))
+    head = (await first.load([("orders", instance.key)]))[0].head
+    assert head is not None
+
+    await write(second, two, brought(head, "m-1"), brought(head, "m-2"))
+    await write(first, one, brought(head, "m-own"))
+    await write(second, two, brought(head, "m-3"))
+
+    assert [row.envelope.id for row in await first.arrivals(one)] == ["m-1", "m-2", "m-3"]
+    assert await first.arrivals(one) == []
+    assert await second.arrivals(two) == []
+
+
+async def test_what_is_decided_without_knowing_of_an_arrival_conflicts_and_its_neighbours_do_not(hall: Hall) -> None:
+    first, one, second, two = await shared(hall)
+    mine = (await first.tend(one)).parts
+    await first.arrivals(one)
+    key = key_in(mine)
+    instance = await started(first, one, key)
+    neighbour = await started(first, one, key_in(mine, frozenset({partition_of(key_hash("orders", key))})))
+    head = (await first.load([("orders", key)]))[0].head
+    assert head is not None
+    await write(second, two, brought(head, "m-1"))
+
+    result = await first.commit(
+        [step_of(instance, next_of(instance)), step_of(neighbour, next_of(neighbour))], lease=one
+    )
+    arrived = await first.arrivals(one)
+    again = await first.commit([step_of(instance, next_of(instance))], lease=one)
+
+    assert {number: conflict.kind for number, conflict in result.conflicts.items()} == {0: "behind"}
+    assert [row.envelope.id for row in arrived] == ["m-1"]
+    assert not again.conflicts
+
+
+async def test_one_who_was_alone_knows_of_the_first_message_that_a_newcomer_brings(hall: Hall) -> None:
+    first, one = await worker(hall, "one")
+    await first.tend(one)
+    await first.arrivals(one)
+    instance = await started(first, one, "o-1")
+    own = await first.commit([brought(head_of("o-1", instance.pk), "m-own")], lease=one)
+    door = await hall.store()
+    outside = await door.join("door", works=False)
+    await write(door, outside, brought(head_of("o-1", instance.pk), "m-1"))
+
+    result = await first.commit([step_of(instance, next_of(instance))], lease=one)
+
+    assert own.inbox_base
+    assert [conflict.kind for conflict in result.conflicts.values()] == ["behind"]
+    assert [row.envelope.id for row in await first.arrivals(one)] == ["m-1"]
+
+
+async def test_a_partition_that_comes_to_us_comes_with_everything_that_waits_there(hall: Hall) -> None:
+    first, one = await worker(hall, "one")
+    await first.tend(one)
+    await first.arrivals(one)
+    instance = await started(first, one, "o-1")
+    await write(first, one, *(brought(head_of("o-1", instance.pk), f"m-{n}") for n in range(7)))
+    await first.release(one)
+
+    second, two = await worker(hall, "two")
+    await second.tend(two)
+    found = []
+    while rows := await second.arrivals(two, limit=3):
+        found += [row.envelope.id for row in rows]
+
+    assert found == [f"m-{n}" for n in range(7)]
+
+
+async def test_one_who_is_alone_again_stops_minding_arrivals_when_it_has_read_them(hall: Hall) -> None:
+    first, one, second, two = await shared(hall)
+    instance = await started(first, one, key_in((await first.tend(one)).parts))
+    await write(second, two, brought(head_of(instance.key, instance.pk), "m-1"))
+    await second.release(two)
+
+    holding = await first.tend(one)
+    arrived = await first.arrivals(one)
+
+    assert not holding.is_shared
+    assert [row.envelope.id for row in arrived] == ["m-1"]
+    assert not first._tenure.is_shared
+
+
+async def test_a_dead_letter_is_consumed_once_whoever_tries(hall: Hall) -> None:
+    first, one, second, two = await shared(hall)
+    letter = dead_letter_of("dl-1")
+    await write(first, one, UnitOfWork(part=0, dead_letters_add=(letter,)))
+    redrive = UnitOfWork(part=0, dead_letter_done="dl-1", inbox_add=(envelope_of("o-1", "m-1"),))
+
+    results = [await store.commit([redrive], lease=lease) for store, lease in ((first, one), (second, two))]
+
+    assert [[conflict.kind for conflict in result.conflicts.values()] for result in results] == [[], ["gone"]]
+
+
+async def test_no_statement_touches_a_table_while_nothing_changes(hall: Hall) -> None:
+    first, one, second, two = await shared(hall)
+    await first.tend(one)
+    await second.tend(two)
+    before = [store._kv.statements for store in (first, second)]  # type: ignore[attr-defined]
+
+    for _ in range(600):
+        hall.clock.now += 0.1
+        assert first.stands()
+        assert second.stands()
+        first.has_news()
+
+    assert [store._kv.statements for store in (first, second)] == before  # type: ignore[attr-defined]
