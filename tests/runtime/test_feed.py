@@ -716,6 +716,22 @@ async def test_a_watch_goes_on_in_the_next_life_where_it_was(bench: Bench) -> No
     assert after[-1][1].type == "saga:completed"
 
 
+async def test_two_lives_on_one_file_tell_the_same_feed(bench: Bench) -> None:
+    one, other = await bench.live(_order()), await bench.live(_order())
+    reading = [asyncio.ensure_future(take(life.runtime.watch(after=0), 80)) for life in (one, other)]
+    await rounds()
+    for n in range(10):
+        for life in (one, other):
+            receipt = await life.runtime.publish({"type": "Placed", "payload": {}, "correlationKey": f"{n}-{id(life)}"})
+            assert receipt.published
+
+    told = await asyncio.gather(*reading)
+
+    first = int(told[0][0][0])
+    assert [int(cursor) for cursor, _ in told[0]] == list(range(first, first + 80))
+    assert told[0] == told[1]
+
+
 async def test_a_runtime_that_stops_ends_its_watches(bench: Bench) -> None:
     life = await bench.live(_order())
     reading = asyncio.ensure_future(anext(life.runtime.watch(), None))

@@ -23,7 +23,7 @@ that cannot answer them is not inspectable.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -224,6 +224,11 @@ class SagaStore(Protocol):
     def stands(self) -> bool:
         """Shows that we live, and says whether nothing has changed among the others since `tend`. Asked every moment:
         it touches no table."""
+        ...
+
+    def listen(self, on_news: Callable[[], None]) -> bool:
+        """Has `on_news` called when another process has brought us something; False when it has to be looked for. Good
+        from `join` to the end of its lease."""
         ...
 
     def has_news(self) -> bool:

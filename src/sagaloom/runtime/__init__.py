@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Final
 
 from sagaloom.ports.store import SagaStore as SagaStorePort
+from sagaloom.runtime.feed import FeedReset, FeedWatch
 from sagaloom.runtime.options import RuntimeOptions
 from sagaloom.runtime.receipts import Outcome, PublishReceipt, PublishRejected
 from sagaloom.runtime.runtime import SagaRuntime
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DurableSagaRuntime",
+    "FeedReset",
+    "FeedWatch",
     "HttpSagaPublisherOptions",
     "KvSagaStore",
     "Outcome",

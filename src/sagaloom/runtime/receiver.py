@@ -439,19 +439,27 @@ class Receiver:
             if self._lease is None:
                 self._lease = await self._store.join(self._holder, works=self._options.works)
             if self._options.works:
-                given = self._giving if self._may_give_up() else frozenset[int]()
-                holding = await self._store.tend(self._lease, give_up=given)
-                self.is_shared = holding.is_shared
-                await self._hold(holding.parts)
-                if given or not holding.excess:
-                    self._giving, self._give_up_at = frozenset(), None
-                elif not self._giving:
-                    self._giving = frozenset(sorted(self.parts)[-holding.excess :])
+                excess = await self._take_share()
+                if excess and not self._giving:
+                    self._giving = frozenset(sorted(self.parts)[-excess:])
                     self._give_up_at = asyncio.get_running_loop().time() + _GIVE_UP_SECONDS
+                    if self._is_quiet(self._giving):
+                        await self._take_share()
             await self._look()
         except BaseException:
             self._must_tend = True
             raise
+
+    async def _take_share(self) -> int:
+        """Takes what is free and gives up what is ready to go; returns how many partitions we hold too many."""
+        assert self._lease is not None
+        given = self._giving if self._may_give_up() else frozenset[int]()
+        holding = await self._store.tend(self._lease, give_up=given)
+        self.is_shared = holding.is_shared
+        await self._hold(holding.parts)
+        if given or not holding.excess:
+            self._giving, self._give_up_at = frozenset(), None
+        return holding.excess
 
     def _may_give_up(self) -> bool:
         """Whether nothing is under way in the partitions that are to go, or has been for long enough."""
@@ -501,6 +509,11 @@ class Receiver:
             if envelope is None:
                 delivery = self._abroad.pop(ref)
                 _answer(delivery, await outcome_elsewhere(self._store, delivery.envelope))
+
+    @property
+    def lease(self) -> Lease | None:
+        """Under what lease we write; None while we have none."""
+        return self._lease
 
     @property
     def looks_abroad(self) -> bool:
@@ -590,11 +603,13 @@ class Receiver:
     async def _resolve(self, planned: list[_Planned], works: list[Work], conflicts: Mapping[int, Conflict]) -> None:
         """Puts the messages of refused units back in front, to be decided on what the store really has."""
         again: list[Delivery] = []
+        if any(conflict.kind == "mark" for conflict in conflicts.values()):
+            await self._learn_marks([planned[number].unit for number in conflicts if number < len(planned)])
         for number, conflict in sorted(conflicts.items()):
             if number >= len(planned):
                 works[number - len(planned)].done(conflict)
                 continue
-            delivery, unit = planned[number].delivery, planned[number].unit
+            delivery = planned[number].delivery
             self._hot.drop(delivery.key)
             if conflict.kind in ("behind", "moved"):
                 self.attend(standing=conflict.kind == "moved")
@@ -612,16 +627,20 @@ class Receiver:
                     f"the store cannot write what {delivery.envelope.type!r} asked for: {conflict.what}",
                     code="SAGA_NOT_STORABLE",
                 )
-            if conflict.kind == "mark" and unit.mark is not None:
-                # If the store does not answer now, the next commit finds the mark again.
-                with contextlib.suppress(SagasError):
-                    (mark,) = await self._store.marks([(unit.mark_pk, unit.mark.dedupe_key)])
-                    if mark is not None:
-                        self._remember(unit.mark_pk, mark)
             again.append(delivery)
         # Some may have lined up behind one that was not written after all.
         keys = [each.delivery.key for number, each in enumerate(planned) if number in conflicts]
         self._backlog.put_back(again + self._backlog.release(keys))
+
+    async def _learn_marks(self, units: Sequence[UnitOfWork]) -> None:
+        """Reads the marks that stand against refused units. Those decided on top of one that was seen before are
+        refused for that alone, and may have been seen as well: a batch that comes again is found out as a whole."""
+        wanted = [(unit.mark_pk, unit.mark.dedupe_key) for unit in units if unit.mark is not None]
+        # If the store does not answer now, the next commit finds the marks again.
+        with contextlib.suppress(SagasError):
+            for (pk, _), mark in zip(wanted, await self._store.marks(wanted), strict=True):
+                if mark is not None:
+                    self._remember(pk, mark)
 
     async def _cannot_commit(self, batch: list[Delivery], works: list[Work], error: SagasError) -> None:
         self._counters.commits_failed += 1

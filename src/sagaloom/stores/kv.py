@@ -232,6 +232,9 @@ class KvSagaStore:
     def stands(self) -> bool:
         return self._tenure.stands()
 
+    def listen(self, on_news: Callable[[], None]) -> bool:
+        return self._tenure.listen(on_news)
+
     def has_news(self) -> bool:
         version = self.others_version()
         before, self._version_seen = self._version_seen, version
@@ -408,6 +411,8 @@ class KvSagaStore:
             self._beliefs.learn(plan, done)
             if plan.inbox:
                 tenure.added(done.bases["inbox"], plan.inbox)
+                if not tenure.parts.issuperset(plan.inbox):
+                    tenure.nudge()
         return done
 
     async def _commit_kv(

@@ -7,7 +7,7 @@ nothing survives the process. One unit after the other is looked at, then writte
 from __future__ import annotations
 
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
 
 import msgspec
@@ -115,6 +115,9 @@ class MemoryStore:
 
     def stands(self) -> bool:
         return True
+
+    def listen(self, on_news: Callable[[], None]) -> bool:
+        return False
 
     def has_news(self) -> bool:
         return False

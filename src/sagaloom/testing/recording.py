@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple, TypeVar
 
@@ -131,6 +131,9 @@ class RecordingStore:
     def stands(self) -> bool:
         """Asked every moment, so it is not recorded."""
         return self.inner.stands()
+
+    def listen(self, on_news: Callable[[], None]) -> bool:
+        return self.inner.listen(on_news)
 
     def has_news(self) -> bool:
         """Asked every moment, so it is not recorded."""
