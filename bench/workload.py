@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sagaloom import CascadedMessage, Saga, SagaContext, SagaMessage, define_saga, saga_complete, send
-from sagaloom.kv.ownership import OwnerLock
+from sagaloom.kv.presence import FilePresence
 from sagaloom.kv.sqlite import SqliteKeyValue
 from sagaloom.ports.store import CommitResult, Lease, UnitOfWork
 from sagaloom.runtime import PublishReceipt, RuntimeOptions, SagaRuntime
@@ -160,7 +160,7 @@ class CountingStore(KvSagaStore):
 async def open_store(path: Path, *, durable: bool = True) -> tuple[SqliteKeyValue, CountingStore]:
     """The store in the file `path`. `durable=False` is for filling it beforehand."""
     kv = await SqliteKeyValue.open(path, synchronous="FULL" if durable else "OFF")
-    return kv, CountingStore(kv, owner=OwnerLock(path))
+    return kv, CountingStore(kv, presence=FilePresence(path))
 
 
 @asynccontextmanager
@@ -177,17 +177,20 @@ async def open_runtime(
         await store.close()
 
 
-async def publish_all(runtime: SagaRuntime, groups: Sequence[Sequence[Message]], *, in_flight: int) -> None:
+async def publish_all(
+    runtime: SagaRuntime, groups: Sequence[Sequence[Message]], *, in_flight: int, is_shared: bool = False
+) -> None:
     """Publishes every message, `in_flight` publishers side by side. A publisher takes a group, publishes its messages
-    one after the other, each after the receipt of the one before, and takes the next group."""
+    one after the other, each after the receipt of the one before, and takes the next group. `is_shared`: another
+    process may be the one that applies a message, and then the publisher waits for that."""
     left = iter(groups)
-    await asyncio.gather(*(_publisher(runtime, left) for _ in range(in_flight)))
+    await asyncio.gather(*(_publisher(runtime, left, 5.0 if is_shared else None) for _ in range(in_flight)))
 
 
-async def _publisher(runtime: SagaRuntime, left: Iterator[Sequence[Message]]) -> None:
+async def _publisher(runtime: SagaRuntime, left: Iterator[Sequence[Message]], wait: float | None) -> None:
     for group in left:
         for message in group:
-            receipt = await runtime.publish(message)
+            receipt = await runtime.publish(message, wait=wait)
             if not isinstance(receipt, PublishReceipt):
                 receipt.raise_for_rejected()
             if receipt.outcomes[0].disposition != "applied":

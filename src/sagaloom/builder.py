@@ -18,14 +18,16 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, Self, TypeAlias, TypeVar, cast, get_args, overload
 
 from sagaloom.codec import Codec, codec_for, encode_any, is_declared_class, type_name
+from sagaloom.cron import parse_cron
 from sagaloom.definitions import (
     ANY_TYPE,
     SAGA_DURABILITY_TIERS,
+    CatchUp,
     CompensationBinding,
     HandlerBinding,
     Invariant,
@@ -37,13 +39,15 @@ from sagaloom.definitions import (
     SagaDefinition,
     SagaDurabilityTier,
     SagaHandler,
+    SchedulePolicy,
     SignalDefinition,
+    TimeoutPolicy,
 )
 from sagaloom.durations import parse_duration
 from sagaloom.errors import DefinitionError, NotImplementedYet, SagasError
 from sagaloom.fingerprint import fingerprint_of
-from sagaloom.ids import check_saga_id
-from sagaloom.messages import SagaMessage, as_message, message_type_of
+from sagaloom.ids import check_key, check_saga_id
+from sagaloom.messages import RESERVED_PREFIX, SagaMessage, as_message, message_type_of
 
 __all__ = ["SagaBuilder", "SagaDraft", "SagaWithHandlers", "SagaWithState", "define_saga"]
 
@@ -51,11 +55,12 @@ S = TypeVar("S")
 P = TypeVar("P")
 
 OnLimit = Literal["reject", "wait"]
-CatchUp = Literal["latest", "all", "none"]
 OnUnexpected = Literal["defer", "ignore", "dead_letter", "fail"]
 
 _Migration: TypeAlias = Callable[[Any], Any]
 _HANDLER = "a handler takes (saga, event, context)"
+_OF_A_TICK = ("correlation_key", "concurrency_key")
+_A_MOMENT = datetime(2000, 1, 1, tzinfo=UTC)
 _NEEDS_STATE = frozenset(
     ("on", "compensate", "during", "when_all", "on_signal", "on_query", "on_update", "invariant", "build")
 )
@@ -80,6 +85,8 @@ class _Data:
     is_singleton: bool = False
     invariants: tuple[Invariant, ...] = ()
     migrations: Mapping[int, _Migration] = dataclasses.field(default_factory=dict[int, Callable[[Any], Any]])
+    schedule: SchedulePolicy | None = None
+    timeouts: tuple[TimeoutPolicy, ...] = ()
 
     @property
     def where(self) -> str:
@@ -139,7 +146,7 @@ class _Stage:
         >>> define_saga("order").retry(RetryPolicy(maximum_attempts=3))
         <SagaDraft 'order', handles []>
         """
-        _check_retry(self._data.where, policy)
+        check_retry(self._data.where, policy)
         return self._with(retry=policy)
 
     def reuse(self, policy: Reuse) -> Self:
@@ -206,34 +213,70 @@ class _Stage:
     def schedule(
         self, cron: str, *, message: object = None, timezone: str = "UTC", catch_up: CatchUp = "latest"
     ) -> Self:
-        """Ticks the saga by a five-field cron expression. Checks its arguments; raises `NotImplementedYet`."""
-        where = self._data.where
+        """Ticks the saga by a five-field cron expression in a named zone: each tick is a message `<saga id>:tick` with
+        the payload `{"scheduledFor": "2026-01-31T03:00:00Z"}`, delivered once over any number of processes.
+
+        `message` names another type (its class or wire type), or is a message whose payload, when it is an object, gets
+        `scheduledFor` beside its own fields. Only this saga gets it. `catch_up` says what becomes of ticks that were
+        missed, which is more than a minute late: the newest one fires (`"latest"`), or `"all"`, or `"none"`.
+
+        >>> define_saga("report").schedule("0 3 * * *", timezone="Europe/Berlin", catch_up="all")
+        <SagaDraft 'report', handles []>
+        """
+        data = self._data
+        where = data.where
         if not isinstance(cron, str) or not cron.strip():
             raise DefinitionError(f"Saga schedule must not be empty. {where}: write for example '0 3 * * *'.")
-        if len(cron.split()) != 5:
-            raise DefinitionError(
-                f"{where}: schedule {cron!r:.80} has {len(cron.split())} fields: minute, hour, day of month, month, "
-                "day of week; write for example '0 3 * * *'"
-            )
-        if message is not None:
-            _check_message(where, "schedule", message)
         if not isinstance(timezone, str) or not timezone.strip():
             raise DefinitionError(f"{where}: schedule timezone {timezone!r:.80} must be a zone name, such as 'UTC'")
+        if data.schedule is not None:
+            raise DefinitionError(
+                f"{where} has the schedule {data.schedule.cron!r} already: a saga has one, so put both into one "
+                "expression, or let two sagas send to this one"
+            )
         _one_of(catch_up, get_args(CatchUp), f"{where}: schedule catch_up")
-        self._not_yet("schedule")
+        try:
+            read = parse_cron(cron, timezone.strip())
+        except DefinitionError as error:
+            raise DefinitionError(f"{where}: schedule: {error.message}") from error
+        said = _said(data, "schedule", f"{data.id}:tick" if message is None else message, _OF_A_TICK)
+        policy = SchedulePolicy(
+            read.expression,
+            said.type,
+            read.timezone,
+            catch_up,
+            said.payload,
+            said.correlation_key,
+            said.concurrency_key,
+        )
+        return self._with(schedule=policy)
 
-    def timeout(self, delay: timedelta | float | str, *, message: object) -> Self:
-        """Sends `message` to an instance that is still live after `delay`. Checks its arguments; raises
-        `NotImplementedYet`."""
-        where = self._data.where
+    def timeout(self, delay: timedelta | float | str, *, message: object, name: str = "timeout") -> Self:
+        """Sends `message` (a type, or a message with a payload) to every run that is still live `delay` after it was
+        opened. The timer is set in the commit that opens the run, under `name`, by which a handler takes it back:
+        `cancel_scheduled("timeout")`. A second timeout needs a name of its own.
+
+        >>> define_saga("order").timeout("30m", message="PaymentOverdue")
+        <SagaDraft 'order', handles []>
+        """
+        data = self._data
+        where = data.where
         try:
             length = parse_duration(delay)
         except DefinitionError as error:
             raise DefinitionError(f"{where}: timeout: {error.message}") from error
         if not length:
             raise DefinitionError(f"{where}: timeout must be longer than nothing, got {delay!r:.80}")
-        _check_message(where, "timeout", message)
-        self._not_yet("timeout")
+        if not isinstance(name, str) or not name.strip():
+            raise DefinitionError(f"{where}: timeout name must be a non-empty string, got {name!r:.80}")
+        if any(one.name == name for one in data.timeouts):
+            raise DefinitionError(
+                f"{where} already has a timeout called {name!r:.80}: give this one a name, as in "
+                ".timeout(..., name='reminder')"
+            )
+        _checked_key(where, "timeout name", name)
+        said = _said(data, "timeout", message, ())
+        return self._with(timeouts=(*data.timeouts, TimeoutPolicy(length, said.type, name, said.payload)))
 
     def _not_yet(self, method: str) -> NoReturn:
         raise NotImplementedYet(
@@ -496,6 +539,7 @@ class SagaWithHandlers(SagaWithState[S]):
                 f"{data.where} has a correlation rule for {_listed(unknown)}, which no handler takes: it handles "
                 f"{_listed(list(data.handlers))}"
             )
+        _check_what_it_sends(data)
         caller = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]  # the documented way to a caller's line
         definition: SagaDefinition[S] = SagaDefinition(
             id=data.id,
@@ -512,6 +556,8 @@ class SagaWithHandlers(SagaWithState[S]):
             is_singleton=data.is_singleton,
             invariants=data.invariants,
             migrations=MappingProxyType(dict(data.migrations)),
+            schedule=data.schedule,
+            timeouts=data.timeouts,
             source=f"{caller.f_code.co_filename}:{caller.f_lineno}",
         )
         return dataclasses.replace(definition, fingerprint=fingerprint_of(definition))
@@ -532,7 +578,11 @@ def define_saga(id: str) -> SagaDraft:
     >>> order.id, order.durability
     ('order', 't1')
     """
-    return SagaDraft(_Data(id=check_saga_id(id)))
+    checked = check_saga_id(id)
+    if f"{checked}:" == RESERVED_PREFIX:
+        # Its end would reach a parent as `saga:completed`, which no saga may handle.
+        raise DefinitionError(f"saga id {checked!r} is reserved for the engine's own messages: use another name")
+    return SagaDraft(_Data(id=checked))
 
 
 _TYPE = type  # `.state` has a parameter called type
@@ -562,6 +612,11 @@ def _wire_type(data: _Data, message: object, what: str) -> str:
         )
     if message == ANY_TYPE and what != "correlation":
         raise DefinitionError(f"{data.where}: {what} type '*' is reserved: register a handler for each type")
+    if message.startswith(RESERVED_PREFIX):
+        raise DefinitionError(
+            f"{data.where}: {what} type {message!r:.80} is reserved: types that begin with {RESERVED_PREFIX!r} belong "
+            "to the engine; use another name"
+        )
     return message
 
 
@@ -608,7 +663,7 @@ def _check_function(function: object, arity: int, what: str, shape: str) -> None
         ) from error
 
 
-def _check_retry(where: str, policy: object) -> None:
+def check_retry(where: str, policy: object) -> None:
     if not isinstance(policy, RetryPolicy):
         raise DefinitionError(f"{where}: retry takes a RetryPolicy(...), got {_shown(policy)}")
     low, high = policy.initial_interval_ms, policy.maximum_interval_ms
@@ -634,11 +689,72 @@ def _check_retry(where: str, policy: object) -> None:
         raise DefinitionError(f"{where}: retry non_retryable_error_types must be a tuple of class names, got {names!r}")
 
 
-def _check_message(where: str, method: str, message: object) -> None:
+def _said(data: _Data, method: str, message: object, keeps: Sequence[str]) -> SagaMessage[bytes]:
+    """The message that a saga sends to itself, its payload as JSON. It has its type, its payload and what it `keeps`:
+    the rest differs from one time to the next."""
+    where = f"{data.where}: {method} message"
+    if isinstance(message, (str, type)):
+        message = {"type": _wire_type(data, message, f"{method} message")}
     try:
-        encode_any(as_message(message).payload)
+        said = as_message(message)
+        payload = encode_any(said.payload)
     except SagasError as error:
-        raise DefinitionError(f"{where}: {method} message: {error.message}") from error
+        raise DefinitionError(f"{where}: {error.message}") from error
+    for field in SagaMessage.__struct_fields__:
+        value = getattr(said, field)
+        if value is None or field in ("type", "payload"):
+            continue
+        if field not in keeps:
+            raise DefinitionError(f"{where} has {field}={value!r:.80}: leave it out, every one gets its own")
+        _checked_key(where, field, value)
+    return SagaMessage(
+        _wire_type(data, said.type, f"{method} message"),
+        payload,
+        correlation_key=said.correlation_key,
+        concurrency_key=said.concurrency_key,
+    )
+
+
+def _checked_key(where: str, what: str, value: str) -> None:
+    try:
+        check_key(value, what=what)
+    except SagasError as error:
+        raise DefinitionError(f"{where}: {error.message}") from error
+
+
+def _check_what_it_sends(data: _Data) -> None:
+    """Raises unless the saga handles its own tick and timeouts, as they will come."""
+    schedule = data.schedule
+    if schedule is not None:
+        _check_taken(data, f"schedule {schedule.cron!r}", schedule.message_type, schedule.payload_at(_A_MOMENT))
+        has_key = (
+            schedule.correlation_key is not None
+            or data.is_singleton
+            or not data.correlations.keys().isdisjoint((ANY_TYPE, schedule.message_type))
+        )
+        if not has_key and not data.handlers[schedule.message_type].starts:
+            raise DefinitionError(
+                f"{data.where}: its tick {schedule.message_type!r} starts no instance and names none: let it start one "
+                "(starts=True), make the saga a .singleton(), or give the tick a correlation_key"
+            )
+    for timeout in data.timeouts:
+        _check_taken(data, f"timeout {timeout.name!r}", timeout.message_type, timeout.payload)
+
+
+def _check_taken(data: _Data, what: str, message_type: str, payload: bytes) -> None:
+    binding = data.handlers.get(message_type)
+    if binding is None:
+        raise DefinitionError(
+            f"{data.where}: {what} sends {message_type!r}, which no handler takes: add .on({message_type!r}, handler), "
+            f"or name another message (it handles {_listed(list(data.handlers))})"
+        )
+    try:
+        binding.codec.decode(payload)
+    except SagasError as error:
+        raise DefinitionError(
+            f"{data.where}: {what} sends {message_type!r} with {payload.decode()!r:.200}, which its handler cannot "
+            f"take: {error.message}"
+        ) from error
 
 
 def _one_of(value: Any, allowed: Sequence[str], what: str) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeAlias, TypeVar, overload
 
@@ -25,6 +25,7 @@ __all__ = [
     "ANY_TYPE",
     "SAGA_DURABILITY_TIERS",
     "SAGA_INSTANCE_STATUSES",
+    "CatchUp",
     "CompensationBinding",
     "ConcurrencyPolicy",
     "HandlerBinding",
@@ -41,7 +42,9 @@ __all__ = [
     "SagaHandler",
     "SagaInstanceStatus",
     "SagaState",
+    "SchedulePolicy",
     "SignalDefinition",
+    "TimeoutPolicy",
     "define_query",
     "define_signal",
 ]
@@ -59,6 +62,7 @@ pydantic models."""
 
 OnMissing = Literal["dead_letter", "discard"]
 Reuse = Literal["reject", "new_run"]
+CatchUp = Literal["latest", "all", "none"]
 ANY_TYPE: Final = "*"
 
 
@@ -225,6 +229,48 @@ class ConcurrencyPolicy:
     on_limit: Literal["reject", "wait"] = "reject"
 
 
+@dataclass(frozen=True, slots=True)
+class SchedulePolicy:
+    """When a saga ticks, and the message of a tick: `payload` is JSON, to which each tick adds `scheduledFor`."""
+
+    cron: str
+    message_type: str
+    timezone: str = "UTC"
+    catch_up: CatchUp = "latest"
+    payload: bytes = b"{}"
+    correlation_key: str | None = None
+    concurrency_key: str | None = None
+
+    def payload_at(self, scheduled_for: datetime, *, is_manual: bool = False) -> bytes:
+        """The payload of one tick. A JSON object gets `scheduledFor`, in place of one of its own, and `manual` when
+        somebody asked for the tick; anything else has no place for them and stays as it is.
+
+        >>> from datetime import UTC
+        >>> nightly = SchedulePolicy("0 0 * * *", "Nightly", payload=b'{"full":true}')
+        >>> nightly.payload_at(datetime(2026, 1, 31, tzinfo=UTC))
+        b'{"full":true,"scheduledFor":"2026-01-31T00:00:00Z"}'
+        """
+        if not self.payload.startswith(b"{"):
+            return self.payload
+        # Raw: numbers that only JSON can carry stay as they were written.
+        fields: dict[str, Any] = msgspec.json.decode(self.payload, type=dict[str, msgspec.Raw])
+        fields["scheduledFor"] = scheduled_for
+        if is_manual:
+            fields["manual"] = True
+        return msgspec.json.encode(fields)
+
+
+@dataclass(frozen=True, slots=True)
+class TimeoutPolicy:
+    """A message that every run gets when it is still live after `delay`, by a timer called `name`. `payload` is
+    JSON."""
+
+    delay: timedelta
+    message_type: str
+    name: str = "timeout"
+    payload: bytes = b"{}"
+
+
 _NOTHING: Mapping[Any, Any] = MappingProxyType({})
 
 
@@ -252,7 +298,8 @@ class SagaDefinition(Generic[S]):
     invariants: tuple[Invariant, ...] = ()
     migrations: Mapping[int, Callable[[Any], Any]] = field(default_factory=lambda: _NOTHING)
     concurrency: ConcurrencyPolicy | None = None
-    schedule: str | None = None
+    schedule: SchedulePolicy | None = None
+    timeouts: tuple[TimeoutPolicy, ...] = ()
     fingerprint: str = ""
     source: str = ""
     """Where the definition was built, as `file:line`, for errors; no part of the fingerprint."""

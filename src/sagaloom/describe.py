@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import msgspec
 
 from sagaloom.codec import Codec
-from sagaloom.definitions import RetryPolicy, SagaDefinition
+from sagaloom.definitions import RetryPolicy, SagaDefinition, SchedulePolicy
 
 __all__ = ["describe"]
 
@@ -16,8 +17,9 @@ def describe(definition: SagaDefinition[Any]) -> dict[str, Any]:
     """What `GET /sagas/{id}` answers: everything about `definition` that is data, as JSON values.
 
     The graph has a node for `start`, for `instance`, for every handled type and for every compensation; an edge leads
-    from `start` or `instance` to a type, and from a type to its compensation. Statuses are no part of it: which effects
-    a handler returns is known only when it runs.
+    from `start` or `instance` to a type, and from a type to its compensation. A schedule and each timeout have a node
+    too, and an edge to the type that they send. Statuses are no part of it: which effects a handler returns is known
+    only when it runs.
 
     >>> import sagaloom
     >>> saga = sagaloom.define_saga("order").state({}).on("OrderPlaced", lambda saga, event, context: []).build()
@@ -41,7 +43,11 @@ def describe(definition: SagaDefinition[Any]) -> dict[str, Any]:
         "queries": list(definition.queries),
         "retry": _retry(definition.retry),
         "concurrency": concurrency and {"limit": concurrency.limit, "onLimit": concurrency.on_limit},
-        "schedule": definition.schedule,
+        "schedule": _schedule(definition.schedule),
+        "timeouts": [
+            {"name": one.name, "delay": _milliseconds(one.delay), "messageType": one.message_type}
+            for one in definition.timeouts
+        ],
         "reuse": definition.reuse,
         "singleton": definition.is_singleton,
         "invariants": [one.name for one in definition.invariants],
@@ -55,6 +61,21 @@ def describe(definition: SagaDefinition[Any]) -> dict[str, Any]:
 
 def _schema(codec: Codec[Any]) -> dict[str, Any]:
     return dict(codec.json_schema())
+
+
+def _schedule(policy: SchedulePolicy | None) -> dict[str, Any] | None:
+    if policy is None:
+        return None
+    return {
+        "cron": policy.cron,
+        "timezone": policy.timezone,
+        "catchUp": policy.catch_up,
+        "messageType": policy.message_type,
+    }
+
+
+def _milliseconds(length: timedelta) -> int:
+    return length // timedelta(milliseconds=1)
 
 
 def _retry(policy: RetryPolicy) -> dict[str, Any]:
@@ -79,7 +100,9 @@ def _nodes(definition: SagaDefinition[Any]) -> list[dict[str, str]]:
     ]
     messages = [{"id": name, "kind": "message"} for name in definition.handlers]
     undos = [{"id": f"compensate {name}", "kind": "compensation"} for name in definition.compensations]
-    return sources + messages + undos
+    clocks = [{"id": "schedule", "kind": "schedule"}] if definition.schedule is not None else []
+    clocks += [{"id": f"timeout {one.name}", "kind": "timeout"} for one in definition.timeouts]
+    return sources + messages + undos + clocks
 
 
 def _edges(definition: SagaDefinition[Any]) -> list[dict[str, str]]:
@@ -89,8 +112,13 @@ def _edges(definition: SagaDefinition[Any]) -> list[dict[str, str]]:
         else {"from": "instance", "to": one.type, "kind": "continues"}
         for one in definition.handlers.values()
     ]
-    return edges + [
+    edges += [
         {"from": name, "to": f"compensate {name}", "kind": "compensates"}
         for name in definition.compensations
         if name in definition.handlers
+    ]
+    if definition.schedule is not None:
+        edges.append({"from": "schedule", "to": definition.schedule.message_type, "kind": "ticks"})
+    return edges + [
+        {"from": f"timeout {one.name}", "to": one.message_type, "kind": "times out"} for one in definition.timeouts
     ]

@@ -7,7 +7,8 @@ out. `retryable` says whether the very same call may succeed later.
     ├── DefinitionError        the author's: a saga that cannot be built, registered or run as written
     ├── NotImplementedYet      ours: a builder method whose runtime half has not been built
     ├── MessageRejected        the caller's: a message, key or request refused at the door; nothing was changed
-    │   ├── SagaNotFound · InstanceNotFound · DeadLetterNotFound
+    │   ├── SagaNotFound · InstanceNotFound · DeadLetterNotFound · JobNotFound · JobRunNotFound
+    │   ├── ScheduleNotFound · TimerNotFound
     │   └── IdempotencyKeyReused
     ├── EncodeError            the author's, at run time: a value that JSON cannot carry and give back
     ├── DecodeError            the sender's, or an older version's: bytes that are no value of the declared type
@@ -37,11 +38,15 @@ __all__ = [
     "HandlerError",
     "IdempotencyKeyReused",
     "InstanceNotFound",
+    "JobNotFound",
+    "JobRunNotFound",
     "MessageRejected",
     "NotImplementedYet",
     "SagaNotFound",
     "SagasError",
+    "ScheduleNotFound",
     "StoreCorrupt",
+    "TimerNotFound",
 ]
 
 
@@ -101,6 +106,30 @@ class DeadLetterNotFound(MessageRejected):
     """No dead letter has this id."""
 
     default_code = "DEAD_LETTER_NOT_FOUND"
+
+
+class JobNotFound(MessageRejected):
+    """No loaded job has this id."""
+
+    default_code = "JOB_NOT_FOUND"
+
+
+class JobRunNotFound(MessageRejected):
+    """No run has this id."""
+
+    default_code = "JOB_RUN_NOT_FOUND"
+
+
+class ScheduleNotFound(MessageRejected):
+    """No loaded definition of this id has a schedule."""
+
+    default_code = "SCHEDULE_NOT_FOUND"
+
+
+class TimerNotFound(MessageRejected):
+    """No timer of this id waits: it has fired, was taken back, or never was."""
+
+    default_code = "TIMER_NOT_FOUND"
 
 
 class IdempotencyKeyReused(MessageRejected):

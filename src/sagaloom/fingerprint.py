@@ -36,7 +36,7 @@ def fingerprint_of(definition: SagaDefinition[Any]) -> str:
         for one in definition.compensations.values()
     }
     concurrency = definition.concurrency
-    described = {
+    described: dict[str, object] = {
         "id": definition.id,
         "version": definition.version,
         "durability": definition.durability,
@@ -53,6 +53,8 @@ def fingerprint_of(definition: SagaDefinition[Any]) -> str:
         "schedule": definition.schedule,
         "concurrency": concurrency and [concurrency.limit, concurrency.on_limit, _value(concurrency.key, ())],
     }
+    if definition.timeouts:
+        described["timeouts"] = definition.timeouts
     return hashlib.sha256(msgspec.json.encode(described, order="sorted")).hexdigest()
 
 

@@ -23,9 +23,12 @@ import msgspec
 from sagaloom.codec import is_declared_class
 from sagaloom.errors import MessageRejected
 
-__all__ = ["SagaMessage", "as_message", "message_type_of"]
+__all__ = ["RESERVED_PREFIX", "SagaMessage", "as_message", "message_type_of"]
 
-P = TypeVar("P")
+P_co = TypeVar("P_co", covariant=True)
+
+RESERVED_PREFIX = "saga:"
+"""How the types of the engine's own messages begin. No saga handles them, and no door takes them in."""
 
 _TEXTS = ("correlation_key", "idempotency_key", "concurrency_key", "id", "traceparent", "tracestate")
 _WIRE_FIELDS = {
@@ -39,7 +42,7 @@ _WIRE_FIELDS = {
 }
 
 
-class SagaMessage(msgspec.Struct, Generic[P], frozen=True):
+class SagaMessage(msgspec.Struct, Generic[P_co], frozen=True):
     """The event or command that is delivered to a handler.
 
     `type` discriminates; `payload` is the typed body. `correlation_key` names the instance unless the saga has a rule
@@ -47,7 +50,7 @@ class SagaMessage(msgspec.Struct, Generic[P], frozen=True):
     """
 
     type: str
-    payload: P
+    payload: P_co
     correlation_key: str | None = None
     idempotency_key: str | None = None
     concurrency_key: str | None = None

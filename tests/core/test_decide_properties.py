@@ -20,6 +20,7 @@ from sagaloom import (
     spawn,
 )
 from sagaloom.definitions import SagaDefinition
+from sagaloom.engine.controls import CANCEL, PAUSE, RESUME, control
 from sagaloom.engine.decide import DecideContext, decide
 from sagaloom.engine.lifecycle import is_terminal
 from sagaloom.engine.limits import Limits
@@ -91,7 +92,7 @@ anything = st.lists(
     st.tuples(
         st.sampled_from(("Begin", "Go", "Go", "Go", "Begin", "Go", "Go", "Never")),  # `Never` has no handler.
         payloads,
-        st.sampled_from(("plain", "plain", "plain", "plain", "opens", "bound")),
+        st.sampled_from(("plain", "plain", "plain", "plain", "opens", "bound", "operator")),
         st.integers(0, 4),
     ),
     max_size=12,
@@ -134,6 +135,7 @@ class World:
             assert after.revision == (before.revision if before is not None else 0) + 1, "I2"
             assert after.entries == (before.entries if before is not None else 0) + 1
             assert before is None or not is_terminal(before.status), "I1"
+            assert before is None or not before.is_paused or message.origin == "operator", "a paused run"
             assert after.timers == () or not is_terminal(after.status)
             self._check_timers(before, message, decision)
             return
@@ -141,6 +143,10 @@ class World:
         if decision.disposition == "pending":
             assert (after, decision.entry, decision.dead_letter) == (None, None, None)
             assert decision.retry_at is not None
+        if decision.disposition == "deferred":
+            assert newest is not None
+            assert newest.is_paused
+            assert decision == Decision("deferred", decision.reason)
         if after is not None and before is not None:
             assert (after.revision, after.status, after.state) == (before.revision, before.status, before.state), "I1"
             assert after.bystanders == before.bystanders + 1
@@ -168,6 +174,10 @@ def lived(definition: SagaDefinition[Any], said: list[Any]) -> World:
             waiting = world.runs[-1].timers if world.runs else ()
             if waiting and fields["origin"] == "timer":
                 fields["id"] = waiting[0].id
+        elif door == "operator":
+            kind = (PAUSE, RESUME, CANCEL)[min(attempt, 2)]
+            world.takes(control(kind, "s", "k", message_id=f"m{number}", accepted_at=NOW))
+            continue
         world.takes(envelope(message_type, payload, **fields))
     return world
 
@@ -227,7 +237,9 @@ def test_the_feed_shows_each_step_and_ends_with_the_end(definition: Any, said: A
         assert decision.entry is not None
         assert decision.instance is not None
         kinds = [event.type for event in decision.events]
-        assert kinds.count("saga:state_changed") == len(decision.entry.steps)
+        is_pause = decision.entry.type in (PAUSE, RESUME)
+        assert kinds.count("saga:state_changed") == len(decision.entry.steps) + is_pause
         assert ("saga:started" in kinds) == decision.opens_run
-        assert (kinds[-1] in ("saga:completed", "saga:failed")) == is_terminal(decision.instance.status)
+        ends = ("saga:completed", "saga:failed", "saga:cancelled")
+        assert (kinds[-1] in ends) == is_terminal(decision.instance.status)
         assert decision.events[-1].status == decision.instance.status

@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from sagaloom import define_saga, saga_complete, schedule, send
+from sagaloom import SagasError, define_saga, saga_complete, schedule, send
+from sagaloom.errors import DeliveryFailed
 from tests.runtime.conftest import Bench, Life
 
 PARTITIONS = 64
@@ -211,3 +212,68 @@ async def test_three_share_alike_and_those_who_are_left_share_again(bench: Bench
     await bench.die(lives[0])
 
     await until(lambda: [len(parts_of(life)) for life in lives[1:]] == [32, 32])
+
+
+async def test_an_operator_reaches_a_run_that_another_process_holds(bench: Bench) -> None:
+    lives = await both(bench, NOTES)
+    for n in range(8):
+        await lives[0].publish("Note", {"n": 0}, key=f"k-{n}", wait=5)
+
+    outcomes = [await lives[n % 2].runtime.cancel("notes", f"k-{n}", reason="enough") for n in range(8)]
+
+    assert [(outcome.disposition, outcome.status) for outcome in outcomes] == [("applied", "cancelled")] * 8
+
+
+async def test_a_pause_holds_whoever_takes_messages_in(bench: Bench) -> None:
+    first, second = await both(bench, NOTES)
+    for key in ("k-0", "k-1", "k-2", "k-3"):
+        await first.publish("Note", {"n": 0}, key=key, wait=5)
+        await second.runtime.pause("notes", key)
+        waits = [(await life.publish("Note", {"n": 1}, key=key, wait=0.05)).disposition for life in (first, second)]
+
+        await first.runtime.resume("notes", key)
+        outcome = await second.publish("Note", {"n": 2}, key=key, wait=5)
+
+        assert waits == ["pending", "pending"]
+        assert outcome.state == {"seen": [0, 1, 1, 2]}
+
+
+async def test_dead_letters_are_repaired_whoever_is_asked(bench: Bench) -> None:
+    first, second = await both(bench, CHARGES)
+    bench.receiver.answer = lambda effect: DeliveryFailed("refused", retryable=False)
+    for n in range(8):
+        await first.publish("Charge", {"n": n}, key=f"k-{n}", wait=5)
+    await until(lambda: sum(life.runtime.health().stalled_lanes for life in (first, second)) == 8)
+    bench.receiver.answer = lambda effect: ()
+    bench.receiver.got.clear()
+
+    letters = await first.runtime.dead_letters()
+    for n, letter in enumerate(letters):
+        repair = second.runtime.redrive if n % 2 else second.runtime.discard
+        await repair(letter.id)
+    await until(lambda: len(bench.receiver.got) == 4)
+    await until(lambda: sum(life.runtime.health().outbox for life in (first, second)) == 0)
+
+    assert await first.runtime.dead_letters() == []
+    assert {effect.key for effect in bench.receiver.got} == {letter.key for letter in letters[1::2]}
+    assert not await first.runtime.store.inbox_page(after=None, limit=10)
+
+
+async def test_a_discarded_key_is_free_for_everybody(bench: Bench) -> None:
+    def failing(saga: Any, event: Any, context: Any) -> list[Any]:
+        if event.payload["n"] < 0:
+            raise SagasError("below zero", retryable=False)
+        return []
+
+    lives = await both(bench, define_saga("numbers").state({}).on("Number", failing).build())
+    for n in range(6):
+        given_up = await lives[0].publish("Number", {"n": -1}, key=f"k-{n}", idempotency_key="one", wait=5)
+        for letter in await lives[1].runtime.dead_letters():
+            await lives[1].runtime.discard(letter.id)
+
+        outcomes = [
+            await life.publish("Number", {"n": 1}, key=f"k-{n}", idempotency_key="one", wait=5) for life in lives
+        ]
+
+        assert given_up.disposition == "dead_lettered"
+        assert [outcome.disposition for outcome in outcomes] == ["applied", "duplicate"]

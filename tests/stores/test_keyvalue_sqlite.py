@@ -154,6 +154,39 @@ async def test_two_connections_never_get_one_number_twice(path: Path) -> None:
         assert await keys(one, "feed") == [("feed", n) for n in bases]
 
 
+async def test_a_connection_sees_that_another_one_has_committed_and_not_its_own_commits(path: Path) -> None:
+    async with opened(path) as one, opened(path) as other:
+        await put(one, ("k", 1))
+        before = one.others_version()
+
+        await put(one, ("k", 2))
+        after_own = one.others_version()
+        await put(other, ("k", 3))
+        after_other = one.others_version()
+
+        assert before == after_own
+        assert after_own != after_other
+        assert one.others_version() == after_other
+
+
+async def test_looking_for_the_commits_of_others_touches_no_table(path: Path) -> None:
+    async with opened(path) as store:
+        await put(store, ("k", 1))
+        before = store.statements
+
+        store.others_version()
+
+        assert store.statements == before
+
+
+async def test_a_closed_connection_sees_nobody(path: Path) -> None:
+    async with opened(path) as store:
+        pass
+
+    with pytest.raises(BackendUnavailable, match="closed"):
+        store.others_version()
+
+
 async def test_a_lock_that_stays_is_reported_and_the_store_recovers_from_it(path: Path) -> None:
     async with opened(path, busy_timeout_seconds=0.02) as store:
         await put(store, ("k", 1))

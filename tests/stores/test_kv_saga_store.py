@@ -8,12 +8,14 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sagaloom.errors import BackendUnavailable, ConfigurationError, Fenced, StoreCorrupt
 from sagaloom.kv import MemoryKeyValue
+from sagaloom.kv.sqlite import SqliteKeyValue
 from sagaloom.ports.keyvalue import Check, Committed, Conflicted, Entry, Key
 from sagaloom.ports.store import InstanceFilter, Lease, RegisteredDefinition, RowRef, UnitOfWork
 from sagaloom.stores import KvSagaStore, planning, rows
@@ -389,3 +391,44 @@ def test_the_stores_can_be_named_without_loading_a_driver() -> None:
     code = "import sys, sagaloom.stores; from sagaloom.stores import KvSagaStore; sys.exit('apsw' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# -- the feed ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_page_of_the_feed_reads_only_rows_that_have_part_in_it(kv: Watched, store: KvSagaStore) -> None:
+    lease = await store.acquire("worker-1", now=NOW)
+    instance = await started(store, lease, "o-1")
+    for _ in range(40):
+        await write(store, lease, UnitOfWork(part=0, events=(event_of(instance),) * 10))
+    entries: list[Entry] = []
+    scan = kv.scan
+
+    async def counted(*args: Any, **named: Any) -> list[Entry]:
+        found = await scan(*args, **named)
+        entries.extend(found)
+        return found
+
+    kv.scan = counted  # type: ignore[method-assign]
+
+    found = await store.feed(after=95, limit=10)
+
+    assert [number for number, _ in found] == list(range(96, 106))
+    assert [entry.key for entry in entries] == [("feed", 91), ("feed", 101)]
+
+
+async def test_the_store_asks_its_keys_for_the_commits_of_others(tmp_path: Path) -> None:
+    path = tmp_path / "saga.db"
+    one = KvSagaStore(await SqliteKeyValue.open(path))
+    other = KvSagaStore(await SqliteKeyValue.open(path))
+    await one.open()
+    before = one.others_version()
+
+    await one.put_definitions([])
+    after_own = one.others_version()
+    await other.put_definitions([RegisteredDefinition("orders", 1, "f1", {}, NOW)])
+
+    assert before == after_own
+    assert one.others_version() != after_own
+    await one.close()
+    await other.close()

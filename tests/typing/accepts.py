@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypedDict, assert_type
+from typing import Any, Literal, TypedDict, assert_type
 
 import attrs
 import msgspec
@@ -34,6 +34,14 @@ from sagaloom import (
     spawn,
 )
 from sagaloom.config import define_saga_config
+from sagaloom.integration.publisher import (
+    SagaPublisherPort,
+    SagaPublisherReceipt,
+    SagaPublisherRejected,
+    SagaPublisherResult,
+)
+from sagaloom.publisher import HttpSagaPublisher, SyncHttpSagaPublisher
+from sagaloom.runtime import HttpSagaPublisherOptions, create_saga_publisher, create_sync_saga_publisher
 
 
 @dataclass(frozen=True)
@@ -188,3 +196,45 @@ def with_signals_and_queries() -> SagaWithState[Order]:
         .on_query(define_query("all"), lambda state: {"status": state.status, "paid": [state.paid]})
         .on_update(approve, placed)
     )
+
+
+# Publishers: of message classes, of messages as TypedDicts, of anything.
+class UserSettingsCreated(TypedDict):
+    type: Literal["UserSettingsCreated"]
+    payload: PaymentCaptured
+
+
+publisher = create_saga_publisher[OrderPlaced | PaymentCaptured](base_url="http://127.0.0.1:8092", timeout=5)
+blocking = create_sync_saga_publisher[OrderPlaced](HttpSagaPublisherOptions(id="orders"), retries=0)
+anyhow = create_saga_publisher()
+assert_type(publisher, HttpSagaPublisher[OrderPlaced | PaymentCaptured])
+assert_type(blocking, SyncHttpSagaPublisher[OrderPlaced])
+assert_type(anyhow, HttpSagaPublisher[Any])
+
+
+async def publishing(port: SagaPublisherPort[OrderPlaced]) -> None:
+    message = SagaMessage("OrderPlaced", OrderPlaced("o-1"))
+    assert_type(await publisher.publish(OrderPlaced("o-1")), SagaPublisherResult)
+    await publisher.publish(OrderPlaced("o-1"), {"correlation_key": "o-1"}, wait=5)
+    await publisher.publish(OrderPlaced("o-1"), correlation_key="o-1", topic="orders")
+    await publisher.publish(message)
+    await publisher.publish(SagaMessage("OrderPlaced", OrderPlaced("o-1")))
+    await publisher.publish(PaymentCaptured, {"order_id": "o-1", "payment_id": "p-1"})
+    await publisher.publish("PaymentCaptured", {"order_id": "o-1", "payment_id": "p-1"}, {"topic": "orders"})
+    await publisher.publish_many([OrderPlaced("o-1"), message], mode="parallel", concurrency=4)
+    await create_saga_publisher[UserSettingsCreated]().publish(
+        {"type": "UserSettingsCreated", "payload": {"order_id": "o-1", "payment_id": "p-1"}}
+    )
+    await anyhow.publish({"type": "OrderPlaced", "payload": {"orderId": "o-1"}}, {"idempotency_key": "k-1"})
+    await anyhow.publish("OrderPlaced", {"orderId": "o-1"})
+    await port.publish(OrderPlaced("o-1"))
+    blocking.publish(OrderPlaced("o-1")).raise_for_rejected()
+    result = await port.publish(message)
+    assert_type(result.reason, str | None)
+    if isinstance(result, SagaPublisherRejected):
+        assert_type(result.reason, str)
+    else:
+        assert_type(result, SagaPublisherReceipt)
+    async with publisher as opened:
+        narrower: SagaPublisherPort[OrderPlaced] = opened
+        await publishing(narrower)

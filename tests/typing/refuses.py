@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from sagaloom import CascadedMessage, Saga, SagaContext, SagaMessage, define_query, define_saga, define_signal
+from sagaloom.integration.publisher import SagaPublisherPort
+from sagaloom.runtime import create_saga_publisher, create_sync_saga_publisher
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ draft = define_saga("order")
 ready = draft.state(Order())
 untyped = draft.state({"status": "new"})
 built = ready.on(OrderPlaced, placed)
+publisher = create_saga_publisher[OrderPlaced | Receipt]()
+blocking = create_sync_saga_publisher[OrderPlaced | Receipt]()
 
 # A handler before the state.
 draft.on(OrderPlaced, placed)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]  # expect: error
@@ -140,3 +144,23 @@ ready.on(OrderPlaced, takes_two)  # type: ignore[arg-type]  # pyright: ignore[re
 draft.durability("t4")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # expect: error
 draft.reuse("always")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # expect: error
 ready.on(OrderPlaced, placed, on_missing="wait")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]  # expect: error
+
+# A publisher and a message that is none of its classes. (Its handler is refused above: the wrong payload type.)
+blocking.publish(InvoiceSent("i-1"))  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]  # expect: error
+blocking.publish(SagaMessage("OrderPlaced", InvoiceSent("i-1")))  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # expect: error
+blocking.publish(InvoiceSent, InvoiceSent("i-1"))  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]  # expect: error
+blocking.publish("OrderPlaced", InvoiceSent("i-1"))  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]  # expect: error
+blocking.publish("OrderPlaced", {"order_id": 1})  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]  # expect: error
+blocking.publish(Receipt, {"nummer": "r-1"})  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]  # expect: error
+blocking.publish({"type": "OrderPlaced", "payload": {}})  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]  # expect: error
+blocking.publish_many([OrderPlaced("o-1"), InvoiceSent("i-1")])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]  # expect: error
+answer = publisher.publish(InvoiceSent("i-1"))  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]  # expect: error
+answers = publisher.publish_many([InvoiceSent("i-1")])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]  # expect: error
+port: SagaPublisherPort[InvoiceSent] = publisher  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]  # expect: error
+
+# A publisher and options that do not exist.
+blocking.publish(OrderPlaced("o-1"), {"correlationKey": "o-1"})  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]  # expect: error
+blocking.publish(OrderPlaced("o-1"), corelation_key="o-1")  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]  # expect: error
+blocking.publish_many([OrderPlaced("o-1")], mode="both")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # expect: error
+blocking.publish_many([OrderPlaced("o-1")], idempotency_key="k-1")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]  # expect: error
+create_saga_publisher[OrderPlaced](url="http://127.0.0.1:8092")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]  # expect: error

@@ -1,4 +1,4 @@
-"""One process that serves: the store, the runtime and the HTTP API, from start to a clean end.
+"""One process that serves: the store, the runtime and the HTTP API, from start to a clean end; or one of the two.
 
     bind the port ──▶ open the store ──▶ start the runtime ──▶ serve ──signal──▶ stop accepting ──▶ drain ──▶ exit 0
          │ taken: said at once, the store untouched                │ signal again, or 2.8 s: exit at once
@@ -55,16 +55,18 @@ class Companion:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything that a serving process needs to know. `announce` is called with the address once it answers."""
+    """Everything that a serving process needs to know. Without a `listener` there is no API; with `works=False` sagas
+    run in other processes on the same store. `announce` is called once it is ready, with the address of the API."""
 
     settings: DoorSettings
-    listener: socket.socket
+    listener: socket.socket | None
     definitions: Sequence[SagaDefinition[Any]]
     kv_path: Path
     announce: Callable[[str], None]
     targets: Sequence[EffectTarget] = ()
     services: Mapping[str, str] = field(default_factory=dict[str, str])
     companions: Sequence[Companion] = ()
+    works: bool = True
 
 
 def listen(host: str, port: int, *, hint: str) -> socket.socket:
@@ -96,10 +98,11 @@ def address_of(listener: socket.socket) -> str:
 
 
 def announcer(text: str, *, as_json: bool, **facts: str) -> Callable[[str], None]:
-    """Says on stdout that the server answers: `text` with its {url}, or a line of JSON, with `facts`."""
+    """Says on stdout that the process is ready: `text` with its {url}, or a line of JSON, with `facts`."""
 
     def announce(url: str) -> None:
-        line = json.dumps({"event": "listening", "url": url, **facts}) if as_json else text.replace("{url}", url)
+        event = {"event": "listening", "url": url, **facts} if url else {"event": "working", **facts}
+        line = json.dumps(event) if as_json else text.replace("{url}", url)
         print(line, flush=True)
 
     return announce
@@ -138,17 +141,25 @@ async def _serve(plan: Plan) -> None:
                 definitions=plan.definitions,
                 targets=targets,
                 services=services,
-                options=RuntimeOptions(drain_seconds=_DRAIN_SECONDS),
+                options=RuntimeOptions(drain_seconds=_DRAIN_SECONDS, works=plan.works),
             )
         )
-        token = plan.settings.token
-        app = create_app(durable.runtime, token=token.get_secret_value() if token is not None else None)
-        api = await stack.enter_async_context(_serving(app, plan.listener))
+        servers = companions
+        if plan.listener is not None:
+            token = plan.settings.token
+            app = create_app(
+                durable.runtime,
+                token=token.get_secret_value() if token is not None else None,
+                requests_per_second=plan.settings.requests_per_second,
+            )
+            servers = [await stack.enter_async_context(_serving(app, plan.listener)), *companions]
+        # Those who watch would stay for ever, and the servers wait for them.
+        stack.callback(durable.runtime.end_watches)
         calm_gc()
         if not stopping.is_set():
-            plan.announce(address_of(plan.listener))
+            plan.announce(address_of(plan.listener) if plan.listener is not None else "")
         signalled = asyncio.create_task(stopping.wait())
-        await asyncio.wait([signalled, api, *companions], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([signalled, *servers], return_when=asyncio.FIRST_COMPLETED)
         if not signalled.done():
             signalled.cancel()
             raise RuntimeError("the HTTP server ended by itself")

@@ -13,6 +13,7 @@ answer was lost. Somebody else writes the Decision down, all of it or nothing.
                    │                  │                   │            └─ refused ───────────► dead_lettered
                    │                  │                   ├─ unreadable, no migration ───────► dead_lettered
                    │                  │                   └─ made by a newer definition ─────► pending, no attempt spent
+                   │                  ├─ the run is paused ──────────────────────────────────► deferred
                    │                  └─ no handler, no instance, too many hops ─────────────► dead_lettered | ignored
                    └─ bound to a run that is over, or the key takes no more ─────────────────► ignored
 
@@ -21,6 +22,7 @@ answer was lost. Somebody else writes the Decision down, all of it or nothing.
    the newest is terminal and the saga says `.reuse("new_run")`. A bound envelope (timer, reply, end of a child) never
    opens a run. A terminal run takes nothing (I1): the message is ignored, and recorded in that run's history while
    fewer than `bystander_rows_max` such rows are there, then counted. Timers of a finished run end without a trace.
+   A paused run defers whatever comes, except what operators ask for themselves (`controls.py`).
 2. *State.* Decoded from bytes anew for each step, so that no handler sees an object that another one, or an attempt
    that failed, has changed. State of an older definition is brought up to date first, version by version.
 3. *Steps.* The forward handler, then the compensations it asks for (`compensation.py`), in one decision and one
@@ -36,7 +38,8 @@ of the run (I6). A fired timer leaves `Instance.timers` with the decision that c
 
 **The feed.** Each applied message shows `saga:message_received`, `saga:started` if it opened a run,
 `saga:state_changed` for each step, `saga:compensating` when a step leads there, and `saga:completed` or `saga:failed`
-at the end.
+at the end. What is given up shows `saga:dead_lettered`, and so does an effect; one that has left shows
+`saga:effect_dispatched`, which the dispatcher writes. A control shows `saga:message_received`, then `saga:cancelled` or what has changed.
 
 What we dislike about it: a handler that loops for ever stops the worker, for a synchronous call cannot be cut short;
 and traceback texts read the source files of the frames they show, which is the one look at the world in here.
@@ -52,8 +55,9 @@ import msgspec
 from sagaloom.codec import encode_any
 from sagaloom.definitions import HandlerBinding, SagaDefinition, SagaInstanceStatus
 from sagaloom.engine.compensation import carry_out
+from sagaloom.engine.controls import apply_control, why_in_vain
 from sagaloom.engine.correlation import dead_letter_id
-from sagaloom.engine.ledger import LIMIT_EXCEEDED, Refused
+from sagaloom.engine.ledger import LIMIT_EXCEEDED, Refused, end_of_child
 from sagaloom.engine.lifecycle import is_terminal
 from sagaloom.engine.records import (
     AppliedStep,
@@ -73,11 +77,12 @@ from sagaloom.errors import HandlerError, InstanceNotFound, SagasError
 from sagaloom.ids import instance_id
 from sagaloom.messages import SagaMessage
 
-__all__ = ["DecideContext", "decide"]
+__all__ = ["DecideContext", "decide", "steer"]
 
 HANDLER_MISSING: Final = "SAGA_HANDLER_MISSING"
 HOPS_EXCEEDED: Final = "SAGA_HOPS_EXCEEDED"
 MIGRATION_FAILED: Final = "SAGA_MIGRATION_FAILED"
+_DETAIL_MAX: Final = 2_000  # The feed is kept in memory by those who watch. History has the whole of it.
 
 
 class _MadeByNewer(Exception):
@@ -94,10 +99,13 @@ def decide(
     binding = definition.handlers.get(message.type)
     if message.opens_run:
         instance = None
-    elif instance is not None and is_terminal(instance.status):
-        if is_bound or definition.reuse != "new_run" or binding is None or not binding.starts:
-            return _ignore_terminal(instance, message, context)
-        instance = None
+    elif instance is not None:
+        if is_terminal(instance.status):
+            if is_bound or definition.reuse != "new_run" or binding is None or not binding.starts:
+                return _ignore_terminal(instance, message, context)
+            instance = None
+        elif instance.is_paused and message.origin != "operator":
+            return Decision("deferred", f"run {instance.run} of {definition.id}:{message.key} is paused")
     if message.hops > context.limits.hops_max:
         return _give_up(
             definition,
@@ -111,6 +119,9 @@ def decide(
             ),
         )
     if binding is None:
+        # No saga handles a control, so nobody else has to ask whether this is one.
+        if message.origin == "operator":
+            return steer(instance, message, context)
         if message.origin == "child" and instance is not None:
             return _ignore(instance, message, context, f"saga {definition.id!r} has no handler for {message.type!r}")
         handled = ", ".join(definition.handlers)
@@ -137,6 +148,20 @@ def decide(
         # An effect built by hand out of the wrong parts can fail anywhere in the ledger. Raised from here it would
         # stop the neighbours of this message, and come back; as a dead letter its traceback shows whose fault it is.
         return _give_up(definition, instance, message, context, error)
+
+
+def steer(instance: Instance | None, message: Envelope, context: DecideContext) -> Decision:
+    """What an operator's control does to a run. It needs no definition: one that is gone keeps nobody from cancelling
+    what it left behind."""
+    if instance is None or (message.run is not None and message.run != instance.run):
+        named = "run" if message.run is None else f"run {message.run}"
+        return Decision("ignored", f"there is no {named} of {message.saga_id}:{message.key}")
+    if is_terminal(instance.status):
+        return _ignore_terminal(instance, message, context)
+    in_vain = why_in_vain(instance, message)
+    if in_vain is not None:
+        return _ignore(instance, message, context, in_vain)
+    return apply_control(instance, message, context.now)
 
 
 def _apply(
@@ -280,10 +305,10 @@ def _events(transition: Transition, steps: tuple[StepRecord, ...], reason: str |
         if not was_compensating:
             was_compensating = True
             why = None if transition.undo_reason is None else storable(transition.undo_reason)
-            happened.append(("saga:compensating", "compensating", why))
+            happened.append(("saga:compensating", "compensating", why and why[:_DETAIL_MAX]))
         happened.append(("saga:state_changed", step.status, f"compensated {step.type}"))
     if transition.is_over:
-        happened.append((f"saga:{status}", status, reason))
+        happened.append((f"saga:{status}", status, reason and reason[:_DETAIL_MAX]))
     message, now, run, revision = transition.envelope, transition.now, transition.run, transition.revision
     saga_id, key, message_type, message_id = transition.definition.id, message.key, message.type, message.id
     events: list[FeedEvent] = []
@@ -308,12 +333,7 @@ def _with_step(transition: Transition) -> tuple[AppliedStep, ...]:
 
 def _tell_parent(transition: Transition, parent: ParentLink) -> None:
     saga_id, key, run = transition.definition.id, transition.envelope.key, transition.run
-    payload: dict[str, object] = {
-        "instanceId": instance_id(saga_id, key, run),
-        "sagaId": saga_id,
-        "correlationKey": key,
-        "run": run,
-    }
+    payload = end_of_child(saga_id, key, run)
     if transition.status == "completed":
         payload["result"] = None if transition.result is None else msgspec.json.decode(transition.result)
     else:
@@ -463,7 +483,7 @@ def _event(kind: str, instance: Instance | None, message: Envelope, context: Dec
         instance.status if instance is not None else "pending",
         message.type,
         message.id,
-        detail,
+        detail[:_DETAIL_MAX],
     )
 
 

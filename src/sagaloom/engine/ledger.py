@@ -38,6 +38,7 @@ __all__ = [
     "LIMIT_EXCEEDED",
     "Ledger",
     "Refused",
+    "end_of_child",
 ]
 
 _TEXT_FIELDS: Final = ("id", "correlation_key", "idempotency_key", "concurrency_key", "traceparent", "tracestate")
@@ -230,6 +231,33 @@ class Ledger:
         self.open_timers = (*self.open_timers, PendingTimer(identifier, due_at, name))
         return EffectSummary("scheduled", message.type, key, name)
 
+    def set_timeouts(self) -> tuple[EffectSummary, ...]:
+        """Sets the timers that every run of the saga begins with."""
+        envelope, run, summaries = self.envelope, self.run, []
+        for number, timeout in enumerate(self.definition.timeouts, 1):
+            # Below zero: a saga that gets a timeout keeps the positions of everything else.
+            key = effect_key(self.definition.id, envelope.key, run, self.revision, -number)
+            identifier, due_at = f"tm{key}", self.now + timeout.delay
+            message = Envelope(
+                self.definition.id,
+                envelope.key,
+                timeout.message_type,
+                identifier,
+                timeout.payload,
+                due_at,
+                "timer",
+                run,
+                dedupe_key=identifier,
+                correlation_key=envelope.correlation_key,
+                traceparent=envelope.traceparent,
+                tracestate=envelope.tracestate,
+                causation_id=envelope.id,
+            )
+            self.timers = (*self.timers, Timer(identifier, due_at, message, timeout.name))
+            self.open_timers = (*self.open_timers, PendingTimer(identifier, due_at, timeout.name))
+            summaries.append(EffectSummary("scheduled", timeout.message_type, key, timeout.name))
+        return tuple(summaries)
+
     def cancel_scheduled(self, effect: CancelScheduled) -> EffectSummary:
         """Ends the timer of this name, if there is one."""
         self._next_position()
@@ -353,6 +381,11 @@ class Ledger:
         if has_default_key(self.definition, self.envelope.key):
             return instance_id(self.definition.id, self.envelope.key, self.run)
         return self.envelope.key
+
+
+def end_of_child(saga_id: str, key: str, run: int) -> dict[str, object]:
+    """What a parent hears of a child that has ended, before what came of it."""
+    return {"instanceId": instance_id(saga_id, key, run), "sagaId": saga_id, "correlationKey": key, "run": run}
 
 
 # A saga sends to the same few targets for ever, and history may keep one text for all.

@@ -11,6 +11,7 @@ None of those can be part of a reference cycle, so the garbage collector need no
     HistoryEntry   what one message did to one run                                                     stored
     OutboxEffect   a committed effect that has to leave                                                stored
     Timer          a message that will enter later                                                     stored
+    ScheduleCursor how far the ticks of one saga have been handled                                     stored
     DeadLetter     a message or effect that was given up, and why                                      stored
     Mark           that a message was seen                                                             stored
     FeedEvent      one thing that happened, for those who watch                                        stored
@@ -47,12 +48,13 @@ __all__ = [
     "Outgoing",
     "ParentLink",
     "PendingTimer",
+    "ScheduleCursor",
     "StepRecord",
     "Timer",
 ]
 
 Disposition = Literal["applied", "duplicate", "ignored", "deferred", "dead_lettered", "pending"]
-Origin = Literal["door", "saga", "reply", "timer", "spawn", "child", "redrive"]
+Origin = Literal["door", "saga", "reply", "timer", "spawn", "child", "redrive", "operator"]
 
 
 class ParentLink(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -240,6 +242,17 @@ class Timer(msgspec.Struct, frozen=True, array_like=True, gc=False):
     name: str | None = None
 
 
+class ScheduleCursor(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """How far the ticks of one saga have been handled: all that were scheduled for `handled_until` or before, by this
+    expression in this zone. `last_tick_at` is the newest of them that was fired."""
+
+    saga_id: str
+    cron: str
+    timezone: str
+    handled_until: datetime
+    last_tick_at: datetime | None = None
+
+
 class DeadLetter(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A message or an effect that was given up. Ids sort by time. Exactly one of `envelope` and `effect` is set."""
 
@@ -271,7 +284,8 @@ class Mark(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class FeedEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """One thing that happened. `type` is the wire name, for example `saga:state_changed`."""
+    """One thing that happened. `type` is the wire name, for example `saga:state_changed`. With an `effect_key` it
+    happened to that effect: `message_type` is its target then, and the status of its run is not known."""
 
     type: str
     at: datetime
@@ -279,10 +293,11 @@ class FeedEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
     key: str
     run: int
     revision: int
-    status: SagaInstanceStatus
+    status: SagaInstanceStatus | None
     message_type: str
     message_id: str
     detail: str | None = None
+    effect_key: str | None = None
 
 
 class Outgoing(msgspec.Struct, frozen=True, gc=False):
@@ -327,6 +342,7 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
     - ignored: `entry` and an `instance` that differs only in its counters; both None past the limit of rows;
     - pending: the attempt failed, `retry_at` and `error` say when and why; nothing else is set;
     - dead_lettered: `dead_letter`, and `entry` with `instance` when a run exists;
+    - deferred: the run is paused; the message waits for its turn as it is, and nothing is set;
     - duplicate: nothing is set.
     """
 

@@ -74,6 +74,7 @@ class Transition(Ledger):
 
     __slots__ = (
         "_steps",
+        "_timeouts",
         "applied",
         "instance",
         "is_current_undone",
@@ -116,6 +117,7 @@ class Transition(Ledger):
         self.undo_reason: str | None = None
         """Why the first compensation of this decision was asked for."""
         self.result: bytes | None = None
+        self._timeouts = self.set_timeouts() if instance is None and definition.timeouts else ()
         self._steps: list[tuple[Literal["handle", "compensate"], str, tuple[EffectSummary, ...]]] = []
 
     def step(self, phase: Literal["handle", "compensate"], handler: Any, message: SagaMessage[Any]) -> Asked:
@@ -169,6 +171,9 @@ class Transition(Ledger):
     def records(self) -> tuple[StepRecord, ...]:
         """The steps, each with the status after it: the last one led to where the run is now."""
         steps = self._steps
+        if self._timeouts:
+            phase, message_type, effects = steps[0]
+            steps = [(phase, message_type, (*self._timeouts, *effects)), *steps[1:]]
         phase, message_type, effects = steps[-1]
         last = StepRecord(phase, message_type, self.status, effects)
         if len(steps) == 1:

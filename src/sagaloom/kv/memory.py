@@ -119,6 +119,9 @@ class MemoryKeyValue:
         self._refuse_if_closed()
         return self._watches.add(prefix)
 
+    def others_version(self) -> int:
+        return 0  # Nobody else can reach it.
+
     async def close(self) -> None:
         self._closed = True
         self._watches.end_all()

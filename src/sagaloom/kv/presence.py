@@ -7,6 +7,9 @@ Beside the store lies a directory, `<path>.workers`. Whoever writes has a file i
 - the file says until when its owner is to be believed, and the owner pushes that moment on while it runs. A process
   that was stopped keeps its lock and not its word: past the moment it counts as dead, and has to ask when it wakes.
 
+Beside each file lies a pipe with a name, `<file>.wake`: whoever has written something for somebody else puts a byte
+into it, so that nobody has to look at the store again and again. A byte that is lost costs a fifth of a second.
+
 The moments are those of the monotonic clock, which all processes of a host share and nobody sets; after a reboot no
 lock is held. None of this keeps data safe: the lease in the store does, and it works whatever these files say.
 
@@ -16,6 +19,7 @@ file belongs on one host. Where there is no `flock`, a killed process is noticed
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import sys
@@ -36,6 +40,7 @@ __all__ = ["FilePresence"]
 
 _BOOT_FILE: Final = Path("/proc/sys/kernel/random/boot_id")
 _TRIES: Final = 10
+_PIPE: Final = ".wake"
 
 
 class FilePresence:
@@ -68,6 +73,8 @@ class FilePresence:
         self._believed_until = 0.0
         self._file: Path | None = None
         self._descriptor: int | None = None
+        self._wakes: int | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         _every.add(self)
 
     def enter(self, holder: str) -> None:
@@ -76,6 +83,7 @@ class FilePresence:
         file = self._directory / quote(holder, safe="")
         try:
             self._descriptor = _open_locked(file)
+            self._wakes = _open_pipe(_pipe_of(file))
         except OSError as error:
             raise ConfigurationError(
                 f"cannot write {file} ({error.strerror}): the store's directory must be writable"
@@ -99,16 +107,47 @@ class FilePresence:
         except OSError:
             return frozenset()
         own = self._file.name if self._file is not None else None
-        return frozenset(unquote(name) for name in names if name != own and self._is_alive(self._directory / name))
+        return frozenset(
+            unquote(name)
+            for name in names
+            if name != own and not name.endswith(_PIPE) and self._is_alive(self._directory / name)
+        )
+
+    def nudge(self) -> None:
+        """Wakes the others: there is something for them in the store."""
+        own = self._file.name if self._file is not None else _PIPE
+        with contextlib.suppress(OSError):
+            for name in os.listdir(self._directory):  # noqa: PTH208 - as above
+                if name.endswith(_PIPE) and not name.startswith(own):
+                    _put_byte(self._directory / name)
+
+    def listen(self, on_nudge: Callable[[], None]) -> bool:
+        """Has the running loop call `on_nudge` when somebody nudges, until `leave`; False where there are no pipes."""
+        if self._wakes is None:
+            return False
+        descriptor = self._wakes
+
+        def woken() -> None:
+            with contextlib.suppress(OSError):
+                os.read(descriptor, 4096)
+            on_nudge()
+
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(descriptor, woken)
+        return True
 
     def leave(self) -> None:
         """Shows ourselves no more. Leaving twice is no error."""
         descriptor, self._descriptor = self._descriptor, None
         file, self._file = self._file, None
+        wakes, self._wakes = self._wakes, None
         self._believed_until = 0.0
+        if wakes is not None:
+            if self._loop is not None and not self._loop.is_closed():
+                self._loop.remove_reader(wakes)
+            os.close(wakes)
         if file is not None:
-            with contextlib.suppress(OSError):
-                file.unlink()
+            _remove(file)
         if descriptor is not None:
             os.close(descriptor)
             with contextlib.suppress(OSError):
@@ -141,9 +180,11 @@ class FilePresence:
     def _leave_to_parent(self) -> None:
         # A forked child shares the locked file: it would keep the lock after its parent's death.
         descriptor, self._descriptor = self._descriptor, None
+        wakes, self._wakes = self._wakes, None
         self._file = None
-        if descriptor is not None:
-            os.close(descriptor)
+        for each in (descriptor, wakes):
+            if each is not None:
+                os.close(each)
 
 
 def _is_abandoned(file: Path) -> bool:
@@ -156,13 +197,40 @@ def _is_abandoned(file: Path) -> bool:
         return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        with contextlib.suppress(OSError):
-            file.unlink()
+        _remove(file)
         return True
     except BlockingIOError:
         return False
     finally:
         os.close(descriptor)
+
+
+def _remove(file: Path) -> None:
+    for each in (file, _pipe_of(file)):
+        with contextlib.suppress(OSError):
+            each.unlink()
+
+
+def _pipe_of(file: Path) -> Path:
+    return file.with_name(file.name + _PIPE)
+
+
+def _open_pipe(path: Path) -> int | None:
+    if sys.platform == "win32":
+        return None
+    with contextlib.suppress(FileExistsError):
+        os.mkfifo(path, 0o644)
+    # For writing, too: a pipe that only others write to would end whenever the last of them closes it.
+    return os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
+def _put_byte(path: Path) -> None:
+    with contextlib.suppress(OSError):  # Nobody reads it any more, or it is full, and they wake anyway.
+        descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            os.write(descriptor, b".")
+        finally:
+            os.close(descriptor)
 
 
 def _open_locked(file: Path) -> int:

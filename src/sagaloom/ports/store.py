@@ -23,7 +23,7 @@ that cannot answer them is not inspectable.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -40,6 +40,7 @@ from sagaloom.engine.records import (
     Mark,
     OutboxEffect,
     PendingTimer,
+    ScheduleCursor,
     Timer,
 )
 
@@ -225,6 +226,11 @@ class SagaStore(Protocol):
         it touches no table."""
         ...
 
+    def listen(self, on_news: Callable[[], None]) -> bool:
+        """Has `on_news` called when another process has brought us something; False when it has to be looked for. Good
+        from `join` to the end of its lease."""
+        ...
+
     def has_news(self) -> bool:
         """Whether another process has written since this was last asked; may say so when none has."""
         ...
@@ -282,6 +288,19 @@ class SagaStore(Protocol):
         """Timers in the order of (due_at, id), at most those due by `due_by`."""
         ...
 
+    async def timer(self, timer_id: str) -> Timer | None:
+        """The timer of this id. It may have to look at all of them: for operators."""
+        ...
+
+    async def schedule_cursors(self) -> list[ScheduleCursor]:
+        """How far each schedule has come, by saga id."""
+        ...
+
+    async def put_schedule_cursor(self, cursor: ScheduleCursor, *, replaces: ScheduleCursor | None) -> bool:
+        """Writes `cursor` if what is stored for its saga is `replaces` (None: nothing is), and says whether it did: of
+        two who move a schedule on from one place, one does. Needs no lease."""
+        ...
+
     # What people read.
 
     async def instances(
@@ -315,6 +334,12 @@ class SagaStore(Protocol):
 
     async def feed_bounds(self) -> tuple[int, int]:
         """The oldest and the newest feed number that are kept; (1, 0) when there is none."""
+        ...
+
+    async def prune_feed(self, *, before: int, limit: int) -> int:
+        """Forgets the oldest commits of the feed whose events are all numbered below `before`, at most `limit` of them
+        in one commit, and returns how many that were. The newest one stays, so that its number is known. Needs no
+        lease."""
         ...
 
     async def put_definitions(self, definitions: Sequence[RegisteredDefinition]) -> None: ...

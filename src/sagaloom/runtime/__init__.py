@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Final
 
 from sagaloom.ports.store import SagaStore as SagaStorePort
+from sagaloom.runtime.feed import FeedReset, FeedWatch
 from sagaloom.runtime.options import RuntimeOptions
 from sagaloom.runtime.receipts import Outcome, PublishReceipt, PublishRejected
 from sagaloom.runtime.runtime import SagaRuntime
@@ -13,10 +14,14 @@ from sagaloom.runtime.runtime import SagaRuntime
 if TYPE_CHECKING:
     from sagaloom.composition import DurableSagaRuntime, create_durable_saga_runtime, open_saga_runtime_kv
     from sagaloom.discovery import resolve_saga_store_backend
+    from sagaloom.publisher import HttpSagaPublisherOptions, create_saga_publisher, create_sync_saga_publisher
     from sagaloom.stores import KvSagaStore
 
 __all__ = [
     "DurableSagaRuntime",
+    "FeedReset",
+    "FeedWatch",
+    "HttpSagaPublisherOptions",
     "KvSagaStore",
     "Outcome",
     "PublishReceipt",
@@ -25,15 +30,20 @@ __all__ = [
     "SagaRuntime",
     "SagaStorePort",
     "create_durable_saga_runtime",
+    "create_saga_publisher",
+    "create_sync_saga_publisher",
     "open_saga_runtime_kv",
     "resolve_saga_store_backend",
 ]
 
-# Users look for these names here, but they live on higher floors: the shell itself must not load any adapter.
+# Users look for these names here, but they live elsewhere: the shell itself must not load any adapter.
 _ELSEWHERE: Final = {
     "DurableSagaRuntime": "sagaloom.composition",
+    "HttpSagaPublisherOptions": "sagaloom.publisher",
     "KvSagaStore": "sagaloom.stores",
     "create_durable_saga_runtime": "sagaloom.composition",
+    "create_saga_publisher": "sagaloom.publisher",
+    "create_sync_saga_publisher": "sagaloom.publisher",
     "open_saga_runtime_kv": "sagaloom.composition",
     "resolve_saga_store_backend": "sagaloom.discovery",
 }

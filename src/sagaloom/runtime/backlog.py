@@ -2,7 +2,8 @@
 
     rows    deliveries that the store has, in the order of acceptance; what `take` gives out first
     doors   deliveries that nobody has acknowledged yet; they get their turn when every row has had its own
-    held    keys whose starter failed: nothing behind it can be applied before it, so the rest of the key waits here
+    held    keys whose starter failed: nothing behind it can be applied before it, so the rest of the key waits here;
+            so do messages to a paused run, until it goes on
     aside   messages whose attempt failed and that hold nobody up; they come back when they are due, and are offered
             in between whenever their instance has moved
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from datetime import datetime
 
 from sagaloom.runtime.deliveries import Delivery, InstanceKey
@@ -92,15 +93,16 @@ class Backlog:
     def is_held(self, delivery: Delivery) -> bool:
         """Whether a failing starter of its key stands before this delivery."""
         starter = self._starters.get(delivery.key)
-        return starter is not None and starter is not delivery and not delivery.envelope.opens_run
+        return starter is not None and starter is not delivery and not delivery.passes
 
     def hold(self, starter: Delivery) -> None:
-        """Keeps the key of a failed starter until `release`; the starter itself comes back when it is due."""
+        """Keeps the key of a failed starter until that has moved its instance, or is given up. The starter itself comes
+        back when it is due."""
         self._starters[starter.key] = starter
         self._await_due(starter)
 
     def wait_behind(self, delivery: Delivery) -> None:
-        """Lines a delivery up behind the starter that holds its key."""
+        """Lines a delivery up behind the starter that holds its key, or the pause of its run."""
         delivery.is_lined_up = True
         self._behind.setdefault(delivery.key, []).append(delivery)
         self._lined_up += 1
@@ -130,6 +132,17 @@ class Backlog:
         if self._starters.get(key) is not by:
             return []
         del self._starters[key]
+        return self._fall_out(key)
+
+    def release(self, keys: Iterable[InstanceKey]) -> list[Delivery]:
+        """Takes out what is lined up for keys that no starter holds, in order. Those that still have to wait line up
+        again when it is their turn, so asking them once too often does no harm."""
+        if not self._behind:
+            return []
+        free = [key for key in dict.fromkeys(keys) if key not in self._starters]
+        return [delivery for key in free for delivery in self._fall_out(key)]
+
+    def _fall_out(self, key: InstanceKey) -> list[Delivery]:
         behind = self._behind.pop(key, [])
         for delivery in behind:
             delivery.is_lined_up = False

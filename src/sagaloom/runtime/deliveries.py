@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from sagaloom.engine.records import DeadLetter, Decision, Envelope, Head, Instance, Mark, PendingTimer
+from sagaloom.engine.records import DeadLetter, Decision, Envelope, FeedEvent, Head, Instance, Mark, PendingTimer
 from sagaloom.errors import SagasError
 from sagaloom.ids import content_digest, key_hash, partition_of
 from sagaloom.messages import SagaMessage
@@ -26,9 +26,9 @@ class Delivery(msgspec.Struct, eq=False):
     It comes from a door (`row` and `timer` are None: it enters the store with the commit that first mentions it), from
     an inbox row, or from a timer row. `key` is the saga id and the correlation key of its envelope. `answered` resolves
     when the message is durable, `settled` when it is done with. `is_aside`: it waits for its next attempt; `is_offer`:
-    it is tried in between, because its instance has moved; `is_lined_up`: it waits behind a starter. `typed` is the
-    message as it was read at the door, until a handler has had it in its hands. `refusal`: the store can never write
-    what the message asked for.
+    it is tried in between, because its instance has moved; `is_lined_up`: it waits behind a starter or a pause.
+    `typed` is the message as it was read at the door, until a handler has had it in its hands. `refusal`: the store can
+    never write what the message asked for.
     """
 
     envelope: Envelope
@@ -47,6 +47,11 @@ class Delivery(msgspec.Struct, eq=False):
     def enters(self) -> bool:
         """Whether the store does not have it yet."""
         return self.row is None and self.timer is None
+
+    @property
+    def passes(self) -> bool:
+        """Whether nothing that holds its key concerns it: it opens a run of its own, or an operator sent it."""
+        return self.envelope.opens_run or self.envelope.origin == "operator"
 
     @property
     def part(self) -> int:
@@ -148,5 +153,22 @@ def unit_of_decision(
     if decision.dead_letter is not None:
         unit = msgspec.structs.replace(unit, dead_letters_add=(decision.dead_letter, *dead_letters))
     elif dead_letters:
-        unit = msgspec.structs.replace(unit, dead_letters_add=tuple(dead_letters))
+        events = (*decision.events, *(_gave_up(letter, instance) for letter in dead_letters))
+        unit = msgspec.structs.replace(unit, dead_letters_add=tuple(dead_letters), events=events)
     return unit
+
+
+def _gave_up(letter: DeadLetter, sender: Instance | None) -> FeedEvent:
+    """What the feed shows of a message between sagas that nobody takes: it happened to the run that sent it."""
+    return FeedEvent(
+        "saga:dead_lettered",
+        letter.at,
+        letter.saga_id,
+        letter.key,
+        sender.run if sender is not None else 0,
+        sender.revision if sender is not None else 0,
+        sender.status if sender is not None else None,
+        letter.type,
+        letter.envelope.id if letter.envelope is not None else "",
+        letter.reason,
+    )

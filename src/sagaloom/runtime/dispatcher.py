@@ -30,7 +30,7 @@ import msgspec
 from sagaloom.clock import Clock
 from sagaloom.codec import encode_any
 from sagaloom.engine.correlation import dead_letter_id
-from sagaloom.engine.records import DeadLetter, Envelope, OutboxEffect
+from sagaloom.engine.records import DeadLetter, Envelope, FeedEvent, OutboxEffect
 from sagaloom.engine.retrying import backoff, describe, is_retryable, traceback_text
 from sagaloom.errors import DeliveryFailed, SagasError
 from sagaloom.ids import derived_id
@@ -38,6 +38,7 @@ from sagaloom.messages import SagaMessage, as_message
 from sagaloom.ports.store import Conflict, OutboxRow, RowRef, SagaStore, UnitOfWork
 from sagaloom.ports.targets import EffectTarget
 from sagaloom.runtime.alarm import Alarm
+from sagaloom.runtime.counters import Counters
 from sagaloom.runtime.options import RuntimeOptions
 from sagaloom.runtime.receiver import Work
 
@@ -98,6 +99,7 @@ class Dispatcher:
         clock: Clock,
         options: RuntimeOptions,
         *,
+        counters: Counters,
         targets: dict[str, EffectTarget],
         giving: Callable[[], frozenset[int]],
         submit: Callable[[Work], None],
@@ -105,6 +107,7 @@ class Dispatcher:
         self._store = store
         self._clock = clock
         self._options = options
+        self._counters = counters
         self._targets = targets
         self._giving = giving
         self._submit = submit
@@ -259,8 +262,10 @@ class Dispatcher:
         except Exception as error:  # noqa: BLE001 - whatever a target raises is that attempt's failure, not ours
             self._failed(lane, effect, error)
         else:
+            self._counters.effects[effect.target_kind, "dispatched"] += 1
             self._options.on_step("dispatched")
-            unit = UnitOfWork(part=ref.part, outbox_done=ref, inbox_add=envelopes)
+            happened = _event("saga:effect_dispatched", effect, self._clock.now())
+            unit = UnitOfWork(part=ref.part, outbox_done=ref, inbox_add=envelopes, events=(happened,))
             self._submit(_Served(unit, lane, effect, self._delivered))
 
     async def _within_time(
@@ -326,11 +331,13 @@ class Dispatcher:
         if is_retryable(error, policy) and attempt < policy.maximum_attempts:
             wait = max(backoff(policy, attempt=attempt, message_id=effect.effect_key), _asked_for(error))
             due_at = now + wait
+            self._counters.effects[effect.target_kind, "failed"] += 1
             again = msgspec.structs.replace(effect, attempt=attempt, due_at=due_at, last_error=text)
             unit = UnitOfWork(part=ref.part, outbox_update=OutboxRow(ref, again))
             _log.info("effect to %s:%s failed: %s", effect.target_kind, effect.target_id, text)
             self._submit(_Served(unit, lane, again, self._counted))
             return
+        self._counters.effects[effect.target_kind, "dead_lettered"] += 1
         _log.warning("effect to %s:%s is given up: %s", effect.target_kind, effect.target_id, text)
         given_up = msgspec.structs.replace(effect, attempt=attempt, due_at=None, last_error=text)
         dead_letter = DeadLetter(
@@ -347,12 +354,14 @@ class Dispatcher:
             outbox_part=None if effect.continues_after_dead_letter else ref.part,
             outbox_seq=None if effect.continues_after_dead_letter else ref.seq,
         )
+        happened = (_event("saga:dead_lettered", effect, now, text),)
         if effect.continues_after_dead_letter:
-            unit = UnitOfWork(part=ref.part, outbox_done=ref, dead_letters_add=(dead_letter,))
+            unit = UnitOfWork(part=ref.part, outbox_done=ref, dead_letters_add=(dead_letter,), events=happened)
             self._submit(_Served(unit, lane, given_up, self._settled))
         else:
             stopped = msgspec.structs.replace(given_up, dead_letter_id=dead_letter.id)
-            unit = UnitOfWork(part=ref.part, outbox_update=OutboxRow(ref, stopped), dead_letters_add=(dead_letter,))
+            row = OutboxRow(ref, stopped)
+            unit = UnitOfWork(part=ref.part, outbox_update=row, dead_letters_add=(dead_letter,), events=happened)
             self._submit(_Served(unit, lane, stopped, self._counted))
 
     def _counted(self, lane: _Lane, effect: OutboxEffect, trouble: SagasError | Conflict | None) -> None:
@@ -435,6 +444,22 @@ class Dispatcher:
         lane = self._lanes.get(lane_name)
         if lane is not None and lane.state == "stalled":
             self._next(lane)
+
+
+def _event(kind: str, effect: OutboxEffect, now: datetime, detail: str | None = None) -> FeedEvent:
+    return FeedEvent(
+        kind,
+        now,
+        effect.saga_id,
+        effect.key,
+        effect.run,
+        effect.revision,
+        None,
+        f"{effect.target_kind}:{effect.target_id}",
+        effect.message_id,
+        detail,
+        effect.effect_key,
+    )
 
 
 def _asked_for(error: Exception) -> timedelta:

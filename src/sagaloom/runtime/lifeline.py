@@ -17,13 +17,12 @@ __all__ = ["Lifeline"]
 
 _log = logging.getLogger("sagaloom.lifeline")
 
-_STANDING_SECONDS = 0.1
-"""How often to look for the dead: a killed process is taken over within about twice this."""
+_STANDING_SECONDS = 0.2
+"""How often to look for the dead: a killed process is taken over within about this."""
 _NEWS_SECONDS = 0.02
-"""How often to look for what others have written, while there are any."""
-_BUSY_NEWS_SECONDS = 0.002
-"""The same while news keep coming, or somebody waits for them."""
-_BUSY_LOOKS = 250
+"""How often to look for what others have written, where nobody tells us."""
+_WAITING_NEWS_SECONDS = 0.002
+"""The same while somebody waits for what another process does."""
 
 
 class Lifeline:
@@ -36,24 +35,33 @@ class Lifeline:
     async def run(self) -> None:
         """Watches until cancelled."""
         loop = asyncio.get_running_loop()
+        receiver = self._receiver
         look_at_standing = 0.0
-        busy = 0
+        lease = None
+        is_told = False
         while True:
-            receiver = self._receiver
-            minds_news = receiver.is_shared or receiver.looks_abroad
-            if not minds_news:
-                await asyncio.sleep(_STANDING_SECONDS)
+            if receiver.lease is not lease:
+                lease = receiver.lease
+                is_told = self._store.listen(self._nudged)
+            if receiver.looks_abroad:
+                pause = _WAITING_NEWS_SECONDS
+            elif receiver.is_shared and not is_told:
+                pause = _NEWS_SECONDS
             else:
-                await asyncio.sleep(_BUSY_NEWS_SECONDS if busy or receiver.looks_abroad else _NEWS_SECONDS)
+                pause = _STANDING_SECONDS
+            await asyncio.sleep(pause)
             try:
-                if minds_news and self._store.has_news():
-                    busy = _BUSY_LOOKS
+                if (receiver.is_shared or receiver.looks_abroad) and self._store.has_news():
                     receiver.attend(standing=False)
-                elif busy:
-                    busy -= 1
                 if loop.time() >= look_at_standing:
                     look_at_standing = loop.time() + _STANDING_SECONDS
                     if receiver.giving or not self._store.stands():
                         receiver.attend(standing=True)
             except SagasError as error:
                 _log.debug("the store cannot be watched: %s", error.message)
+
+    def _nudged(self) -> None:
+        try:
+            self._receiver.attend(standing=not self._store.stands())
+        except SagasError as error:
+            _log.debug("the store cannot be watched: %s", error.message)

@@ -10,7 +10,8 @@ under way new messages gather, so batches grow with the load by themselves: that
 2. Per (saga, key) the order of the backlog is the order of acceptance (I9). One exception: a message whose attempt
    failed steps aside until it is due, and younger ones go on.
 3. Except a starter that fails: its key is *held*, for nothing can be applied before the instance exists. Messages
-   behind it are accepted into the inbox and wait.
+   behind it are accepted into the inbox and wait. So do messages to a paused run, behind it, until an operator's
+   control ends the pause; what comes after that control in its own batch waits behind them.
 4. A message that stepped aside is offered again after every transition of its instance. An offer that fails costs no
    attempt and writes nothing.
 5. A unit that conflicts drops what is remembered of its instance, and its message goes back in front, in order.
@@ -34,16 +35,17 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from datetime import datetime
-from itertools import islice
-from typing import ClassVar, Protocol
+from itertools import chain, islice
+from typing import ClassVar, Final, Protocol
 
 import msgspec
 
 from sagaloom.clock import Clock
+from sagaloom.engine.controls import ends_pause
 from sagaloom.engine.correlation import DefinitionSet, dead_letter_id, route
-from sagaloom.engine.decide import DecideContext, decide
+from sagaloom.engine.decide import DecideContext, decide, steer
 from sagaloom.engine.lifecycle import is_terminal
-from sagaloom.engine.records import DeadLetter, Decision, Envelope, Head, Instance, Mark, OutboxEffect, Timer
+from sagaloom.engine.records import DeadLetter, Decision, Envelope, FeedEvent, Head, Instance, Mark, OutboxEffect, Timer
 from sagaloom.engine.retrying import traceback_text
 from sagaloom.errors import BackendUnavailable, Fenced, IdempotencyKeyReused, SagasError, StoreCorrupt
 from sagaloom.ids import content_digest, key_hash, partition_of
@@ -51,12 +53,17 @@ from sagaloom.ports.store import CommitResult, Conflict, InboxRow, Lease, Loaded
 from sagaloom.runtime.alarm import Alarm
 from sagaloom.runtime.backlog import Backlog
 from sagaloom.runtime.cache import Hot, HotInstances
+from sagaloom.runtime.counters import Counters
 from sagaloom.runtime.deliveries import Delivery, InstanceKey, unit_of_accept, unit_of_decision, unit_of_loss
 from sagaloom.runtime.options import RuntimeOptions, no_step
 from sagaloom.runtime.outcomes import outcome_elsewhere, outcome_of, outcome_of_duplicate
 from sagaloom.runtime.receipts import Outcome
 
-__all__ = ["Receiver", "Work"]
+__all__ = ["DISCARD", "REDRIVE", "Receiver", "Work"]
+
+REDRIVE: Final = "saga:redrive"
+DISCARD: Final = "saga:discard"
+_REPAIRS: Final = frozenset((REDRIVE, DISCARD))
 
 _log = logging.getLogger("sagaloom.receiver")
 _PKS_AT_ONCE = 1_000
@@ -106,22 +113,28 @@ class Receiver:
         clock: Clock,
         options: RuntimeOptions,
         *,
+        counters: Counters,
         holder: str,
         definitions: Callable[[], DefinitionSet],
         on_holding: Callable[[frozenset[int], frozenset[int]], Awaitable[None]],
         is_quiet: Callable[[Collection[int]], bool],
+        on_repair: Callable[[Delivery], None],
         on_effects: Callable[[Sequence[tuple[RowRef, OutboxEffect]]], None],
         on_timers: Callable[[Sequence[Timer]], None],
+        on_commit: Callable[[int], None],
     ) -> None:
         self._store = store
         self._clock = clock
         self._options = options
+        self._counters = counters
         self._holder = holder
         self._definitions = definitions
         self._on_holding = on_holding
         self._is_quiet = is_quiet
+        self._on_repair = on_repair
         self._on_effects = on_effects
         self._on_timers = on_timers
+        self._on_commit = on_commit
         self._backlog = Backlog()
         self._work: deque[Work] = deque()
         self._alarm = Alarm(clock, self._bring_back)
@@ -265,6 +278,7 @@ class Receiver:
             _log.exception("a turn has failed")
             await self._cannot_commit(batch, works, BackendUnavailable(f"a turn has failed: {error!r}"))
             return
+        self._on_commit(result.feed_base)
         await self._follow_up(planned, works, result)
 
     def _take_works(self) -> list[Work]:
@@ -281,7 +295,7 @@ class Receiver:
         now = self._clock.now()
         definitions = self._definitions()
         seen: dict[tuple[int, str], Mark] = {}
-        holding: set[InstanceKey] = set()
+        holding: set[InstanceKey] = set()  # The keys whose next messages of this batch have to wait.
         planned: list[_Planned] = []
         for delivery in batch:
             key, envelope = delivery.key, delivery.envelope
@@ -297,8 +311,11 @@ class Receiver:
                 unit = unit_of_accept(delivery, head, known.head)
                 newest[key] = Hot(head, known.instance)
                 step = _Planned(delivery, unit, None, None)
-            elif self._backlog.is_held(delivery) or (key in holding and not envelope.opens_run):
-                if delivery.row is not None:
+            elif envelope.origin == "operator" and envelope.type in _REPAIRS:
+                self._on_repair(delivery)
+                continue
+            elif self._backlog.is_held(delivery) or (key in holding and not delivery.passes):
+                if not delivery.enters:
                     self._backlog.wait_behind(delivery)
                     continue
                 unit = unit_of_accept(delivery, head, known.head)
@@ -312,11 +329,17 @@ class Receiver:
                 if delivery.is_offer and decision.disposition == "pending":
                     self._put_aside(delivery)
                     continue
-                if key in corrupt:
+                if decision.disposition == "deferred" and not delivery.enters:
+                    self._backlog.wait_behind(delivery)  # A timer keeps its row, so that it can still be cancelled.
+                    continue
+                if decision.disposition == "deferred":
+                    unit = unit_of_accept(delivery, head, known.head)
+                    step = _Planned(delivery, unit, None, Hot(head, known.instance))
+                elif key in corrupt:
                     step = _Planned(delivery, unit_of_loss(delivery, decision), decision, None)
                 else:
                     step = self._plan_decision(delivery, decision, known, head, addressed, definitions, now)
-            if step.holds:
+            if step.holds or (envelope.origin == "operator" and ends_pause(envelope)):
                 holding.add(key)
             if step.unit.mark is not None:
                 seen[head.pk, step.unit.mark.dedupe_key] = step.unit.mark
@@ -336,6 +359,8 @@ class Receiver:
     ) -> Decision:
         envelope = delivery.envelope
         definition = definitions.get(envelope.saga_id)
+        if definition is None and corrupt is None and envelope.origin == "operator":
+            return steer(addressed, envelope, DecideContext(now, head, self._options.limits))
         if definition is None or corrupt is not None or delivery.refusal is not None:
             return _give_up(envelope, now, corrupt or delivery.refusal or _vanished(envelope.saga_id))
         typed, delivery.typed = delivery.typed, None
@@ -402,6 +427,7 @@ class Receiver:
             # The first one is in this very batch: its commit has to come before anybody hears of it.
             self._backlog.add(delivery)
         else:
+            self._counters.decided[envelope.saga_id]["duplicate"] += 1
             _answer(delivery, outcome_of_duplicate(envelope, mark, instance))
 
     # ---------------------------------------------------------------- what is ours
@@ -413,19 +439,27 @@ class Receiver:
             if self._lease is None:
                 self._lease = await self._store.join(self._holder, works=self._options.works)
             if self._options.works:
-                given = self._giving if self._may_give_up() else frozenset[int]()
-                holding = await self._store.tend(self._lease, give_up=given)
-                self.is_shared = holding.is_shared
-                await self._hold(holding.parts)
-                if given or not holding.excess:
-                    self._giving, self._give_up_at = frozenset(), None
-                elif not self._giving:
-                    self._giving = frozenset(sorted(self.parts)[-holding.excess :])
+                excess = await self._take_share()
+                if excess and not self._giving:
+                    self._giving = frozenset(sorted(self.parts)[-excess:])
                     self._give_up_at = asyncio.get_running_loop().time() + _GIVE_UP_SECONDS
+                    if self._is_quiet(self._giving):
+                        await self._take_share()
             await self._look()
         except BaseException:
             self._must_tend = True
             raise
+
+    async def _take_share(self) -> int:
+        """Takes what is free and gives up what is ready to go; returns how many partitions we hold too many."""
+        assert self._lease is not None
+        given = self._giving if self._may_give_up() else frozenset[int]()
+        holding = await self._store.tend(self._lease, give_up=given)
+        self.is_shared = holding.is_shared
+        await self._hold(holding.parts)
+        if given or not holding.excess:
+            self._giving, self._give_up_at = frozenset(), None
+        return holding.excess
 
     def _may_give_up(self) -> bool:
         """Whether nothing is under way in the partitions that are to go, or has been for long enough."""
@@ -477,6 +511,11 @@ class Receiver:
                 _answer(delivery, await outcome_elsewhere(self._store, delivery.envelope))
 
     @property
+    def lease(self) -> Lease | None:
+        """Under what lease we write; None while we have none."""
+        return self._lease
+
+    @property
     def looks_abroad(self) -> bool:
         """Whether somebody here waits for what another process does."""
         return bool(self._abroad)
@@ -498,9 +537,11 @@ class Receiver:
                 self._on_timers(unit.timers_add)
             if each.hot is not None:
                 self._hot.put(each.delivery.key, each.hot)
-            if unit.mark is not None:
+            if unit.mark is not None and unit.part in self.parts:
+                # Marks of partitions that others hold may be taken back without our hearing of it.
                 self._remember(unit.mark_pk, unit.mark)
             (decided if each.decision is not None else accepted).append(each)
+        self._counters.committed(chain(accepted, decided), conflicts=len(conflicts))
         for number, work in enumerate(works, len(planned)):
             if number not in conflicts and (work.unit.inbox_add or work.unit.outbox_add):
                 rows.take(work.unit)
@@ -529,6 +570,8 @@ class Receiver:
         assert decision is not None
         if delivery.answered is not None or delivery.settled is not None:
             _answer(delivery, outcome_of(delivery, decision, each.unit, detailed=delivery.settled is not None))
+        if delivery.envelope.origin == "operator" and ends_pause(delivery.envelope):
+            self._backlog.put_back(self._backlog.release([delivery.key]))
         if decision.disposition == "applied":
             self._backlog.moved(delivery.key, delivery)
         else:
@@ -560,11 +603,13 @@ class Receiver:
     async def _resolve(self, planned: list[_Planned], works: list[Work], conflicts: Mapping[int, Conflict]) -> None:
         """Puts the messages of refused units back in front, to be decided on what the store really has."""
         again: list[Delivery] = []
+        if any(conflict.kind == "mark" for conflict in conflicts.values()):
+            await self._learn_marks([planned[number].unit for number in conflicts if number < len(planned)])
         for number, conflict in sorted(conflicts.items()):
             if number >= len(planned):
                 works[number - len(planned)].done(conflict)
                 continue
-            delivery, unit = planned[number].delivery, planned[number].unit
+            delivery = planned[number].delivery
             self._hot.drop(delivery.key)
             if conflict.kind in ("behind", "moved"):
                 self.attend(standing=conflict.kind == "moved")
@@ -582,16 +627,23 @@ class Receiver:
                     f"the store cannot write what {delivery.envelope.type!r} asked for: {conflict.what}",
                     code="SAGA_NOT_STORABLE",
                 )
-            if conflict.kind == "mark" and unit.mark is not None:
-                # If the store does not answer now, the next commit finds the mark again.
-                with contextlib.suppress(SagasError):
-                    (mark,) = await self._store.marks([(unit.mark_pk, unit.mark.dedupe_key)])
-                    if mark is not None:
-                        self._remember(unit.mark_pk, mark)
             again.append(delivery)
-        self._backlog.put_back(again)
+        # Some may have lined up behind one that was not written after all.
+        keys = [each.delivery.key for number, each in enumerate(planned) if number in conflicts]
+        self._backlog.put_back(again + self._backlog.release(keys))
+
+    async def _learn_marks(self, units: Sequence[UnitOfWork]) -> None:
+        """Reads the marks that stand against refused units. Those decided on top of one that was seen before are
+        refused for that alone, and may have been seen as well: a batch that comes again is found out as a whole."""
+        wanted = [(unit.mark_pk, unit.mark.dedupe_key) for unit in units if unit.mark is not None]
+        # If the store does not answer now, the next commit finds the marks again.
+        with contextlib.suppress(SagasError):
+            for (pk, _), mark in zip(wanted, await self._store.marks(wanted), strict=True):
+                if mark is not None:
+                    self._remember(pk, mark)
 
     async def _cannot_commit(self, batch: list[Delivery], works: list[Work], error: SagasError) -> None:
+        self._counters.commits_failed += 1
         self._hot.clear()
         self._marks.clear()
         if isinstance(error, Fenced) and self._store.is_shareable:
@@ -601,7 +653,7 @@ class Receiver:
         for delivery in batch:
             if delivery.enters:
                 _refuse(delivery, error)
-        self._backlog.put_back(rows)
+        self._backlog.put_back(rows + self._backlog.release(delivery.key for delivery in batch))
         for work in works:
             if not work.is_patient:
                 work.done(error)
@@ -804,5 +856,19 @@ def _give_up(envelope: Envelope, now: datetime, error: SagasError) -> Decision:
             attempts=envelope.attempt + 1,
             traceback=traceback_text(error),
             envelope=envelope,
+        ),
+        events=(
+            FeedEvent(
+                "saga:dead_lettered",
+                now,
+                envelope.saga_id,
+                envelope.key,
+                envelope.run or 0,
+                0,
+                None,
+                envelope.type,
+                envelope.id,
+                error.message,
+            ),
         ),
     )

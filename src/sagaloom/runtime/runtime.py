@@ -18,9 +18,9 @@ import os
 import secrets
 import socket
 from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, ClassVar, cast
+from typing import Any, TypeVar, cast
 
 import msgspec
 
@@ -28,41 +28,47 @@ from sagaloom.clock import Clock, SystemClock
 from sagaloom.codec import encode_any
 from sagaloom.definitions import SagaDefinition
 from sagaloom.describe import describe
+from sagaloom.engine.controls import CANCEL, PAUSE, RESUME, ControlType, control
 from sagaloom.engine.correlation import DefinitionSet, address
-from sagaloom.engine.records import DeadLetter, Envelope, HistoryEntry, Instance, OutboxEffect, Timer
+from sagaloom.engine.records import DeadLetter, HistoryEntry, Instance, OutboxEffect, Timer
+from sagaloom.engine.schedules import tick_message
 from sagaloom.errors import (
     BackendUnavailable,
-    DeadLetterNotFound,
     DefinitionError,
     InstanceNotFound,
     MessageRejected,
     SagaNotFound,
     SagasError,
+    ScheduleNotFound,
 )
 from sagaloom.ids import check_key, key_hash, new_message_id, partition_of
-from sagaloom.messages import SagaMessage, as_message
+from sagaloom.messages import RESERVED_PREFIX, SagaMessage, as_message
 from sagaloom.ports.store import (
-    Conflict,
     InstanceFilter,
-    OutboxRow,
     RegisteredDefinition,
     RowRef,
     SagaStore,
     UnitOfWork,
 )
 from sagaloom.ports.targets import EffectTarget
+from sagaloom.runtime.bulk import BulkResult, letters_named, oldest_letters, repair_each
+from sagaloom.runtime.counters import Counters
 from sagaloom.runtime.deliveries import Delivery
 from sagaloom.runtime.dispatcher import Dispatcher
+from sagaloom.runtime.feed import FeedHub, FeedWatch
 from sagaloom.runtime.lifeline import Lifeline
 from sagaloom.runtime.options import RuntimeOptions
+from sagaloom.runtime.pruner import Pruner
 from sagaloom.runtime.receipts import Outcome, PublishReceipt, PublishRejected
 from sagaloom.runtime.receiver import Receiver
+from sagaloom.runtime.repairs import Repairs, in_time
+from sagaloom.runtime.scheduler import Scheduler, ScheduleStatus
 from sagaloom.runtime.timekeeper import Timekeeper
 
 __all__ = ["RuntimeHealth", "SagaRuntime"]
 
 _log = logging.getLogger("sagaloom.runtime")
-_OPERATOR_SECONDS = 5.0
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,19 +81,6 @@ class RuntimeHealth:
     outbox: int = 0
     stalled_lanes: int = 0
     oldest_waiting_seconds: float = 0.0
-
-
-class _Request(msgspec.Struct):
-    """What an operator asks for. It fails rather than wait for a store that does not answer."""
-
-    is_patient: ClassVar[bool] = False
-
-    unit: UnitOfWork
-    answer: asyncio.Future[SagasError | Conflict | None]
-
-    def done(self, trouble: SagasError | Conflict | None) -> None:
-        if not self.answer.done():
-            self.answer.set_result(trouble)
 
 
 class SagaRuntime:
@@ -111,6 +104,7 @@ class SagaRuntime:
         self.definitions = DefinitionSet()
         self._registry_ids: frozenset[str] = frozenset()
         self._registry_types: frozenset[str] = frozenset()
+        self.counters = Counters()
         self._targets: dict[str, EffectTarget] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -125,23 +119,45 @@ class SagaRuntime:
             store,
             self.clock,
             self.options,
+            counters=self.counters,
             holder=self.holder,
             on_holding=self._hold,
             is_quiet=self._is_quiet,
+            on_repair=self._carry_out,
             definitions=lambda: self.definitions,
             on_effects=self._effects_committed,
             on_timers=self._timers_committed,
+            on_commit=self._committed,
         )
         self._dispatcher = Dispatcher(
             store,
             self.clock,
             self.options,
+            counters=self.counters,
             targets=self._targets,
             giving=lambda: self._receiver.giving,
             submit=self._receiver.submit,
         )
         self._timekeeper = Timekeeper(store, self.clock, self.options, holds=self.holds, offer=self._receiver.offer)
+        self._scheduler = Scheduler(
+            store,
+            self.clock,
+            definitions=lambda: self.definitions,
+            accept=self._accept_tick,
+            give_up=self._give_up_tick,
+            owns=self.holds,
+        )
+        self._feed = FeedHub(store, self.clock)
+        self._pruner = Pruner(store, self.clock, self.options)
         self._lifeline = Lifeline(store, self._receiver)
+        self._repairs = Repairs(
+            store,
+            self.clock,
+            self._receiver,
+            self._dispatcher,
+            definitions=lambda: self.definitions,
+            unknown=self._unknown,
+        )
 
     # ---------------------------------------------------------------- definitions and targets
 
@@ -163,6 +179,8 @@ class SagaRuntime:
                 "use a store that waits for a synchronous replica"
             )
         self.definitions = self.definitions.with_definition(definition)
+        if self._state == "running":
+            self._scheduler.wake()
 
     def add_target(self, target: EffectTarget) -> None:
         """Makes effects of the target's kind deliverable. A kind has one target; `saga` is the runtime's own."""
@@ -181,6 +199,8 @@ class SagaRuntime:
         try:
             await self._write_registry()
             await self._receiver.start()
+            if self.options.works:
+                await self._scheduler.load()
         except BaseException:
             await self._let_go("failed to start")
             raise
@@ -192,6 +212,8 @@ class SagaRuntime:
         if not self.options.works:
             return
         self._spawn("timekeeper", self._timekeeper.run())
+        self._spawn("scheduler", self._scheduler.run())
+        self._spawn("pruner", self._pruner.run())
         self._spawn("dispatcher-watch", self._dispatcher.watch())
         for number in range(self.options.dispatch_concurrency):
             self._spawn(f"dispatcher-{number}", self._dispatcher.run())
@@ -201,6 +223,7 @@ class SagaRuntime:
         end in time is in the store, and goes on at the next start. Stopping twice is no error."""
         if self._state == "running":
             self._state = "stopping"
+            self._scheduler.close()
             with contextlib.suppress(TimeoutError):
                 await self._wait_until(self._is_drained, self.options.drain_seconds)
         await self._let_go("stopped")
@@ -219,12 +242,12 @@ class SagaRuntime:
 
     async def settled(self, timeout: float = 10.0) -> None:
         """Returns when nothing is left that could be done now; raises `TimeoutError` after `timeout` seconds."""
-        await self._wait_until(self._is_drained, timeout)
+        await self._wait_until(lambda: self._is_drained() and self._pruner.is_idle, timeout)
 
     def health(self) -> RuntimeHealth:
         """What works right now; looks only at memory, so that it can be asked often."""
         checks = {"store": self._store_check()}
-        for role in ("receiver", "timekeeper", "dispatcher", "lifeline"):
+        for role in ("receiver", "timekeeper", "scheduler", "dispatcher", "lifeline"):
             checks[role] = self._role_check(role)
         oldest = self._receiver.oldest_waiting()
         return RuntimeHealth(
@@ -279,8 +302,11 @@ class SagaRuntime:
         # Gathered coroutines run in order up to their first wait, which is after the message was queued.
         return list(await asyncio.gather(*(self.publish(message) for message in messages)))
 
-    def _address(self, message: SagaMessage[Any], *, waits: bool) -> list[Delivery]:
-        """Queues the message for every saga that handles its type, or raises why not; nothing was queued then."""
+    def _address(
+        self, message: SagaMessage[Any], *, waits: bool, only: SagaDefinition[Any] | None = None
+    ) -> list[Delivery]:
+        """Queues the message for every saga that handles its type, or for `only` one, or raises why not; nothing was
+        queued then."""
         if self._state != "running":
             raise BackendUnavailable(
                 f"the runtime is {self._state}: publish between start() and stop()", code="SAGA_NOT_STARTED"
@@ -290,7 +316,7 @@ class SagaRuntime:
         waiting = self._receiver.waiting
         if waiting >= self.options.backlog_max:
             raise BackendUnavailable(f"{waiting} messages are waiting already: try again later", code="SAGA_OVERLOADED")
-        receivers = self.definitions.handling(message.type)
+        receivers = (only,) if only is not None else self.definitions.handling(message.type)
         if not receivers:
             raise self._unknown(message.type)
         payload = self._payload(message)
@@ -346,6 +372,12 @@ class SagaRuntime:
         return encoded
 
     def _unknown(self, message_type: str) -> SagasError:
+        if message_type.startswith(RESERVED_PREFIX):
+            return MessageRejected(
+                f"message type {message_type!r:.80} belongs to the engine: use cancel, pause or resume for what an "
+                "operator does, and another name for a message of yours",
+                code="MESSAGE_TYPE_RESERVED",
+            )
         if message_type in self._registry_types:
             return BackendUnavailable(
                 f"message type {message_type!r} is known to this store, but no definition that is loaded here handles "
@@ -395,7 +427,7 @@ class SagaRuntime:
         """What happened to a run, oldest first; raises `InstanceNotFound`."""
         instance = await self.get_instance(saga_id, key, run=run)
         if instance is None:
-            raise InstanceNotFound(f"Saga instance not found: {saga_id}:{key}" + (f" run {run}" if run else ""))
+            raise _no_instance(saga_id, key, run)
         if instance.run == 0:
             return []
         return await self.store.history(instance, after_entry=after_entry, limit=limit)
@@ -406,110 +438,180 @@ class SagaRuntime:
         """What was given up, newest first."""
         return await self.store.dead_letters(saga_id=saga_id, key=key, after=after, limit=limit)
 
+    def watch(
+        self,
+        *,
+        after: int | str | None = None,
+        saga_id: str | Iterable[str] | None = None,
+        key: str | None = None,
+        types: Iterable[str] = (),
+    ) -> FeedWatch:
+        """What happens, as it happens: an iterator over (cursor, event) without a gap and without a repeat (I8).
+
+            async with runtime.watch(saga_id="order", types=["saga:completed"]) as events:
+                async for cursor, event in events:
+                    ...
+
+        It begins behind `after`, the cursor of an event or 0 for all that is kept; without it, now. A filter leaves
+        events out, and `FeedWatch.cursor` passes over them. A cursor that this store cannot go on from is answered by
+        one `FeedReset` (type `reset`), and then by everything that is kept. Works before `start` too; ends with `stop`.
+
+        Raises `MessageRejected` for what is no cursor or no type of event.
+        """
+        return self._feed.watch(after=after, saga_ids=saga_id, key=key, types=types)
+
+    def end_watches(self) -> None:
+        """Ends every watch, and starts no other: for a server that is about to stop, and would wait for those who
+        watch. `stop` does it too."""
+        self._feed.close("stopping")
+
+    # ---------------------------------------------------------------- time
+
+    async def schedules(self) -> list[ScheduleStatus]:
+        """The schedules of the registered sagas and how far they have come, by saga id."""
+        return await self._scheduler.statuses()
+
+    async def trigger_schedule(self, saga_id: str) -> PublishReceipt | PublishRejected:
+        """Gives a scheduled saga a tick of its own, now: its payload says `{"scheduledFor": <now>, "manual": true}`.
+        The schedule goes on as it would have. Answers like `publish`; raises `ScheduleNotFound`."""
+        definition = self.definitions.get(saga_id)
+        if definition is None or definition.schedule is None:
+            scheduled = ", ".join(each.id for each in self.definitions if each.schedule is not None)
+            what = "has no schedule" if definition is not None else "is not registered here"
+            raise ScheduleNotFound(f"saga {saga_id!r:.80} {what}: scheduled sagas are {scheduled or 'none'}")
+        now = self.clock.now()
+        tick = tick_message(definition, now, by_hand=new_message_id(now))
+        try:
+            return _receipt(tick.type, [await self._accept_tick(definition, tick)])
+        except SagasError as error:
+            return PublishRejected(message_type=tick.type, error=error)
+
+    async def _accept_tick(self, definition: SagaDefinition[Any], tick: SagaMessage[Any]) -> Outcome:
+        """Takes a tick in, for the saga whose it is alone: another one that handles the type has its own."""
+        (delivery,) = self._address(tick, waits=False, only=definition)
+        assert delivery.answered is not None
+        return await delivery.answered
+
+    async def _give_up_tick(self, letter: DeadLetter) -> None:
+        part = partition_of(key_hash(letter.saga_id, letter.key))
+        await self._submit(UnitOfWork(part=part, dead_letters_add=(letter,)))
+
     # ---------------------------------------------------------------- operators
+
+    async def cancel(self, saga_id: str, key: str, *, run: int | None = None, reason: str | None = None) -> Outcome:
+        """Ends a run as it stands: no compensation runs, its timers end, its parent hears of it. Returns when that is
+        committed; a run that is over already is left as it is, and the outcome says `ignored`.
+
+        Without `run` it is the newest one. Raises `InstanceNotFound`, `MessageRejected` (`SAGA_INSTANCE_PENDING`) when
+        the first message of the key has not been applied yet, and `BackendUnavailable`.
+        """
+        return await self._control(CANCEL, saga_id, key, run=run, reason=reason)
+
+    async def pause(self, saga_id: str, key: str, *, run: int | None = None, reason: str | None = None) -> Outcome:
+        """Keeps messages, replies and timers of a run waiting, in their order, until `resume`. Messages are accepted
+        meanwhile, effects that were committed leave. Raises what `cancel` raises."""
+        return await self._control(PAUSE, saga_id, key, run=run, reason=reason)
+
+    async def resume(self, saga_id: str, key: str, *, run: int | None = None, reason: str | None = None) -> Outcome:
+        """Lets a paused run go on with what has waited for it, before anything newer. Raises what `cancel` raises."""
+        return await self._control(RESUME, saga_id, key, run=run, reason=reason)
+
+    async def _control(
+        self, kind: ControlType, saga_id: str, key: str, *, run: int | None, reason: str | None
+    ) -> Outcome:
+        self._refuse_if_not_running()
+        now = self.clock.now()
+        envelope = control(kind, saga_id, key, message_id=new_message_id(now), accepted_at=now, run=run, reason=reason)
+        instance = await self.get_instance(saga_id, key, run=run)
+        if instance is None:
+            raise _no_instance(saga_id, key, run)
+        if instance.run == 0:
+            raise MessageRejected(
+                f"{saga_id}:{key} has not begun: its first message waits for its next attempt, so there is no run to "
+                f"{kind.removeprefix(RESERVED_PREFIX)} yet; try again when it runs, or is a dead letter",
+                code="SAGA_INSTANCE_PENDING",
+                retryable=True,
+            )
+        settled: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        # Not when it is accepted: another process may hold the instance, and applies it a moment later.
+        self._receiver.offer(Delivery(envelope, (saga_id, key), settled=settled))
+        outcome = await in_time(settled)
+        if outcome.disposition == "dead_lettered":
+            raise SagasError(outcome.reason or f"{kind} was given up")
+        if outcome.status is None:
+            raise _no_instance(saga_id, key, run)
+        return outcome
 
     async def redrive(self, dead_letter_id: str) -> DeadLetter:
         """Tries a dead letter again, with a fresh count of attempts. A message goes to the end of its instance's
         queue; an effect goes on at the head of its lane."""
-        letter = await self._find(dead_letter_id)
-        part = partition_of(key_hash(letter.saga_id, letter.key))
-        effect = letter.effect
-        if effect is not None:
-            again = msgspec.structs.replace(effect, attempt=0, due_at=None, dead_letter_id=None)
-            if letter.outbox_part is None or letter.outbox_seq is None:
-                await self._submit(UnitOfWork(part=part, dead_letter_done=letter.id, outbox_add=(again,)))
-                return letter
-            row = OutboxRow(RowRef(letter.outbox_part, letter.outbox_seq), again)
-            await self._submit(UnitOfWork(part=part, dead_letter_done=letter.id, outbox_update=row))
-            self._dispatcher.resume(effect.lane, again)
-            return letter
-        assert letter.envelope is not None
-        envelope = self._readdressed(letter.envelope)
-        await self._submit(UnitOfWork(part=part, dead_letter_done=letter.id, inbox_add=(envelope,)))
-        return letter
+        self._refuse_if_not_running()
+        return await self._repairs.redrive(await self._repairs.find(dead_letter_id))
+
+    async def redrive_many(
+        self,
+        *,
+        ids: Sequence[str] | None = None,
+        saga_id: str | None = None,
+        key: str | None = None,
+        limit: int = 100,
+    ) -> BulkResult:
+        """Redrives the dead letters of these ids, or the oldest `limit` (at most 1,000) of a saga, of a key, or of all.
+        Each for itself: what cannot be redriven is in `troubles`."""
+        return await self._repair_many(self._repairs.redrive, ids=ids, saga_id=saga_id, key=key, limit=limit)
+
+    async def discard_many(
+        self,
+        *,
+        ids: Sequence[str] | None = None,
+        saga_id: str | None = None,
+        key: str | None = None,
+        limit: int = 100,
+    ) -> BulkResult:
+        """Discards dead letters, chosen as `redrive_many` chooses them."""
+        return await self._repair_many(self._repairs.discard, ids=ids, saga_id=saga_id, key=key, limit=limit)
+
+    async def _repair_many(
+        self,
+        repair: Callable[[DeadLetter], Coroutine[Any, Any, DeadLetter]],
+        *,
+        ids: Sequence[str] | None,
+        saga_id: str | None,
+        key: str | None,
+        limit: int,
+    ) -> BulkResult:
+        self._refuse_if_not_running()
+        if ids is None:
+            letters, has_more = await oldest_letters(self.store, saga_id=saga_id, key=key, limit=limit)
+            return replace(await repair_each(letters, repair), has_more=has_more)
+        if saga_id is not None or key is not None:
+            raise MessageRejected("ids and a filter together are ambiguous: give the ids, or a saga or key")
+        letters, missing = await letters_named(self.store, ids)
+        result = await repair_each(letters, repair)
+        return replace(result, troubles=(*missing, *result.troubles))
 
     async def discard(self, dead_letter_id: str) -> DeadLetter:
         """Forgets a dead letter: a message's idempotency key is free again, an effect's lane goes on behind it."""
-        letter = await self._find(dead_letter_id)
-        part = partition_of(key_hash(letter.saga_id, letter.key))
-        if letter.effect is not None:
-            done = None
-            if letter.outbox_part is not None and letter.outbox_seq is not None:
-                done = RowRef(letter.outbox_part, letter.outbox_seq)
-            await self._submit(UnitOfWork(part=part, dead_letter_done=letter.id, outbox_done=done))
-            if done is not None:
-                self._dispatcher.skip(letter.effect.lane)
-            return letter
-        assert letter.envelope is not None
-        envelope = letter.envelope
-        (loaded,) = await self.store.load([(envelope.saga_id, envelope.key)]) if envelope.key else (None,)
-        unmark = None
-        if loaded is not None and loaded.head is not None:
-            unmark = (loaded.head.pk, envelope.dedupe_key or envelope.id)
-        await self._submit(UnitOfWork(part=part, dead_letter_done=letter.id, unmark=unmark))
-        if unmark is not None:
-            self._receiver.forget_mark(*unmark)
-        return letter
-
-    def _readdressed(self, envelope: Envelope) -> Envelope:
-        """The envelope of a redriven message. One that never found its instance is addressed again."""
-        if not envelope.key:
-            definition = self.definitions.get(envelope.saga_id)
-            receivers = (definition,) if definition is not None else self.definitions.handling(envelope.type)
-            if not receivers:
-                raise self._unknown(envelope.type)
-            message = SagaMessage(
-                envelope.type,
-                msgspec.Raw(envelope.payload),
-                envelope.correlation_key,
-                envelope.idempotency_key,
-                envelope.concurrency_key,
-                envelope.occurred_at,
-                envelope.id,
-                envelope.traceparent,
-                envelope.tracestate,
-            )
-            envelope = address(
-                receivers[0],
-                message,
-                payload_json=envelope.payload,
-                accepted_at=self.clock.now(),
-                message_id=envelope.id,
-                causation_id=envelope.causation_id,
-                hops=envelope.hops,
-                parent=envelope.parent,
-                key_if_none=envelope.id if envelope.origin == "spawn" else None,
-            ).envelope
-        return msgspec.structs.replace(envelope, origin="redrive", attempt=0, due_at=None, last_error=None)
-
-    async def _find(self, dead_letter_id: str) -> DeadLetter:
-        letter = await self.store.dead_letter(dead_letter_id)
-        if letter is None:
-            raise DeadLetterNotFound(
-                f"no dead letter {dead_letter_id!r:.80}: it was redriven or discarded, or never was"
-            )
-        return letter
+        self._refuse_if_not_running()
+        return await self._repairs.discard(await self._repairs.find(dead_letter_id))
 
     async def _submit(self, unit: UnitOfWork) -> None:
         """Commits an operator's request in its turn; raises what stood against it."""
+        self._refuse_if_not_running()
+        await self._repairs.submit(unit)
+
+    def _refuse_if_not_running(self) -> None:
         if self._state != "running":
             raise BackendUnavailable(f"the runtime is {self._state}", code="SAGA_NOT_STARTED")
-        answer: asyncio.Future[SagasError | Conflict | None] = asyncio.get_running_loop().create_future()
-        self._receiver.submit(_Request(unit, answer))
-        try:
-            trouble = await asyncio.wait_for(answer, _OPERATOR_SECONDS)
-        except TimeoutError:
-            raise BackendUnavailable(f"the store did not take the request within {_OPERATOR_SECONDS:g} s") from None
-        if isinstance(trouble, Conflict):
-            raise DeadLetterNotFound(f"it was redriven or discarded a moment ago: {trouble.what}")
-        if trouble is not None:
-            raise trouble
 
     def holds(self, part: int) -> bool:
         """Whether partition `part` is ours to work on right now."""
         return part in self._receiver.parts
 
     # ---------------------------------------------------------------- inside
+
+    def _carry_out(self, delivery: Delivery) -> None:
+        self._repairs.carry_out(delivery)
 
     def _is_quiet(self, parts: Collection[int]) -> bool:
         return self._dispatcher.is_quiet(parts)
@@ -520,9 +622,14 @@ class SagaRuntime:
         if gained:
             await self._dispatcher.load(gained)
             self._timekeeper.gained(gained)
+            self._scheduler.wake()
 
     def _effects_committed(self, rows: Sequence[tuple[RowRef, OutboxEffect]]) -> None:
         self._dispatcher.add(rows)
+
+    def _committed(self, feed_base: int) -> None:
+        self._feed.committed()
+        self._pruner.committed(feed_base)
 
     def _timers_committed(self, timers: Sequence[Timer]) -> None:
         self._timekeeper.added(timers)
@@ -564,7 +671,8 @@ class SagaRuntime:
     def _is_drained(self) -> bool:
         if not self.options.works:
             return self._receiver.is_idle
-        return self._receiver.is_idle and self._dispatcher.is_idle and self._timekeeper.is_idle
+        roles = (self._receiver, self._dispatcher, self._timekeeper, self._scheduler)
+        return all(role.is_idle for role in roles)
 
     async def _wait_until(self, condition: Callable[[], bool], timeout: float) -> None:
         async with asyncio.timeout(timeout):
@@ -579,6 +687,10 @@ class SagaRuntime:
         await asyncio.gather(*tasks, return_exceptions=True)
         closing = BackendUnavailable(f"the runtime is {state}: publish again, under the same message id")
         self._timekeeper.close()
+        self._scheduler.close()
+        self._pruner.close()
+        self._feed.close(state)
+        self._repairs.close()
         self._dispatcher.close()
         self._receiver.close(closing)
         try:
@@ -588,6 +700,10 @@ class SagaRuntime:
             # The others find out, and take over; that we could not say goodbye is no matter.
             _log.warning("the lease could not be released: %s", error.message)
         self._state = state
+
+
+def _no_instance(saga_id: str, key: str, run: int | None) -> InstanceNotFound:
+    return InstanceNotFound(f"Saga instance not found: {saga_id}:{key}" + (f" run {run}" if run is not None else ""))
 
 
 def _receipt(message_type: str, outcomes: list[Outcome]) -> PublishReceipt:

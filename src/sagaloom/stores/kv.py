@@ -10,6 +10,7 @@ The rows (the first part of a key names its table; times are microseconds since 
     dedupe          pk, hash of the dedupe key          Mark
     inbox, outbox   partition, number                   Envelope, OutboxEffect
     timer           due, id                             Timer
+    schedule        saga id                             ScheduleCursor
     dead_letter     id                                  DeadLetter; found by saga and by key through dead_letter_index
     feed            number of its first event           the events of one commit, unit by unit
     member, lease, arrivals                             who may write what: see `sagaloom.stores.tenure`
@@ -51,6 +52,7 @@ import asyncio
 import uuid
 from collections.abc import Callable, Collection, Sequence
 from datetime import datetime
+from itertools import pairwise
 from typing import Final, TypeVar
 
 from sagaloom.definitions import SagaDurabilityTier
@@ -63,6 +65,7 @@ from sagaloom.engine.records import (
     Mark,
     OutboxEffect,
     PendingTimer,
+    ScheduleCursor,
     Timer,
 )
 from sagaloom.errors import BackendUnavailable, ConfigurationError, SagasError, StoreCorrupt
@@ -84,6 +87,7 @@ from sagaloom.stores.listing import Listing
 from sagaloom.stores.planning import ROW_BYTES_MAX, Beliefs, Plan, brings_only, check_size, doubt, pk_of, refused
 from sagaloom.stores.rows import (
     FEED_KEY,
+    decode_cursor,
     decode_dead_letter,
     decode_definition,
     decode_effect,
@@ -227,6 +231,9 @@ class KvSagaStore:
 
     def stands(self) -> bool:
         return self._tenure.stands()
+
+    def listen(self, on_news: Callable[[], None]) -> bool:
+        return self._tenure.listen(on_news)
 
     def has_news(self) -> bool:
         version = self.others_version()
@@ -404,6 +411,8 @@ class KvSagaStore:
             self._beliefs.learn(plan, done)
             if plan.inbox:
                 tenure.added(done.bases["inbox"], plan.inbox)
+                if not tenure.parts.issuperset(plan.inbox):
+                    tenure.nudge()
         return done
 
     async def _commit_kv(
@@ -496,6 +505,31 @@ class KvSagaStore:
         self._beliefs.learn_rows(rows, generation)
         return [decoded(self._kv, row, decode_timer) for row in rows]
 
+    async def timer(self, timer_id: str) -> Timer | None:
+        # An index would be a write more for each timer, for what operators seldom ask.
+        await self.open()
+        after: Key | None = None
+        while rows := await self._kv.scan(("timer",), after=after, limit=_PAGE):
+            for row in rows:
+                if row.key[-1] == timer_id:
+                    return decoded(self._kv, row, decode_timer)
+            after = rows[-1].key
+        return None
+
+    async def schedule_cursors(self) -> list[ScheduleCursor]:
+        await self.open()
+        return [decoded(self._kv, row, decode_cursor) for row in await self._all(("schedule",))]
+
+    async def put_schedule_cursor(self, cursor: ScheduleCursor, *, replaces: ScheduleCursor | None) -> bool:
+        await self.open()
+        key: Key = ("schedule", cursor.saga_id)
+        row = await self._kv.get(key)
+        stored = None if row is None else decoded(self._kv, row, decode_cursor)
+        if stored != replaces:
+            return False
+        check = Check(key, None if row is None else row.versionstamp)
+        return isinstance(await self._commit_kv(checks=[check], puts=[(key, encode(cursor))]), Committed)
+
     async def _waiting(self, prefix: Key, after: RowRef | None, limit: int) -> list[Entry]:
         await self.open()
         generation = self._beliefs.generation
@@ -570,21 +604,22 @@ class KvSagaStore:
         await self.open()
         # The row that holds number after + 1 may begin before it.
         rows = await self._kv.scan(("feed",), before=("feed", after + 2), limit=1, reverse=True)
+        begin: Key = rows[-1].key if rows else ("feed", after)
+        # A row says where it begins: those that begin behind the page are not even read.
+        rows += await self._kv.scan(("feed",), after=begin, before=("feed", after + limit + 1), limit=limit)
         found: list[tuple[int, FeedEvent]] = []
-        while True:
-            for row in rows:
-                number = number_of(row)
-                for events in decoded(self._kv, row, decode_events):
-                    for event in events:
-                        if number > after and len(found) < limit:
-                            found.append((number, event))
-                        number += 1
-            if len(found) >= limit:
-                return found
-            last: Key = rows[-1].key if rows else ("feed", after)
-            rows = await self._kv.scan(("feed",), after=last, limit=min(limit, _PAGE))
-            if not rows:
-                return found
+        for row in rows:
+            number = number_of(row)
+            for events in decoded(self._kv, row, decode_events):
+                for event in events:
+                    if number > after and len(found) < limit:
+                        found.append((number, event))
+                    number += 1
+        if not found and limit > 0:
+            # Nothing in the whole page: the feed has ended, or what came next has been pruned.
+            kept = await self._kv.scan(("feed",), after=("feed", after), limit=1)
+            return await self.feed(after=number_of(kept[0]) - 1, limit=limit) if kept else []
+        return found
 
     async def feed_bounds(self) -> tuple[int, int]:
         await self.open()
@@ -594,6 +629,15 @@ class KvSagaStore:
             return 1, 0
         events = sum(map(len, decoded(self._kv, newest[0], decode_events)))
         return number_of(oldest[0]), number_of(newest[0]) + events - 1
+
+    async def prune_feed(self, *, before: int, limit: int) -> int:
+        await self.open()
+        rows = await self._kv.scan(("feed",), limit=limit + 1)
+        # The last event of a row is the one before the first of the next.
+        keys = [row.key for row, following in pairwise(rows) if number_of(following) <= before]
+        if keys:
+            await self._commit_kv(deletes=keys)
+        return len(keys)
 
     async def definitions(self) -> list[RegisteredDefinition]:
         await self.open()

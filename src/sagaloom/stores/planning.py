@@ -242,11 +242,16 @@ class Plan:
         self, unit: UnitOfWork, beliefs: Beliefs, marks_there: set[Key], dead_letters: dict[str, tuple[DeadLetter, int]]
     ) -> Conflict | None:
         """Adds `unit`, whole; or says why not, and leaves the plan as it was."""
-        if unit.outbox_done is not None and unit == UnitOfWork(part=unit.part, outbox_done=unit.outbox_done):
+        if unit.outbox_done is not None and unit == UnitOfWork(
+            part=unit.part, outbox_done=unit.outbox_done, events=unit.events
+        ):
             # Every effect ends as such a unit, so half of all units are.
             row: Key = ("outbox", *unit.outbox_done)
             if row not in beliefs.rows or row in self.consumed:
                 return Conflict("gone", f"outbox row {unit.outbox_done}")
+            if unit.events:
+                self.events.append(msgspec.Raw(encode(unit.events)))
+                self.feed_count += len(unit.events)
             self.writes[row] = None
             self.consumed.add(row)
             return None

@@ -20,6 +20,7 @@ from sagaloom.engine.records import (
     Mark,
     OutboxEffect,
     PendingTimer,
+    ScheduleCursor,
     Timer,
 )
 from sagaloom.errors import StoreCorrupt
@@ -38,6 +39,7 @@ decode_mark = msgspec.msgpack.Decoder(Mark).decode
 decode_envelope = msgspec.msgpack.Decoder(Envelope).decode
 decode_effect = msgspec.msgpack.Decoder(OutboxEffect).decode
 decode_timer = msgspec.msgpack.Decoder(Timer).decode
+decode_cursor = msgspec.msgpack.Decoder(ScheduleCursor).decode
 decode_dead_letter = msgspec.msgpack.Decoder(DeadLetter).decode
 decode_events = msgspec.msgpack.Decoder(tuple[tuple[FeedEvent, ...], ...]).decode
 decode_lease = msgspec.msgpack.Decoder(tuple[str, int]).decode

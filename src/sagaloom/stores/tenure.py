@@ -27,7 +27,7 @@ What we dislike about it: without `Presence` nobody can tell the dead, so the la
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Final, Protocol
 
 import msgspec
@@ -59,6 +59,14 @@ class Presence(Protocol):
 
     def others(self) -> frozenset[str]:
         """Who else is alive."""
+        ...
+
+    def nudge(self) -> None:
+        """Tells the others that there is something for them in the store."""
+        ...
+
+    def listen(self, on_nudge: Callable[[], None]) -> bool:
+        """Has `on_nudge` called when we are nudged; False when that cannot be."""
         ...
 
     def leave(self) -> None:
@@ -118,6 +126,7 @@ class Tenure:
             if isinstance(done, Committed):
                 self.lease, self.stamp = lease, done.versionstamp
                 self.is_shared = bool(others)
+                self.nudge()
                 return lease
         raise self._crowded(holder)
 
@@ -157,6 +166,7 @@ class Tenure:
             self.lease = None
             if self._presence is not None:
                 self._presence.leave()
+                self._presence.nudge()
 
     def close(self) -> None:
         self._drop()
@@ -217,6 +227,8 @@ class Tenure:
                 )
                 if not isinstance(done, Committed):
                     continue
+            if given:
+                self.nudge()
             self.stamp = own.versionstamp
             self._alive = alive
             self.parts = frozenset(kept)
@@ -258,6 +270,13 @@ class Tenure:
         self._newest_own = first + len(parts) - 1
         if self.is_shared:
             self._own.update((part, first + n) for n, part in enumerate(parts) if part in self.parts)
+
+    def nudge(self) -> None:
+        if self._presence is not None:
+            self._presence.nudge()
+
+    def listen(self, on_nudge: Callable[[], None]) -> bool:
+        return self._presence is not None and self._presence.listen(on_nudge)
 
     def arrival_checks(self, parts: Iterable[int]) -> list[Check]:
         """The conditions under which messages of `parts` may be applied."""

@@ -22,9 +22,8 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, cast
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import msgspec
 
@@ -32,17 +31,21 @@ from sagaloom.clock import Clock, SystemClock
 from sagaloom.engine.records import OutboxEffect
 from sagaloom.errors import ConfigurationError, DeliveryFailed
 from sagaloom.messages import SagaMessage
+from sagaloom.outbound import (
+    LOOPBACK_PATTERNS,
+    checked_address,
+    is_retryable_status,
+    retry_after_seconds,
+    service_variables,
+    without_credentials,
+)
 
 if TYPE_CHECKING:
     import httpx2
 
 __all__ = ["ServiceTarget", "discover_service"]
 
-_RETRYABLE_4XX = frozenset((408, 409, 425, 429))
-_FINAL_5XX = frozenset((501, 505))
-_RETRY_AFTER_SECONDS_MAX = 86_400.0
 _SAFE_KEY = re.compile(r"[!-$&-~](?:[ -$&-~]*[!-$&-~])?")
-_LOOPBACK = ("all://127.0.0.1", "all://localhost", "all://[::1]")
 
 
 def discover_service(
@@ -52,7 +55,7 @@ def discover_service(
     `services__<name>__http__0`. Raises `ConfigurationError` for an address that is no http(s) URL."""
     sources = [
         ("services", (services or {}).get(name)),
-        *((variable, read_env(variable)) for variable in _variables_of(name)),
+        *((variable, read_env(variable)) for variable in service_variables(name)),
     ]
     for source, value in sources:
         if value is not None and value.strip():
@@ -97,7 +100,7 @@ class ServiceTarget:
         name = effect.target_id
         address = self._address_of(name)
         client = self._client or self.open()
-        shown = _without_credentials(address)
+        shown = without_credentials(address)
         try:
             async with asyncio.timeout(self._timeout_seconds):
                 async with client.stream(
@@ -142,8 +145,7 @@ class ServiceTarget:
                 max_connections=self._connections_max, max_keepalive_connections=self._connections_max // 2
             ),
             transport=self._transport,
-            # A proxy of the environment is for the outside; it cannot know what our loopback is.
-            mounts=dict.fromkeys(_LOOPBACK) if self._transport is None else None,
+            mounts=dict.fromkeys(LOOPBACK_PATTERNS) if self._transport is None else None,
         )
         return self._client
 
@@ -153,7 +155,7 @@ class ServiceTarget:
         except ConfigurationError as error:
             raise DeliveryFailed(error.message) from error
         if address is None:
-            https, http = _variables_of(name)
+            https, http = service_variables(name)
             raise DeliveryFailed(
                 f"no address for service {name!r}: neither services={{{name!r}: ...}} nor {https} nor {http} is set. "
                 f"Set {http}=http://HOST:PORT, or give the runtime services={{{name!r}: 'http://HOST:PORT'}}"
@@ -196,13 +198,13 @@ class ServiceTarget:
         if 300 <= status < 400:
             return DeliveryFailed(
                 f"service {name!r} at {shown} answered {status}, to {response.headers.get('location', '?')!r:.200}: "
-                f"redirects are not followed; give the final address in {_variables_of(name)[1]}",
+                f"redirects are not followed; give the final address in {service_variables(name)[1]}",
                 retryable=False,
                 data=data,
             )
-        is_retryable = status in _RETRYABLE_4XX or (status >= 500 and status not in _FINAL_5XX)
+        is_retryable = is_retryable_status(status)
         if is_retryable:
-            seconds = _retry_after_seconds(response.headers.get("retry-after"), self._clock.now())
+            seconds = retry_after_seconds(response.headers.get("retry-after"), self._clock.now())
             if seconds is not None:
                 data["retryAfterSeconds"] = seconds
         said = body[:200].decode("utf-8", "replace").strip()
@@ -261,26 +263,10 @@ def _replies(body: bytes, who: str) -> list[SagaMessage[Any]]:
     ]
 
 
-def _variables_of(name: str) -> tuple[str, str]:
-    return f"services__{name}__https__0", f"services__{name}__http__0"
-
-
 def _checked_address(address: str, *, name: str, source: str) -> str:
-    try:
-        parts = urlsplit(address)
-        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
-    except ValueError:
-        is_address = False
-    if not is_address:
-        raise ConfigurationError(
-            f"the address of service {name!r} in {source} is no http(s) URL: {address!r:.200}; "
-            "write for example http://127.0.0.1:8093"
-        )
-    return address
-
-
-def _without_credentials(address: str) -> str:
-    return re.sub(r"//[^/@]*@", "//", address)
+    return checked_address(
+        address, where=f"the address of service {name!r} in {source}", example="http://127.0.0.1:8093"
+    )
 
 
 def _header_text(text: str, *, quoted: bool = True) -> str:
@@ -289,20 +275,3 @@ def _header_text(text: str, *, quoted: bool = True) -> str:
     if _SAFE_KEY.fullmatch(text) or (not quoted and text.isascii() and text.isprintable()):
         return text
     return quote(text, safe=" !#$&'()*+,/:;=?@[]~" if text == text.strip() else "")
-
-
-def _retry_after_seconds(value: str | None, now: datetime) -> float | None:
-    if value is None:
-        return None
-    value = value.strip()
-    if value.isascii() and value.isdigit():
-        seconds = float(value[:12])
-    else:
-        try:
-            moment = parsedate_to_datetime(value)
-        except ValueError:
-            return None
-        if moment.tzinfo is None:
-            return None
-        seconds = (moment - now).total_seconds()
-    return min(max(seconds, 0.0), _RETRY_AFTER_SECONDS_MAX)

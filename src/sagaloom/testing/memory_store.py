@@ -7,7 +7,7 @@ nothing survives the process. One unit after the other is looked at, then writte
 from __future__ import annotations
 
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
 
 import msgspec
@@ -23,6 +23,7 @@ from sagaloom.engine.records import (
     Mark,
     OutboxEffect,
     PendingTimer,
+    ScheduleCursor,
     Timer,
 )
 from sagaloom.errors import BackendUnavailable, Fenced, MessageRejected
@@ -62,8 +63,11 @@ class MemoryStore:
         self.inbox: dict[RowRef, Envelope] = {}
         self.outbox: dict[RowRef, OutboxEffect] = {}
         self.timers_by_place: dict[tuple[datetime, str], Timer] = {}
+        self.cursors_by_saga: dict[str, ScheduleCursor] = {}
         self.dead_letters_by_id: dict[str, DeadLetter] = {}
         self.events: list[FeedEvent] = []
+        """The feed, with what was pruned: `feed_start` is the number of the oldest that is still there."""
+        self.feed_start = 1
         self.definitions_by_id: dict[str, RegisteredDefinition] = {}
         self.lease: Lease | None = None
         self._epoch = 0
@@ -71,6 +75,7 @@ class MemoryStore:
         self._last_pk = 0
         self._last_inbox = 0
         self._last_outbox = 0
+        self._feed_commits: list[int] = []  # the number of the first event of each commit
         self._store_id = uuid.uuid4().hex
         self._is_closed = False
 
@@ -110,6 +115,9 @@ class MemoryStore:
 
     def stands(self) -> bool:
         return True
+
+    def listen(self, on_news: Callable[[], None]) -> bool:
+        return False
 
     def has_news(self) -> bool:
         return False
@@ -158,6 +166,8 @@ class MemoryStore:
                 conflicts[index] = conflict
                 unwritten_pks.add(pk)
         after = self._last_inbox, self._last_outbox, len(self.events)
+        if after[2] > before[2]:
+            self._feed_commits.append(before[2] + 1)
         bases = [first + 1 if last > first else 0 for first, last in zip(before, after, strict=True)]
         return CommitResult(conflicts, *bases)
 
@@ -289,6 +299,19 @@ class MemoryStore:
         ]
         return timers[:limit]
 
+    async def timer(self, timer_id: str) -> Timer | None:
+        return next((timer for timer in self.timers_by_place.values() if timer.id == timer_id), None)
+
+    async def schedule_cursors(self) -> list[ScheduleCursor]:
+        return [cursor for _, cursor in sorted(self.cursors_by_saga.items())]
+
+    async def put_schedule_cursor(self, cursor: ScheduleCursor, *, replaces: ScheduleCursor | None) -> bool:
+        self._refuse_if_closed()
+        if self.cursors_by_saga.get(cursor.saga_id) != replaces:
+            return False
+        self.cursors_by_saga[cursor.saga_id] = cursor
+        return True
+
     # -- what people read -----------------------------------------------------------------------------------------
 
     async def instances(
@@ -335,10 +358,20 @@ class MemoryStore:
         return self.dead_letters_by_id.get(dead_letter_id)
 
     async def feed(self, *, after: int, limit: int) -> list[tuple[int, FeedEvent]]:
-        return [(number, event) for number, event in enumerate(self.events, 1) if number > after][:limit]
+        skipped = max(after, self.feed_start - 1)
+        return list(enumerate(self.events[skipped : skipped + limit], skipped + 1))
 
     async def feed_bounds(self) -> tuple[int, int]:
-        return 1, len(self.events)
+        return self.feed_start, len(self.events)
+
+    async def prune_feed(self, *, before: int, limit: int) -> int:
+        self._refuse_if_closed()
+        ends = [number for number in self._feed_commits if self.feed_start < number <= before][:limit]
+        self.feed_start = max(ends, default=self.feed_start)
+        return len(ends)
+
+    def others_version(self) -> int | None:
+        return 0  # Nobody else can reach it.
 
     async def put_definitions(self, definitions: Sequence[RegisteredDefinition]) -> None:
         self._refuse_if_closed()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple, TypeVar
 
@@ -16,8 +16,10 @@ from sagaloom.engine.records import (
     Mark,
     OutboxEffect,
     PendingTimer,
+    ScheduleCursor,
     Timer,
 )
+from sagaloom.ports.keyvalue import SeesOthers
 from sagaloom.ports.store import (
     CommitResult,
     Holding,
@@ -130,6 +132,9 @@ class RecordingStore:
         """Asked every moment, so it is not recorded."""
         return self.inner.stands()
 
+    def listen(self, on_news: Callable[[], None]) -> bool:
+        return self.inner.listen(on_news)
+
     def has_news(self) -> bool:
         """Asked every moment, so it is not recorded."""
         return self.inner.has_news()
@@ -191,6 +196,16 @@ class RecordingStore:
         work = self.inner.timers(due_by=due_by, after=after, limit=limit)
         return await self._recorded("timers", work, due_by=due_by, after=after, limit=limit)
 
+    async def timer(self, timer_id: str) -> Timer | None:
+        return await self._recorded("timer", self.inner.timer(timer_id), timer_id=timer_id)
+
+    async def schedule_cursors(self) -> list[ScheduleCursor]:
+        return await self._recorded("schedule_cursors", self.inner.schedule_cursors())
+
+    async def put_schedule_cursor(self, cursor: ScheduleCursor, *, replaces: ScheduleCursor | None) -> bool:
+        work = self.inner.put_schedule_cursor(cursor, replaces=replaces)
+        return await self._recorded("put_schedule_cursor", work, cursor=cursor, replaces=replaces)
+
     async def instances(
         self, wanted: InstanceFilter, *, limit: int, offset: int = 0, cursor: str | None = None
     ) -> tuple[list[Instance], str | None]:
@@ -223,6 +238,13 @@ class RecordingStore:
 
     async def feed_bounds(self) -> tuple[int, int]:
         return await self._recorded("feed_bounds", self.inner.feed_bounds())
+
+    async def prune_feed(self, *, before: int, limit: int) -> int:
+        work = self.inner.prune_feed(before=before, limit=limit)
+        return await self._recorded("prune_feed", work, before=before, limit=limit)
+
+    def others_version(self) -> int | None:
+        return self.inner.others_version() if isinstance(self.inner, SeesOthers) else None
 
     async def put_definitions(self, definitions: Sequence[RegisteredDefinition]) -> None:
         work = self.inner.put_definitions(definitions)

@@ -14,7 +14,9 @@ until `advance`. Rules:
 3. `advance` moves the time. Timers, and attempts that failed, come in when they are due, in order.
 4. `then` compares only what it is given. It looks at what happened since the last `when` or `advance`, and at the
    instance as it is now; everything that differs is shown at once.
-5. Messages between sagas are effects here like any other: they are seen, not delivered.
+5. `cancel`, `pause` and `resume` are what an operator does. What comes while the run is paused waits, in order, and
+   comes in with `resume`.
+6. Messages between sagas are effects here like any other: they are seen, not delivered.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from sagaloom.definitions import (
 )
 from sagaloom.durations import parse_duration
 from sagaloom.effects import CascadedMessage, Target
+from sagaloom.engine.controls import CANCEL, PAUSE, RESUME, ControlType, control, ends_pause
 from sagaloom.engine.correlation import address
 from sagaloom.engine.decide import DecideContext, decide
 from sagaloom.engine.limits import Limits
@@ -110,6 +113,7 @@ class Scenario(Generic[S]):
         self._messages = 0
         self._waiting: list[Envelope] = []
         self._timers: dict[str, Timer] = {}
+        self._deferred: list[Envelope] = []
         self._addressed: tuple[str, int] | None = None
         self._decision: Decision | None = None
         self._effects: list[CascadedMessage] = []
@@ -155,6 +159,18 @@ class Scenario(Generic[S]):
             f"{self._told()}\n  more than {_DUE_MAX} messages fell due: a saga that schedules itself in a loop? "
             "advance by less"
         )
+
+    def cancel(self, reason: str | None = None) -> Scenario[S]:
+        """Cancels the run that the last message was for, as an operator does."""
+        return self._control(CANCEL, reason)
+
+    def pause(self, reason: str | None = None) -> Scenario[S]:
+        """Pauses the run that the last message was for: what comes now is `deferred`."""
+        return self._control(PAUSE, reason)
+
+    def resume(self, reason: str | None = None) -> Scenario[S]:
+        """Lets that run go on, with what has waited for it: `then` looks at the last of those."""
+        return self._control(RESUME, reason)
 
     # ------------------------------------------------------------------ what came out
 
@@ -275,6 +291,35 @@ class Scenario(Generic[S]):
         self._seen.add((envelope.key, envelope.dedupe_key))
         self._decide(envelope)
 
+    def _control(self, kind: ControlType, reason: str | None) -> Scenario[S]:
+        if self._addressed is None:
+            raise AssertionError(f"{kind}: nothing has happened yet: call given() or when() first")
+        key, run = self._addressed
+        self._messages += 1
+        self._story.append(kind)
+        self._effects = []
+        envelope = control(
+            kind,
+            self._definition.id,
+            key,
+            message_id=f"m{self._messages}",
+            accepted_at=self._clock.now(),
+            run=run,
+            reason=reason,
+        )
+        self._decide(envelope)
+        if ends_pause(envelope):
+            deferred, self._deferred = self._deferred, []
+            for waiting in deferred:
+                # One of them may have cancelled the timer that another one is.
+                if waiting.origin != "timer" or self._waits_for(waiting):
+                    self._decide(waiting)
+        return self
+
+    def _waits_for(self, timer: Envelope) -> bool:
+        instance = self._runs.get((timer.key, timer.run or 0))
+        return instance is not None and any(pending.id == timer.id for pending in instance.timers)
+
     def _decide(self, envelope: Envelope) -> None:
         head = self._heads.get(envelope.key) or self._new_head(envelope.key)
         run = envelope.run if envelope.run is not None else head.run
@@ -284,6 +329,8 @@ class Scenario(Generic[S]):
         self._decision = decision
         if decision.disposition == "applied":
             self._effects += self._returned
+        elif decision.disposition == "deferred":
+            self._deferred.append(envelope)
         elif decision.disposition == "pending":
             self._waiting.append(
                 msgspec.structs.replace(

@@ -45,6 +45,7 @@ from sagaloom.engine.records import (
     Mark,
     OutboxEffect,
     PendingTimer,
+    ScheduleCursor,
     StepRecord,
     Timer,
 )
@@ -971,6 +972,45 @@ class SagaStoreContract:
         assert await store.timers() == [renamed]
         await write(store, lease, UnitOfWork(part=0, timer_done=pending_of(renamed)))
 
+    async def test_a_timer_is_found_by_its_id_wherever_it_stands(self, store: SagaStore, lease: Lease) -> None:
+        timers = [timer_of("o-1", f"t-{number}", number % 7) for number in range(600)]
+        await write(store, lease, UnitOfWork(part=0, timers_add=tuple(timers)))
+        moved = replace(timers[123], due_at=at(9))
+        await write(store, lease, UnitOfWork(part=0, timers_remove=(pending_of(timers[123]),), timers_add=(moved,)))
+
+        assert [await store.timer(each) for each in ("t-0", "t-599", "t-123", "t-")] == [
+            timers[0],
+            timers[599],
+            moved,
+            None,
+        ]
+
+    # -- schedules ------------------------------------------------------------------------------------------------
+
+    async def test_how_far_a_schedule_has_come_is_kept_for_each_saga(self, store: SagaStore) -> None:
+        orders = ScheduleCursor("orders", "0 3 * * *", "Europe/Berlin", NOW)
+        refunds = ScheduleCursor("refunds", "* * * * *", "UTC", at(1), at(-1))
+
+        assert await store.schedule_cursors() == []
+        assert await store.put_schedule_cursor(refunds, replaces=None)
+        assert await store.put_schedule_cursor(orders, replaces=None)
+        assert await store.schedule_cursors() == [orders, refunds]
+
+    async def test_of_two_who_move_a_schedule_on_from_one_place_one_does(self, store: SagaStore) -> None:
+        first = ScheduleCursor("orders", "0 3 * * *", "UTC", NOW)
+        second, other = replace(first, handled_until=at(1)), replace(first, handled_until=at(2))
+        await store.put_schedule_cursor(first, replaces=None)
+
+        moves = [
+            await store.put_schedule_cursor(other, replaces=None),
+            await store.put_schedule_cursor(second, replaces=first),
+            await store.put_schedule_cursor(other, replaces=first),
+        ]
+
+        assert moves == [False, True, False]
+        assert await store.schedule_cursors() == [second]
+        assert not await store.put_schedule_cursor(replace(other, saga_id="refunds"), replaces=other)
+
     # -- dead letters ---------------------------------------------------------------------------------------------
 
     async def test_dead_letters_come_newest_first(self, store: SagaStore, lease: Lease) -> None:
@@ -1245,6 +1285,57 @@ class SagaStoreContract:
 
         assert await store.feed(after=1, limit=10) == []
         assert await store.feed(after=99, limit=10) == []
+
+    async def _three_commits(self, store: SagaStore, lease: Lease) -> list[tuple[int, FeedEvent]]:
+        """A feed of three commits: events 1 and 2, 3 to 5, and 6."""
+        instance = await started(store, lease, "o-1")
+        for commit, size in enumerate((2, 3, 1)):
+            events = tuple(event_of(instance, f"{commit}.{n}") for n in range(size))
+            await write(store, lease, UnitOfWork(part=0, events=events))
+        return await store.feed(after=0, limit=100)
+
+    @pytest.mark.parametrize(
+        ("before", "oldest"),
+        [(0, 1), (1, 1), (2, 1), (3, 3), (4, 3), (5, 3), (6, 6), (7, 6), (99, 6)],
+    )
+    async def test_pruning_forgets_commits_that_lie_wholly_before_a_number_but_never_the_newest(
+        self, store: SagaStore, lease: Lease, before: int, oldest: int
+    ) -> None:
+        everything = await self._three_commits(store, lease)
+
+        pruned = await store.prune_feed(before=before, limit=10)
+
+        assert pruned == {1: 0, 3: 1, 6: 2}[oldest]
+        assert await store.feed_bounds() == (oldest, 6)
+        for after in range(8):
+            for limit in (1, 2, 100):
+                kept = everything[max(after, oldest - 1) :]
+                assert await store.feed(after=after, limit=limit) == kept[:limit]
+
+    async def test_pruning_goes_step_by_step_and_says_when_nothing_is_left_to_forget(
+        self, store: SagaStore, lease: Lease
+    ) -> None:
+        await self._three_commits(store, lease)
+
+        steps = [await store.prune_feed(before=99, limit=1) for _ in range(3)]
+
+        assert steps == [1, 1, 0]
+        assert await store.feed_bounds() == (6, 6)
+
+    async def test_a_pruned_feed_goes_on_with_the_next_number(self, store: SagaStore, lease: Lease) -> None:
+        everything = await self._three_commits(store, lease)
+        await store.prune_feed(before=99, limit=10)
+        instance = await started(store, lease, "o-2")
+
+        result = await write(store, lease, UnitOfWork(part=0, events=(event_of(instance, "next"),)))
+
+        assert result.feed_base == 7
+        assert [number for number, _ in await store.feed(after=0, limit=10)] == [6, 7]
+        assert (await store.feed(after=5, limit=1)) == everything[5:]
+
+    async def test_pruning_an_empty_feed_is_nothing_and_needs_no_lease(self, store: SagaStore) -> None:
+        assert await store.prune_feed(before=99, limit=10) == 0
+        assert await store.feed_bounds() == (1, 0)
 
     # -- definitions ----------------------------------------------------------------------------------------------
 

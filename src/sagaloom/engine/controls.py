@@ -1,0 +1,218 @@
+"""What an operator does to a run: cancel it, pause it, let it go on.
+
+A control is a message like any other: it goes through the inbox of its instance, is decided in its turn, makes the
+revision grow by one, and stands in the history. Two things set it apart. Its origin is `operator`, which no door, saga
+or target can give a message; and no definition is asked about it, so a run whose saga is no longer loaded can still be
+cancelled. Message types that begin with `saga:` belong to the engine, and no saga may handle one.
+
+    running, compensating --cancel--> cancelled
+    any live run          --pause---> the same status, paused
+    a paused run          --resume--> the same status, going on
+
+- *Cancel* ends the run as it stands. It runs no compensation: who wants the steps undone sends the message that undoes
+  them. Timers end, effects that were committed still leave, and a parent hears `<saga id>:cancelled`.
+- *Pause* keeps messages, replies and timers from being applied: `decide` defers them, and the caller keeps them in
+  their order until a control `ends_pause`. Controls themselves are applied to a paused run, effects that were committed
+  leave, and answers to them wait like everything else.
+- A control that finds the run as it wants it, or over, is ignored and recorded. One that finds no run is ignored: a key
+  whose first message still waits has none, and there is nothing yet to cancel or to pause.
+
+What we dislike about it: cancelling a parent leaves its children alone, for a run does not know them.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Final, Literal, NamedTuple
+
+import msgspec
+
+from sagaloom.definitions import SagaInstanceStatus
+from sagaloom.engine.ledger import end_of_child
+from sagaloom.engine.lifecycle import next_status
+from sagaloom.engine.records import Decision, Envelope, FeedEvent, HistoryEntry, Instance, Outgoing, ParentLink
+from sagaloom.engine.retrying import storable
+from sagaloom.errors import MessageRejected
+from sagaloom.ids import effect_key
+from sagaloom.messages import SagaMessage
+
+__all__ = [
+    "CANCEL",
+    "PAUSE",
+    "REASON_LENGTH_MAX",
+    "RESUME",
+    "ControlType",
+    "apply_control",
+    "control",
+    "ends_pause",
+    "why_in_vain",
+]
+
+ControlType = Literal["saga:cancel", "saga:pause", "saga:resume"]
+CANCEL: Final = "saga:cancel"
+PAUSE: Final = "saga:pause"
+RESUME: Final = "saga:resume"
+REASON_LENGTH_MAX: Final = 2_000
+
+_DEFAULT_REASON: Final = "cancelled by an operator"
+
+
+class _Said(msgspec.Struct):
+    """The payload of a control."""
+
+    reason: str | None = None
+
+
+class _Change(NamedTuple):
+    """What a control makes of a run."""
+
+    status: SagaInstanceStatus
+    is_paused: bool
+    event: str
+    """The feed event that shows it."""
+    detail: str | None
+
+
+def control(
+    kind: ControlType,
+    saga_id: str,
+    key: str,
+    *,
+    message_id: str,
+    accepted_at: datetime,
+    run: int | None = None,
+    reason: str | None = None,
+) -> Envelope:
+    """The envelope of a control for run number `run`, or for the newest when it is decided. Raises `MessageRejected`
+    for a reason that is no text or too long."""
+    if reason is not None and (not isinstance(reason, str) or len(reason) > REASON_LENGTH_MAX):
+        size = f"has {len(reason)} characters" if isinstance(reason, str) else f"is {type(reason).__name__}"
+        raise MessageRejected(
+            f"the reason of {kind!r} {size}: give a text of at most {REASON_LENGTH_MAX} characters, or none",
+            data={"field": "reason"},
+        )
+    said = _Said(storable(reason) if reason else None)
+    return Envelope(
+        saga_id,
+        key,
+        kind,
+        message_id,
+        msgspec.json.encode(said),
+        accepted_at,
+        "operator",
+        run,
+        dedupe_key=message_id,
+    )
+
+
+def ends_pause(envelope: Envelope) -> bool:
+    """Whether messages that wait for a paused run have to be asked again after this one."""
+    return envelope.origin == "operator" and envelope.type != PAUSE
+
+
+def why_in_vain(instance: Instance, envelope: Envelope) -> str | None:
+    """Why a control changes nothing about a live run, or None when it does."""
+    if envelope.type == PAUSE and instance.is_paused:
+        return f"run {instance.run} is paused already"
+    if envelope.type == RESUME and not instance.is_paused:
+        return f"run {instance.run} is not paused"
+    return None
+
+
+def apply_control(instance: Instance, envelope: Envelope, now: datetime) -> Decision:
+    """The Decision about a live run that the control changes."""
+    said = msgspec.json.decode(envelope.payload, type=_Said).reason
+    change = _change(instance, envelope, said)
+    status, is_over = change.status, envelope.type == CANCEL
+    revision, entries = instance.revision + 1, instance.entries + 1
+    reason = (said or _DEFAULT_REASON) if is_over else instance.reason
+    new = msgspec.structs.replace(
+        instance,
+        status=status,
+        revision=revision,
+        updated_at=now,
+        entries=entries,
+        message_count=instance.message_count + 1,
+        last_message_type=envelope.type,
+        reason=reason,
+        ended_at=now if is_over else None,
+        is_paused=change.is_paused,
+        steps=() if is_over else instance.steps,
+        timers=() if is_over else instance.timers,
+    )
+    keeps_states = instance.tier != "t1"
+    entry = HistoryEntry(
+        entries,
+        revision,
+        "applied",
+        envelope.type,
+        envelope.id,
+        now,
+        instance.status,
+        status,
+        attempt=envelope.attempt + 1,
+        payload=envelope.payload,
+        reason=reason if is_over else said,
+        origin=envelope.origin,
+        before=instance.state if keeps_states else None,
+        after=instance.state if keeps_states else None,
+        def_version=instance.def_version,
+    )
+    return Decision(
+        "applied",
+        entry.reason,
+        new,
+        entry=entry,
+        outgoing=(_end(new, envelope, instance.parent),) if is_over and instance.parent is not None else (),
+        timers_ended=instance.timers if is_over else (),
+        events=(
+            _event("saga:message_received", instance.status, new, envelope, None),
+            _event(change.event, status, new, envelope, change.detail),
+        ),
+    )
+
+
+def _change(instance: Instance, envelope: Envelope, said: str | None) -> _Change:
+    if envelope.type == CANCEL:
+        status = next_status(instance.status, "cancel")
+        return _Change(status, is_paused=False, event=f"saga:{status}", detail=said or _DEFAULT_REASON)
+    is_paused = envelope.type == PAUSE
+    what = "paused" if is_paused else "resumed"
+    return _Change(instance.status, is_paused, "saga:state_changed", f"{what}: {said}" if said else what)
+
+
+def _end(instance: Instance, envelope: Envelope, parent: ParentLink) -> Outgoing:
+    """Tells the parent's run that this one was cancelled."""
+    saga_id, key, run = instance.saga_id, instance.key, instance.run
+    payload = {**end_of_child(saga_id, key, run), "reason": instance.reason}
+    return Outgoing(
+        "child_end",
+        parent.saga_id,
+        SagaMessage(f"{saga_id}:{instance.status}", payload),
+        effect_key(saga_id, key, run, instance.revision, 0),
+        (saga_id, key, run),
+        envelope.id,
+        envelope.hops + 1,
+        parent.key,
+        to_run=parent.run,
+        traceparent=instance.traceparent,
+        tracestate=instance.tracestate,
+        encoded=msgspec.json.encode(payload),
+    )
+
+
+def _event(
+    kind: str, status: SagaInstanceStatus, instance: Instance, envelope: Envelope, detail: str | None
+) -> FeedEvent:
+    return FeedEvent(
+        kind,
+        instance.updated_at,
+        instance.saga_id,
+        instance.key,
+        instance.run,
+        instance.revision,
+        status,
+        envelope.type,
+        envelope.id,
+        detail,
+    )

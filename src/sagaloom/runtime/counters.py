@@ -1,0 +1,58 @@
+"""What happened since the runtime was made, as numbers that only grow: for `/metrics`, and for whoever else asks.
+
+Messages are counted once a batch, after its commit, so that the walk of a message pays next to nothing for it. Nothing
+here is stored: a restart begins at 0, which is what those who read such numbers expect.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from typing import Literal, Protocol
+
+from sagaloom.engine.records import Decision, Disposition
+from sagaloom.ports.store import UnitOfWork
+from sagaloom.runtime.deliveries import Delivery
+
+__all__ = ["Counters", "EffectEnd"]
+
+EffectEnd = Literal["dispatched", "failed", "dead_lettered"]
+
+
+class _Written(Protocol):
+    """A message whose unit was committed: decided, or only accepted."""
+
+    @property
+    def delivery(self) -> Delivery: ...
+    @property
+    def unit(self) -> UnitOfWork: ...
+    @property
+    def decision(self) -> Decision | None: ...
+
+
+class Counters:
+    """`accepted` counts by saga the messages that were new and became durable; `decided` by saga and disposition what
+    was decided about messages, where `pending` is an attempt that failed; `effects` the attempts to deliver one, by
+    kind of target and what came of it."""
+
+    __slots__ = ("accepted", "commits", "commits_failed", "conflicts", "decided", "effects")
+
+    def __init__(self) -> None:
+        self.accepted: Counter[str] = Counter()
+        self.decided: defaultdict[str, Counter[Disposition]] = defaultdict(Counter)
+        self.effects: Counter[tuple[str, EffectEnd]] = Counter()
+        self.commits = 0
+        self.commits_failed = 0
+        self.conflicts = 0
+
+    def committed(self, written: Iterable[_Written], *, conflicts: int) -> None:
+        """Counts a commit and the messages it has written."""
+        self.commits += 1
+        self.conflicts += conflicts
+        accepted, decided = self.accepted, self.decided
+        for each in written:
+            saga_id = each.delivery.key[0]
+            if each.unit.mark is not None:
+                accepted[saga_id] += 1
+            if each.decision is not None:
+                decided[saga_id][each.decision.disposition] += 1
