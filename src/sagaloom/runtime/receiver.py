@@ -17,6 +17,8 @@ under way new messages gather, so batches grow with the load by themselves: that
 5. A unit that conflicts drops what is remembered of its instance, and its message goes back in front, in order.
 6. Messages to a partition that another process holds are only accepted: their holder finds them. While somebody else
    writes to the store, what they bring is read between turns, and it goes before everything that is not accepted yet.
+   A message from a door that turns out to be *behind* something that was not read yet is accepted first: so it has its
+   place in the order, and never has to yield twice. A timer yields once, for only its row can be cancelled.
 7. When the store does not answer, the outcome of a commit is unknown: everything remembered is dropped, publishers
    are told to try again under the same id, rows are decided again, and nothing is accepted until a probe succeeds.
 
@@ -88,14 +90,16 @@ class Work(Protocol):
 
 class _Planned(msgspec.Struct, gc=False):
     """The unit of one delivery and what follows from it, once it is committed: `hot` is what to remember of the key.
-    `decision` is None when the message was only accepted. `holds`: its key waits for it. `successor` is the same
-    message as it is found in the inbox from then on, when it waits there for the first time."""
+    `decision` is None when the message was only accepted. `holds`: its key waits for it. `is_next`: it was accepted to
+    get its place, and has its turn as soon as it comes. `successor` is the same message as it is found in the inbox
+    from then on, when it waits there for the first time."""
 
     delivery: Delivery
     unit: UnitOfWork
     decision: Decision | None
     hot: Hot | None
     holds: bool = False
+    is_next: bool = False
     successor: Delivery | None = None
 
     @property
@@ -296,6 +300,7 @@ class Receiver:
         definitions = self._definitions()
         seen: dict[tuple[int, str], Mark] = {}
         holding: set[InstanceKey] = set()  # The keys whose next messages of this batch have to wait.
+        placing: set[InstanceKey] = set()  # The keys whose next messages have to get a place first, as one before did.
         planned: list[_Planned] = []
         for delivery in batch:
             key, envelope = delivery.key, delivery.envelope
@@ -320,6 +325,10 @@ class Receiver:
                     continue
                 unit = unit_of_accept(delivery, head, known.head)
                 step = _Planned(delivery, unit, None, Hot(head, known.instance))
+            elif delivery.yielded > (delivery.timer is not None) or (delivery.enters and key in placing):
+                placing.add(key)
+                unit = unit_of_accept(delivery, head, known.head)
+                step = _Planned(delivery, unit, None, Hot(head, known.instance), is_next=True)
             else:
                 addressed = known.instance
                 if envelope.run is not None and envelope.run != head.run:
@@ -591,6 +600,8 @@ class Receiver:
         if successor.row is not None and successor.row.part not in self.parts:
             if successor.settled is not None:
                 self._abroad[successor.row] = successor
+        elif each.is_next:
+            self._backlog.add_in_order([successor])
         elif each.decision is None:
             self._backlog.wait_behind(successor)
         elif each.holds:
@@ -614,6 +625,7 @@ class Receiver:
             if conflict.kind in ("behind", "moved"):
                 self.attend(standing=conflict.kind == "moved")
                 if delivery.enters or conflict.kind == "behind":
+                    delivery.yielded += conflict.kind == "behind" and delivery.row is None
                     again.append(delivery)
                 elif delivery.row is not None and delivery.settled is not None:
                     self._abroad[delivery.row] = delivery
@@ -728,7 +740,7 @@ class Receiver:
         )
 
     async def _add_rows(self, page: list[InboxRow]) -> None:
-        """Queues rows found at start. Those between two attempts go where they were when the process ended."""
+        """Queues rows that were found in the store. Those between two attempts go where they were before."""
         between = [row for row in page if row.envelope.due_at is not None]
         known = dict(
             zip(
@@ -737,13 +749,14 @@ class Receiver:
                 strict=True,
             )
         )
+        fresh: list[Delivery] = []
         for row in page:
             envelope = row.envelope
             delivery = Delivery(envelope, (envelope.saga_id, envelope.key), row.ref)
             if self._abroad and (brought := self._abroad.pop(row.ref, None)) is not None:
                 delivery.settled = brought.settled  # We brought it to a partition that has come to us since.
             if envelope.due_at is None:
-                self._backlog.add(delivery)
+                fresh.append(delivery)
                 continue
             instance = known[delivery.key].instance
             starts = instance is None or is_terminal(instance.status)
@@ -752,6 +765,7 @@ class Receiver:
                 self._set_alarm(delivery)
             else:
                 self._put_aside(delivery)
+        self._backlog.add_in_order(fresh)
 
     def _put_aside(self, delivery: Delivery) -> None:
         self._backlog.put_aside(delivery)
