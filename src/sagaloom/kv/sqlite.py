@@ -492,9 +492,10 @@ class SqliteKeyValue:
         return True
 
     def _refuse_foreign_file(self) -> None:
-        if self._connection.pragma("application_id") == _APPLICATION_ID:
+        if not self._execute("SELECT 1 FROM sqlite_schema LIMIT 1").fetchall():
             return
-        if self._execute("SELECT 1 FROM sqlite_schema LIMIT 1").fetchall():
+        # In this order: tables and id come in one commit, so whoever has seen a table sees the id.
+        if self._connection.pragma("application_id") != _APPLICATION_ID:
             raise ConfigurationError(
                 f"{self._path} is a SQLite database of another application, not a saga store: choose another path"
             )

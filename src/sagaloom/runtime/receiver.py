@@ -502,8 +502,10 @@ class Receiver:
             raise
 
     async def _look_abroad(self) -> None:
-        waiting = {ref: each for ref, each in self._abroad.items() if each.settled is not None}
-        self._abroad = {ref: each for ref, each in waiting.items() if each.settled and not each.settled.done()}
+        # Those who have stopped waiting have cancelled what they waited for.
+        self._abroad = {
+            ref: each for ref, each in self._abroad.items() if each.settled is not None and not each.settled.done()
+        }
         refs = list(self._abroad)
         for ref, envelope in zip(refs, await self._store.inbox_rows(refs), strict=True):
             if envelope is None:
@@ -677,6 +679,7 @@ class Receiver:
         self._lease = None
         self._giving, self._give_up_at = frozenset(), None
         await self._hold(frozenset())
+        self.attend(standing=True)
 
     # ---------------------------------------------------------------- small things
 

@@ -2,7 +2,8 @@
 
     publish ──► receiver ──(commit)──► dispatcher ──► targets
                    ▲                        │ replies
-    timekeeper ────┴────────────────────────┘
+    timekeeper ────┤────────────────────────┘
+    scheduler  ────┘
 
 Everything that changes an instance goes through the receiver, and everything the receiver does is one atomic commit of
 the store. Several processes may run on one store: each holds some of its partitions, and the lifeline notices when
@@ -19,7 +20,7 @@ import secrets
 import socket
 from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, TypeVar, cast
 
 import msgspec
@@ -30,8 +31,9 @@ from sagaloom.definitions import SagaDefinition
 from sagaloom.describe import describe
 from sagaloom.engine.controls import CANCEL, PAUSE, RESUME, ControlType, control
 from sagaloom.engine.correlation import DefinitionSet, address
-from sagaloom.engine.records import DeadLetter, HistoryEntry, Instance, OutboxEffect, Timer
+from sagaloom.engine.records import DeadLetter, Envelope, HistoryEntry, Instance, OutboxEffect, Timer
 from sagaloom.engine.schedules import tick_message
+from sagaloom.engine.timer_controls import timer_control
 from sagaloom.errors import (
     BackendUnavailable,
     DefinitionError,
@@ -40,6 +42,7 @@ from sagaloom.errors import (
     SagaNotFound,
     SagasError,
     ScheduleNotFound,
+    TimerNotFound,
 )
 from sagaloom.ids import check_key, key_hash, new_message_id, partition_of
 from sagaloom.messages import RESERVED_PREFIX, SagaMessage, as_message
@@ -64,6 +67,7 @@ from sagaloom.runtime.receiver import Receiver
 from sagaloom.runtime.repairs import Repairs, in_time
 from sagaloom.runtime.scheduler import Scheduler, ScheduleStatus
 from sagaloom.runtime.timekeeper import Timekeeper
+from sagaloom.runtime.timers import WaitingTimer, waiting_timers
 
 __all__ = ["RuntimeHealth", "SagaRuntime"]
 
@@ -350,7 +354,11 @@ class SagaRuntime:
         waiting = [delivery.settled for delivery in deliveries if delivery.settled is not None]
         await asyncio.wait(waiting, timeout=min(max(seconds, 0.0), self.options.wait_seconds_max))
         for number, delivery in enumerate(deliveries):
-            if delivery.settled is not None and delivery.settled.done() and not delivery.settled.exception():
+            if delivery.settled is None:
+                continue
+            if not delivery.settled.done():
+                delivery.settled.cancel()  # Nobody waits for it any more, so nobody need look for it.
+            elif not delivery.settled.exception():
                 outcomes[number] = delivery.settled.result()
 
     def _payload(self, message: SagaMessage[Any]) -> bytes:
@@ -486,6 +494,35 @@ class SagaRuntime:
         except SagasError as error:
             return PublishRejected(message_type=tick.type, error=error)
 
+    async def timers(
+        self, saga_id: str | None = None, key: str | None = None, *, after: str | None = None, limit: int = 50
+    ) -> list[WaitingTimer]:
+        """The timers that wait, by due time: of one saga, of one correlation key, or all. `after` is the `cursor` of
+        the last one of the page before."""
+        return await waiting_timers(self.store, saga_id=saga_id, key=key, after=after, limit=limit)
+
+    async def cancel_timer(self, timer_id: str) -> Outcome:
+        """Takes a timer back, as the run's own `cancel_scheduled` would; it stands in the run's history. Returns when
+        that is committed; raises `TimerNotFound` for one that does not wait (any more)."""
+        return await self._control_timer(timer_id, None)
+
+    async def move_timer(self, timer_id: str, due_at: datetime) -> Outcome:
+        """Has a timer fire at `due_at` instead; at once when that is in the past. It keeps its id and its message.
+        Raises what `cancel_timer` raises, and `MessageRejected` for a moment without a time zone."""
+        return await self._control_timer(timer_id, due_at)
+
+    async def _control_timer(self, timer_id: str, due_at: datetime | None) -> Outcome:
+        self._refuse_if_not_running()
+        timer = await self.store.timer(timer_id)
+        if timer is None:
+            raise TimerNotFound(f"no timer {timer_id!r:.80} waits: it has fired, was taken back, or never was")
+        now = self.clock.now()
+        envelope = timer_control(timer, message_id=new_message_id(now), accepted_at=now, due_at=due_at)
+        outcome = await self._steered(envelope)
+        if outcome.disposition != "applied":
+            raise TimerNotFound(f"timer {timer_id} has just fired, or was taken back: {outcome.reason}")
+        return outcome
+
     async def _accept_tick(self, definition: SagaDefinition[Any], tick: SagaMessage[Any]) -> Outcome:
         """Takes a tick in, for the saga whose it is alone: another one that handles the type has its own."""
         (delivery,) = self._address(tick, waits=False, only=definition)
@@ -493,8 +530,9 @@ class SagaRuntime:
         return await delivery.answered
 
     async def _give_up_tick(self, letter: DeadLetter) -> None:
-        part = partition_of(key_hash(letter.saga_id, letter.key))
-        await self._submit(UnitOfWork(part=part, dead_letters_add=(letter,)))
+        # The partition of the schedule, which is ours; the tick never found one of its own.
+        part = partition_of(key_hash(letter.saga_id, letter.saga_id))
+        await self._repairs.submit(UnitOfWork(part=part, dead_letters_add=(letter,)))
 
     # ---------------------------------------------------------------- operators
 
@@ -532,14 +570,19 @@ class SagaRuntime:
                 code="SAGA_INSTANCE_PENDING",
                 retryable=True,
             )
-        settled: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        # Not when it is accepted: another process may hold the instance, and applies it a moment later.
-        self._receiver.offer(Delivery(envelope, (saga_id, key), settled=settled))
-        outcome = await in_time(settled)
-        if outcome.disposition == "dead_lettered":
-            raise SagasError(outcome.reason or f"{kind} was given up")
+        outcome = await self._steered(envelope)
         if outcome.status is None:
             raise _no_instance(saga_id, key, run)
+        return outcome
+
+    async def _steered(self, envelope: Envelope) -> Outcome:
+        """What became of a control."""
+        settled: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        # Not when it is accepted: another process may hold the instance, and applies it a moment later.
+        self._receiver.offer(Delivery(envelope, (envelope.saga_id, envelope.key), settled=settled))
+        outcome = await in_time(settled)
+        if outcome.disposition == "dead_lettered":
+            raise SagasError(outcome.reason or f"{envelope.type} was given up")
         return outcome
 
     async def redrive(self, dead_letter_id: str) -> DeadLetter:

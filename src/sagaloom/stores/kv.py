@@ -478,10 +478,10 @@ class KvSagaStore:
     async def outbox_page(
         self, *, after: RowRef | None, limit: int, parts: Collection[int] | None = None
     ) -> list[OutboxRow]:
+        rows: list[Entry] = []
         if parts is None:
             rows = await self._waiting(("outbox",), after, limit)
         else:
-            rows = []
             for part in sorted(parts):
                 if len(rows) < limit and (after is None or part >= after.part):
                     rows += await self._waiting(("outbox", part), after, limit - len(rows))
@@ -534,7 +534,8 @@ class KvSagaStore:
         await self.open()
         generation = self._beliefs.generation
         # A bound outside the prefix is no bound: a partition behind that of `after` is read from its beginning.
-        past = None if after is None or (len(prefix) > 1 and prefix[1] != after.part) else (prefix[0], *after)
+        is_elsewhere = after is None or prefix[1:2] not in ((), (after.part,))
+        past: Key | None = None if after is None or is_elsewhere else (*prefix[:1], *after)
         rows = await self._kv.scan(prefix, after=past, limit=limit)
         self._beliefs.learn_rows(rows, generation)
         return rows
@@ -660,7 +661,3 @@ class KvSagaStore:
             found += rows
             if len(rows) < _PAGE:
                 return found
-
-
-def _held_by(lease: Lease) -> tuple[str, int]:
-    return lease.holder, lease.epoch

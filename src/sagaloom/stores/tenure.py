@@ -186,7 +186,7 @@ class Tenure:
     async def tend(self, lease: Lease, give_up: Collection[int]) -> Holding:
         """Takes up to a fair share, gives up, and buries the dead; tells what came of it."""
         for _ in range(_ROUNDS_MAX):
-            alive = self._presence.others() if self._presence is not None else frozenset()
+            alive = self._presence.others() if self._presence is not None else frozenset[str]()
             members = {str(row.key[1]): row for row in await self._members()}
             own = members.pop(lease.holder, None)
             if own is None or decoded(self._kv, own, _decode_member)[0] != lease.epoch:
