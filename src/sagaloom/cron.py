@@ -80,13 +80,15 @@ def parse_cron(expression: str, timezone: str = "UTC") -> Cron:
             "example '0 3 * * *'"
         )
     if len(expression) > CRON_LENGTH_MAX:
-        raise DefinitionError(f"{expression!r:.40} has {len(expression)} characters: at most {CRON_LENGTH_MAX} are read")
+        raise DefinitionError(
+            f"{expression!r:.40} has {len(expression)} characters: at most {CRON_LENGTH_MAX} are read"
+        )
     cron = Cron(" ".join(fields), timezone)
     _zone(timezone)
     try:
         CronSim(cron.expression, _SEARCHED_FROM)
     except (CronSimError, AssertionError) as error:
-        if _is_read(" ".join((*fields[:3], "*", fields[4]))):
+        if _is_read(" ".join((*fields[:3], "*", fields[4]))) and _is_read(f"* * * {fields[3]} *"):
             raise _never(expression) from error
         raise DefinitionError(
             f"{expression!r:.80} is no cron expression ({error}): minute, hour, day of month, month, day of week; "

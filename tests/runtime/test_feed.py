@@ -334,6 +334,25 @@ async def test_watches_of_every_pace_see_the_same_while_others_commit(feed: Feed
     assert found == [list(range(1, total + 1))] * 4
 
 
+async def test_watches_that_are_far_behind_let_others_run(feed: Feed) -> None:
+    await feed.add(256 * 40)
+    watches = [feed.hub.watch(after=0) for _ in range(3)]
+    turns = 0
+
+    async def turn() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    turning = asyncio.ensure_future(turn())
+    found = await asyncio.gather(*(numbers(watch, 256 * 40) for watch in watches))
+    turning.cancel()
+
+    assert found == [list(range(1, 256 * 40 + 1))] * 3
+    assert turns >= 3 * 40
+
+
 async def test_what_is_kept_at_hand_has_a_bound(feed: Feed) -> None:
     reading = asyncio.ensure_future(numbers(feed.hub.watch(after=0), 20_000))
     for _ in range(200):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any, Literal, TypedDict, assert_type
 
 import attrs
@@ -149,6 +150,9 @@ full = (
     .correlate(OrderPlaced, rule)
     .correlate("PaymentCaptured", lambda message: str(message.payload["order_id"]))
     .retry(RetryPolicy(maximum_attempts=3))
+    .schedule("0 3 * * *", message="Anything", timezone="Europe/Berlin", catch_up="all")
+    .timeout("30m", message=Cancelled(reason="late"))
+    .timeout(timedelta(days=1), message=SagaMessage("Anything", None), name="day")
     .reuse("new_run")
     .singleton()
     .version(2, migrate={1: from_version_1})

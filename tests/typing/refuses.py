@@ -142,6 +142,9 @@ ready.on(OrderPlaced, takes_two)  # type: ignore[arg-type]  # pyright: ignore[re
 
 # Settings that do not exist.
 draft.durability("t4")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # expect: error
+draft.schedule("0 3 * * *", catch_up="some")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # expect: error
+draft.schedule(3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # expect: error
+draft.timeout("5m")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]  # expect: error
 draft.reuse("always")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # expect: error
 ready.on(OrderPlaced, placed, on_missing="wait")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]  # expect: error
 

@@ -42,9 +42,11 @@ __all__ = [
     "REASON_LENGTH_MAX",
     "RESUME",
     "ControlType",
+    "advanced",
     "apply_control",
     "control",
     "ends_pause",
+    "recorded",
     "why_in_vain",
 ]
 
@@ -107,7 +109,7 @@ def control(
 
 def ends_pause(envelope: Envelope) -> bool:
     """Whether messages that wait for a paused run have to be asked again after this one."""
-    return envelope.origin == "operator" and envelope.type != PAUSE
+    return envelope.origin == "operator" and envelope.type in (CANCEL, RESUME)
 
 
 def why_in_vain(instance: Instance, envelope: Envelope) -> str | None:
@@ -123,51 +125,68 @@ def apply_control(instance: Instance, envelope: Envelope, now: datetime) -> Deci
     """The Decision about a live run that the control changes."""
     said = msgspec.json.decode(envelope.payload, type=_Said).reason
     change = _change(instance, envelope, said)
-    status, is_over = change.status, envelope.type == CANCEL
-    revision, entries = instance.revision + 1, instance.entries + 1
+    is_over = envelope.type == CANCEL
     reason = (said or _DEFAULT_REASON) if is_over else instance.reason
     new = msgspec.structs.replace(
-        instance,
-        status=status,
-        revision=revision,
-        updated_at=now,
-        entries=entries,
-        message_count=instance.message_count + 1,
-        last_message_type=envelope.type,
+        advanced(instance, envelope, now),
+        status=change.status,
         reason=reason,
         ended_at=now if is_over else None,
         is_paused=change.is_paused,
         steps=() if is_over else instance.steps,
         timers=() if is_over else instance.timers,
     )
-    keeps_states = instance.tier != "t1"
+    decision = recorded(
+        instance, new, envelope, reason=reason if is_over else said, event=change.event, detail=change.detail
+    )
+    if not is_over:
+        return decision
+    outgoing = () if instance.parent is None else (_end(new, envelope, instance.parent),)
+    return msgspec.structs.replace(decision, outgoing=outgoing, timers_ended=instance.timers)
+
+
+def advanced(instance: Instance, envelope: Envelope, now: datetime) -> Instance:
+    """The run one revision on, with nothing else changed."""
+    return msgspec.structs.replace(
+        instance,
+        revision=instance.revision + 1,
+        updated_at=now,
+        entries=instance.entries + 1,
+        message_count=instance.message_count + 1,
+        last_message_type=envelope.type,
+    )
+
+
+def recorded(
+    before: Instance, new: Instance, envelope: Envelope, *, reason: str | None, event: str, detail: str | None
+) -> Decision:
+    """The Decision that a control makes `new` of `before`, with its history row and the feed events that show it."""
+    keeps_states = new.tier != "t1"
     entry = HistoryEntry(
-        entries,
-        revision,
+        new.entries,
+        new.revision,
         "applied",
         envelope.type,
         envelope.id,
-        now,
-        instance.status,
-        status,
+        new.updated_at,
+        before.status,
+        new.status,
         attempt=envelope.attempt + 1,
         payload=envelope.payload,
-        reason=reason if is_over else said,
+        reason=reason,
         origin=envelope.origin,
-        before=instance.state if keeps_states else None,
-        after=instance.state if keeps_states else None,
-        def_version=instance.def_version,
+        before=before.state if keeps_states else None,
+        after=new.state if keeps_states else None,
+        def_version=new.def_version,
     )
     return Decision(
         "applied",
-        entry.reason,
+        reason,
         new,
         entry=entry,
-        outgoing=(_end(new, envelope, instance.parent),) if is_over and instance.parent is not None else (),
-        timers_ended=instance.timers if is_over else (),
         events=(
-            _event("saga:message_received", instance.status, new, envelope, None),
-            _event(change.event, status, new, envelope, change.detail),
+            _event("saga:message_received", before.status, new, envelope, None),
+            _event(event, new.status, new, envelope, detail),
         ),
     )
 

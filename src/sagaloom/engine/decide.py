@@ -39,7 +39,8 @@ of the run (I6). A fired timer leaves `Instance.timers` with the decision that c
 **The feed.** Each applied message shows `saga:message_received`, `saga:started` if it opened a run,
 `saga:state_changed` for each step, `saga:compensating` when a step leads there, and `saga:completed` or `saga:failed`
 at the end. What is given up shows `saga:dead_lettered`, and so does an effect; one that has left shows
-`saga:effect_dispatched`, which the dispatcher writes. A control shows `saga:message_received`, then `saga:cancelled` or what has changed.
+`saga:effect_dispatched`, which the dispatcher writes. A control shows `saga:message_received`, then `saga:cancelled` or
+what has changed.
 
 What we dislike about it: a handler that loops for ever stops the worker, for a synchronous call cannot be cut short;
 and traceback texts read the source files of the frames they show, which is the one look at the world in here.
@@ -72,6 +73,7 @@ from sagaloom.engine.records import (
     StepRecord,
 )
 from sagaloom.engine.retrying import USER_ERRORS, backoff, describe, is_retryable, storable, traceback_text
+from sagaloom.engine.timer_controls import apply_timer_control, as_shown, is_timer_control, why_no_timer
 from sagaloom.engine.transition import ASKED_NOTHING, STATE_UNREADABLE, HandlerRaised, Transition, without_fired
 from sagaloom.errors import HandlerError, InstanceNotFound, SagasError
 from sagaloom.ids import instance_id
@@ -158,10 +160,12 @@ def steer(instance: Instance | None, message: Envelope, context: DecideContext) 
         return Decision("ignored", f"there is no {named} of {message.saga_id}:{message.key}")
     if is_terminal(instance.status):
         return _ignore_terminal(instance, message, context)
-    in_vain = why_in_vain(instance, message)
+    is_about_timer = is_timer_control(message)
+    in_vain = why_no_timer(instance, message) if is_about_timer else why_in_vain(instance, message)
     if in_vain is not None:
         return _ignore(instance, message, context, in_vain)
-    return apply_control(instance, message, context.now)
+    change = apply_timer_control if is_about_timer else apply_control
+    return change(instance, message, context.now)
 
 
 def _apply(
@@ -363,7 +367,7 @@ def _ignore_terminal(instance: Instance, message: Envelope, context: DecideConte
 
 
 def _ignore(instance: Instance, message: Envelope, context: DecideContext, reason: str) -> Decision:
-    entry, counted = _bystander(instance, message, context, "ignored", reason)
+    entry, counted = _bystander(instance, as_shown(message), context, "ignored", reason)
     events = () if entry is None else (_event("saga:message_received", instance, message, context, reason),)
     return Decision("ignored", reason, counted, entry=entry, events=events)
 

@@ -256,9 +256,13 @@ class Dispatcher:
                     f"{effect.target_kind}:{effect.target_id}: add one with runtime.add_target(...) and redrive",
                     retryable=False,
                 )
-            replies = await self._within_time(server, target.deliver(effect))
+            if self.telemetry is None:
+                sent, replies = effect, await self._within_time(server, target.deliver(effect))
+            else:
+                with self.telemetry.sending(effect) as sent:
+                    replies = await self._within_time(server, target.deliver(sent))
             if replies:
-                envelopes = tuple([self._reply(effect, number, reply) for number, reply in enumerate(replies)])
+                envelopes = tuple([self._reply(sent, number, reply) for number, reply in enumerate(replies)])
         except Exception as error:  # noqa: BLE001 - whatever a target raises is that attempt's failure, not ours
             self._failed(lane, effect, error)
         else:

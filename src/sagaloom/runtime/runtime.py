@@ -21,7 +21,7 @@ import socket
 from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import msgspec
 
@@ -44,7 +44,7 @@ from sagaloom.errors import (
     ScheduleNotFound,
     TimerNotFound,
 )
-from sagaloom.ids import check_key, key_hash, new_message_id, partition_of
+from sagaloom.ids import check_key, key_hash, new_message_id, new_traceparent, partition_of
 from sagaloom.messages import RESERVED_PREFIX, SagaMessage, as_message
 from sagaloom.ports.store import (
     InstanceFilter,
@@ -68,6 +68,10 @@ from sagaloom.runtime.repairs import Repairs, in_time
 from sagaloom.runtime.scheduler import Scheduler, ScheduleStatus
 from sagaloom.runtime.timekeeper import Timekeeper
 from sagaloom.runtime.timers import WaitingTimer, waiting_timers
+from sagaloom.telemetry import TelemetryProviders, carried_trace, find_providers
+
+if TYPE_CHECKING:
+    from sagaloom.telemetry.sagas import SagaTelemetry
 
 __all__ = ["RuntimeHealth", "SagaRuntime"]
 
@@ -101,7 +105,10 @@ class SagaRuntime:
         targets: Iterable[EffectTarget] = (),
         clock: Clock | None = None,
         options: RuntimeOptions | None = None,
+        telemetry: TelemetryProviders | None = None,
     ) -> None:
+        """`telemetry` says where spans and metrics go; without it they go to the providers that the process has set
+        before `start`, if it has."""
         self.store = store
         self.clock: Clock = clock if clock is not None else SystemClock()
         self.options = options if options is not None else RuntimeOptions()
@@ -109,6 +116,9 @@ class SagaRuntime:
         self._registry_ids: frozenset[str] = frozenset()
         self._registry_types: frozenset[str] = frozenset()
         self.counters = Counters()
+        self.telemetry: SagaTelemetry | None = None
+        """Who is told of what happens, while the runtime runs and if anybody listens."""
+        self._providers = telemetry
         self._targets: dict[str, EffectTarget] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -200,6 +210,7 @@ class SagaRuntime:
         if self._state != "new":
             raise DefinitionError(f"a runtime starts once; this one is {self._state}: make another")
         self._state = "starting"
+        self._listen()
         try:
             await self._write_registry()
             await self._receiver.start()
@@ -286,16 +297,26 @@ class SagaRuntime:
             message_type = received.type
             if options or overrides:
                 received = _changed(received, {**(options or {}), **overrides})
-            deliveries = self._address(received, waits=wait is not None)
-            outcomes: list[Outcome] = []
-            for delivery in deliveries:
-                assert delivery.answered is not None
-                outcomes.append(await delivery.answered)
-            if wait is not None:
-                await self._await_ends(deliveries, outcomes, wait)
-            return _receipt(received.type, outcomes)
+            if received.traceparent is None and (trace := carried_trace()) is not None:
+                received = msgspec.structs.replace(received, traceparent=trace.traceparent, tracestate=trace.tracestate)
+            if self.telemetry is None:
+                return await self._take_in(received, wait)
+            with self.telemetry.publish(received) as publishing:
+                receipt = await self._take_in(publishing.message, wait)
+                publishing.took(receipt)
+                return receipt
         except SagasError as error:
             return PublishRejected(message_type=message_type, error=error)
+
+    async def _take_in(self, message: SagaMessage[Any], wait: float | timedelta | None) -> PublishReceipt:
+        deliveries = self._address(message, waits=wait is not None)
+        outcomes: list[Outcome] = []
+        for delivery in deliveries:
+            assert delivery.answered is not None
+            outcomes.append(await delivery.answered)
+        if wait is not None:
+            await self._await_ends(deliveries, outcomes, wait)
+        return _receipt(message.type, outcomes)
 
     async def publish_many(self, messages: Sequence[object]) -> list[PublishReceipt | PublishRejected]:
         """Takes many messages in together, in their order, and answers each alone."""
@@ -524,7 +545,16 @@ class SagaRuntime:
         return outcome
 
     async def _accept_tick(self, definition: SagaDefinition[Any], tick: SagaMessage[Any]) -> Outcome:
-        """Takes a tick in, for the saga whose it is alone: another one that handles the type has its own."""
+        """Takes a tick in, for the saga whose it is alone: another one that handles the type has its own. It begins a
+        trace: time has none to go on with."""
+        if self.telemetry is None or not self.telemetry.makes_spans:
+            return await self._take_tick(definition, msgspec.structs.replace(tick, traceparent=new_traceparent()))
+        with self.telemetry.publish(tick, begins_trace=True) as publishing:
+            outcome = await self._take_tick(definition, publishing.message)
+            publishing.took(_receipt(tick.type, [outcome]))
+            return outcome
+
+    async def _take_tick(self, definition: SagaDefinition[Any], tick: SagaMessage[Any]) -> Outcome:
         (delivery,) = self._address(tick, waits=False, only=definition)
         assert delivery.answered is not None
         return await delivery.answered
@@ -677,6 +707,18 @@ class SagaRuntime:
     def _timers_committed(self, timers: Sequence[Timer]) -> None:
         self._timekeeper.added(timers)
 
+    def _listen(self) -> None:
+        """Finds out whether anybody wants to hear what happens here."""
+        providers = self._providers if self._providers is not None else find_providers()
+        if providers is None:
+            return
+        from sagaloom.telemetry.sagas import SagaTelemetry  # and with it OpenTelemetry, which nobody else needs
+
+        self.telemetry = SagaTelemetry(
+            providers, counts=self.counters, health=self.health, partitions=lambda: len(self._receiver.parts)
+        )
+        self._receiver.telemetry = self._dispatcher.telemetry = self.telemetry
+
     async def _write_registry(self) -> None:
         now = self.clock.now()
         await self.store.put_definitions(
@@ -728,6 +770,8 @@ class SagaRuntime:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if self.telemetry is not None:
+            self.telemetry.close()
         closing = BackendUnavailable(f"the runtime is {state}: publish again, under the same message id")
         self._timekeeper.close()
         self._scheduler.close()
