@@ -152,3 +152,21 @@ def test_the_calendar_ends_without_an_error() -> None:
 
     assert cron.next_after(utc("9999-06-01 00:00")) is None
     assert cron.latest(datetime.min.replace(tzinfo=UTC)) is None
+
+
+@pytest.mark.parametrize("zone", ["Europe/Berlin", "Australia/Lord_Howe", "America/New_York"])
+@pytest.mark.parametrize("expression", ["30 2 * * *", "15 1 * * *", "*/20 * * * *", "45 1,2,3 * * *"])
+def test_looking_back_and_looking_ahead_agree_around_both_changes_of_the_clock(expression: str, zone: str) -> None:
+    cron = parse_cron(expression, zone)
+    for begin in (datetime(2026, month, 1, tzinfo=UTC) for month in (3, 4, 10, 11)):
+        ahead = cron.after(begin)
+        tick = next(ahead)
+        following = next(ahead)
+        now = tick
+        while now < begin + timedelta(days=31):
+            while following <= now:
+                tick, following = following, next(ahead)
+
+            assert cron.latest(now) == tick
+
+            now += timedelta(minutes=55)

@@ -102,7 +102,18 @@ StartServer = Callable[..., Server]
 
 
 def environment(**changes: str) -> dict[str, str]:
-    read = ("NETSCRIPT_", "SAGA", "PORT", "PAYMENTS_PORT", "FAIL_FIRST", "ASPNETCORE_", "DOTNET_", "services__")
+    read = (
+        "NETSCRIPT_",
+        "SAGA",
+        "PORT",
+        "PAYMENTS_PORT",
+        "JOBS_",
+        "WORKERS_",
+        "FAIL_FIRST",
+        "ASPNETCORE_",
+        "DOTNET_",
+        "services__",
+    )
     plain = {name: value for name, value in os.environ.items() if not name.startswith(read)}
     return {**plain, "PYTHONPATH": str(ROOT), "NO_COLOR": "1", "PAYMENTS_PORT": "0", **changes}
 

@@ -305,7 +305,8 @@ async def test_a_list_is_read_to_its_end_by_its_cursors(door: Door) -> None:
         ("createdAfter=2026-01-01T00:00:00", "timezone"),
         ("createdBefore=0001-01-01T00:00:00%2B14:00", "createdBefore"),
         ("statsu=running", "statsu"),
-        ("cursor=nonsense", "nonsense"),
+        ("cursor=nonsense", "cursor"),
+        ("status=running&status=done", "status.1"),
     ],
 )
 async def test_a_filter_that_is_none_is_refused_by_name(door: Door, query: str, named: str) -> None:
@@ -313,3 +314,18 @@ async def test_a_filter_that_is_none_is_refused_by_name(door: Door, query: str, 
 
     assert (response.status_code, response.json()["code"]) == (422, "VALIDATION_ERROR")
     assert named in response.json()["message"]
+    assert list(response.json()["data"]["fieldErrors"])
+
+
+async def test_a_total_beyond_what_is_counted_says_that_it_is_an_estimate(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sagaloom.service.reading._COUNTED_MAX", 3)
+    await filled(door, 2)
+    exact = (await door.get("/instances")).json()
+    await filled(door, 4)
+
+    estimated = (await door.get("/instances")).json()
+
+    assert (exact["total"], exact["totalIsEstimate"]) == (3, False)
+    assert (estimated["total"], estimated["totalIsEstimate"]) == (3, True)

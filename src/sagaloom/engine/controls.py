@@ -30,7 +30,17 @@ import msgspec
 from sagaloom.definitions import SagaInstanceStatus
 from sagaloom.engine.ledger import end_of_child
 from sagaloom.engine.lifecycle import next_status
-from sagaloom.engine.records import Decision, Envelope, FeedEvent, HistoryEntry, Instance, Outgoing, ParentLink
+from sagaloom.engine.records import (
+    Decision,
+    Envelope,
+    FeedKind,
+    FeedMoment,
+    FeedRecord,
+    HistoryEntry,
+    Instance,
+    Outgoing,
+    ParentLink,
+)
 from sagaloom.engine.retrying import storable
 from sagaloom.errors import MessageRejected
 from sagaloom.ids import effect_key
@@ -70,7 +80,7 @@ class _Change(NamedTuple):
 
     status: SagaInstanceStatus
     is_paused: bool
-    event: str
+    event: FeedKind
     """The feed event that shows it."""
     detail: str | None
 
@@ -158,7 +168,7 @@ def advanced(instance: Instance, envelope: Envelope, now: datetime) -> Instance:
 
 
 def recorded(
-    before: Instance, new: Instance, envelope: Envelope, *, reason: str | None, event: str, detail: str | None
+    before: Instance, new: Instance, envelope: Envelope, *, reason: str | None, event: FeedKind, detail: str | None
 ) -> Decision:
     """The Decision that a control makes `new` of `before`, with its history row and the feed events that show it."""
     keeps_states = new.tier != "t1"
@@ -184,9 +194,15 @@ def recorded(
         reason,
         new,
         entry=entry,
-        events=(
-            _event("saga:message_received", before.status, new, envelope, None),
-            _event(event, new.status, new, envelope, detail),
+        feed=FeedRecord(
+            new.updated_at,
+            new.saga_id,
+            new.key,
+            new.run,
+            new.revision,
+            envelope.type,
+            envelope.id,
+            (FeedMoment(FeedKind.MESSAGE_RECEIVED, before.status), FeedMoment(event, new.status, detail)),
         ),
     )
 
@@ -194,10 +210,10 @@ def recorded(
 def _change(instance: Instance, envelope: Envelope, said: str | None) -> _Change:
     if envelope.type == CANCEL:
         status = next_status(instance.status, "cancel")
-        return _Change(status, is_paused=False, event=f"saga:{status}", detail=said or _DEFAULT_REASON)
+        return _Change(status, is_paused=False, event=FeedKind.CANCELLED, detail=said or _DEFAULT_REASON)
     is_paused = envelope.type == PAUSE
     what = "paused" if is_paused else "resumed"
-    return _Change(instance.status, is_paused, "saga:state_changed", f"{what}: {said}" if said else what)
+    return _Change(instance.status, is_paused, FeedKind.STATE_CHANGED, f"{what}: {said}" if said else what)
 
 
 def _end(instance: Instance, envelope: Envelope, parent: ParentLink) -> Outgoing:
@@ -217,21 +233,4 @@ def _end(instance: Instance, envelope: Envelope, parent: ParentLink) -> Outgoing
         traceparent=instance.traceparent,
         tracestate=instance.tracestate,
         encoded=msgspec.json.encode(payload),
-    )
-
-
-def _event(
-    kind: str, status: SagaInstanceStatus, instance: Instance, envelope: Envelope, detail: str | None
-) -> FeedEvent:
-    return FeedEvent(
-        kind,
-        instance.updated_at,
-        instance.saga_id,
-        instance.key,
-        instance.run,
-        instance.revision,
-        status,
-        envelope.type,
-        envelope.id,
-        detail,
     )

@@ -19,7 +19,7 @@ from typing import Final, Literal
 import msgspec
 
 from sagaloom.engine.controls import advanced, recorded
-from sagaloom.engine.records import Decision, Envelope, Instance, PendingTimer, Timer
+from sagaloom.engine.records import Decision, Envelope, FeedKind, Instance, PendingTimer, Timer
 from sagaloom.errors import MessageRejected
 
 __all__ = [
@@ -114,7 +114,7 @@ def apply_timer_control(instance: Instance, envelope: Envelope, now: datetime) -
         rows = (msgspec.structs.replace(timer, due_at=due_at, envelope=message),)
     timers = tuple(kept for each in instance.timers for kept in (moved if each is pending else (each,)))
     new = msgspec.structs.replace(advanced(instance, envelope, now), timers=timers)
-    decision = recorded(instance, new, as_shown(envelope), reason=detail, event="saga:state_changed", detail=detail)
+    decision = recorded(instance, new, as_shown(envelope), reason=detail, event=FeedKind.STATE_CHANGED, detail=detail)
     return msgspec.structs.replace(decision, timers=rows, timers_ended=(pending,))
 
 

@@ -23,14 +23,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from datetime import datetime, timedelta
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import msgspec
 
 from sagaloom.clock import Clock
 from sagaloom.codec import encode_any
 from sagaloom.engine.correlation import dead_letter_id
-from sagaloom.engine.records import DeadLetter, Envelope, FeedEvent, OutboxEffect
+from sagaloom.engine.records import DeadLetter, Envelope, FeedKind, FeedMoment, FeedRecord, OutboxEffect
 from sagaloom.engine.retrying import backoff, describe, is_retryable, traceback_text
 from sagaloom.errors import DeliveryFailed, SagasError
 from sagaloom.ids import derived_id
@@ -41,12 +41,17 @@ from sagaloom.runtime.alarm import Alarm
 from sagaloom.runtime.counters import Counters
 from sagaloom.runtime.options import RuntimeOptions
 from sagaloom.runtime.receiver import Work
+from sagaloom.telemetry.trace_context import CARRIED, Trace
+
+if TYPE_CHECKING:
+    from sagaloom.telemetry.sagas import SagaTelemetry
 
 __all__ = ["Dispatcher"]
 
 _log = logging.getLogger("sagaloom.dispatcher")
 _BODIES_RESIDENT_MAX = 20_000
 _TURNS_BETWEEN_YIELDS = 64
+_DISPATCHED = FeedMoment(FeedKind.EFFECT_DISPATCHED, None)
 _GIVING_WAIT = timedelta(seconds=0.25)
 
 
@@ -122,6 +127,8 @@ class Dispatcher:
         self._resident = 0
         self._under_way = 0
         self.waiting = 0
+        self.telemetry: SagaTelemetry | None = None
+        """Who is told of deliveries, if anybody listens."""
 
     @property
     def is_idle(self) -> bool:
@@ -248,19 +255,15 @@ class Dispatcher:
                 self._next(lane)
                 return
         envelopes: tuple[Envelope, ...] = ()
+        sent, carried = effect, None
         try:
-            target = self._targets.get(effect.target_kind)
-            if target is None:
-                raise DeliveryFailed(
-                    f"no target of kind {effect.target_kind!r} is registered for effect to "
-                    f"{effect.target_kind}:{effect.target_id}: add one with runtime.add_target(...) and redrive",
-                    retryable=False,
-                )
+            if effect.traceparent is not None:
+                carried = CARRIED.set(Trace(effect.traceparent, effect.tracestate))
             if self.telemetry is None:
-                sent, replies = effect, await self._within_time(server, target.deliver(effect))
+                replies = await self._within_time(server, self._target_of(effect).deliver(effect))
             else:
                 with self.telemetry.sending(effect) as sent:
-                    replies = await self._within_time(server, target.deliver(sent))
+                    replies = await self._within_time(server, self._target_of(effect).deliver(sent))
             if replies:
                 envelopes = tuple([self._reply(sent, number, reply) for number, reply in enumerate(replies)])
         except Exception as error:  # noqa: BLE001 - whatever a target raises is that attempt's failure, not ours
@@ -268,9 +271,22 @@ class Dispatcher:
         else:
             self._counters.effects[effect.target_kind, "dispatched"] += 1
             self._options.on_step("dispatched")
-            happened = _event("saga:effect_dispatched", effect, self._clock.now())
-            unit = UnitOfWork(part=ref.part, outbox_done=ref, inbox_add=envelopes, events=(happened,))
+            happened = _shown(_DISPATCHED, effect, self._clock.now())
+            unit = UnitOfWork(part=ref.part, outbox_done=ref, inbox_add=envelopes, feed=(happened,))
             self._submit(_Served(unit, lane, effect, self._delivered))
+        finally:
+            if carried is not None:
+                CARRIED.reset(carried)
+
+    def _target_of(self, effect: OutboxEffect) -> EffectTarget:
+        target = self._targets.get(effect.target_kind)
+        if target is None:
+            raise DeliveryFailed(
+                f"no target of kind {effect.target_kind!r} is registered for effect to "
+                f"{effect.target_kind}:{effect.target_id}: add one with runtime.add_target(...) and redrive",
+                retryable=False,
+            )
+        return target
 
     async def _within_time(
         self, server: _Server, delivery: Coroutine[Any, Any, Sequence[SagaMessage[Any]]]
@@ -358,14 +374,14 @@ class Dispatcher:
             outbox_part=None if effect.continues_after_dead_letter else ref.part,
             outbox_seq=None if effect.continues_after_dead_letter else ref.seq,
         )
-        happened = (_event("saga:dead_lettered", effect, now, text),)
+        happened = (_shown(FeedMoment(FeedKind.DEAD_LETTERED, None, text), effect, now),)
         if effect.continues_after_dead_letter:
-            unit = UnitOfWork(part=ref.part, outbox_done=ref, dead_letters_add=(dead_letter,), events=happened)
+            unit = UnitOfWork(part=ref.part, outbox_done=ref, dead_letters_add=(dead_letter,), feed=happened)
             self._submit(_Served(unit, lane, given_up, self._settled))
         else:
             stopped = msgspec.structs.replace(given_up, dead_letter_id=dead_letter.id)
             row = OutboxRow(ref, stopped)
-            unit = UnitOfWork(part=ref.part, outbox_update=row, dead_letters_add=(dead_letter,), events=happened)
+            unit = UnitOfWork(part=ref.part, outbox_update=row, dead_letters_add=(dead_letter,), feed=happened)
             self._submit(_Served(unit, lane, stopped, self._counted))
 
     def _counted(self, lane: _Lane, effect: OutboxEffect, trouble: SagasError | Conflict | None) -> None:
@@ -450,18 +466,17 @@ class Dispatcher:
             self._next(lane)
 
 
-def _event(kind: str, effect: OutboxEffect, now: datetime, detail: str | None = None) -> FeedEvent:
-    return FeedEvent(
-        kind,
+def _shown(moment: FeedMoment, effect: OutboxEffect, now: datetime) -> FeedRecord:
+    """What the feed shows of an effect."""
+    return FeedRecord(
         now,
         effect.saga_id,
         effect.key,
         effect.run,
         effect.revision,
-        None,
         f"{effect.target_kind}:{effect.target_id}",
         effect.message_id,
-        detail,
+        (moment,),
         effect.effect_key,
     )
 

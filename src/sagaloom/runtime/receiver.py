@@ -46,7 +46,19 @@ from sagaloom.engine.controls import ends_pause
 from sagaloom.engine.correlation import DefinitionSet, dead_letter_id, route
 from sagaloom.engine.decide import DecideContext, decide, steer
 from sagaloom.engine.lifecycle import is_terminal
-from sagaloom.engine.records import DeadLetter, Decision, Envelope, FeedEvent, Head, Instance, Mark, OutboxEffect, Timer
+from sagaloom.engine.records import (
+    DeadLetter,
+    Decision,
+    Envelope,
+    FeedKind,
+    FeedMoment,
+    FeedRecord,
+    Head,
+    Instance,
+    Mark,
+    OutboxEffect,
+    Timer,
+)
 from sagaloom.engine.retrying import traceback_text
 from sagaloom.errors import BackendUnavailable, Fenced, IdempotencyKeyReused, SagasError, StoreCorrupt
 from sagaloom.ids import content_digest, key_hash, partition_of
@@ -879,18 +891,14 @@ def _give_up(envelope: Envelope, now: datetime, error: SagasError) -> Decision:
             traceback=traceback_text(error),
             envelope=envelope,
         ),
-        events=(
-            FeedEvent(
-                "saga:dead_lettered",
-                now,
-                envelope.saga_id,
-                envelope.key,
-                envelope.run or 0,
-                0,
-                None,
-                envelope.type,
-                envelope.id,
-                error.message,
-            ),
+        feed=FeedRecord(
+            now,
+            envelope.saga_id,
+            envelope.key,
+            envelope.run or 0,
+            0,
+            envelope.type,
+            envelope.id,
+            (FeedMoment(FeedKind.DEAD_LETTERED, None, error.message),),
         ),
     )

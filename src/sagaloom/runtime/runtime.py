@@ -68,7 +68,7 @@ from sagaloom.runtime.repairs import Repairs, in_time
 from sagaloom.runtime.scheduler import Scheduler, ScheduleStatus
 from sagaloom.runtime.timekeeper import Timekeeper
 from sagaloom.runtime.timers import WaitingTimer, waiting_timers
-from sagaloom.telemetry import TelemetryProviders, carried_trace, find_providers
+from sagaloom.telemetry import TelemetryProviders, carried_trace, current_trace, find_providers
 
 if TYPE_CHECKING:
     from sagaloom.telemetry.sagas import SagaTelemetry
@@ -606,7 +606,9 @@ class SagaRuntime:
         return outcome
 
     async def _steered(self, envelope: Envelope) -> Outcome:
-        """What became of a control."""
+        """What became of a control. It goes on in the trace of whoever asks for it."""
+        if (trace := current_trace()) is not None:
+            envelope = msgspec.structs.replace(envelope, traceparent=trace.traceparent, tracestate=trace.tracestate)
         settled: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         # Not when it is accepted: another process may hold the instance, and applies it a moment later.
         self._receiver.offer(Delivery(envelope, (envelope.saga_id, envelope.key), settled=settled))
