@@ -21,7 +21,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Coroutine, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -259,11 +259,24 @@ class Dispatcher:
         try:
             if effect.traceparent is not None:
                 carried = CARRIED.set(Trace(effect.traceparent, effect.tracestate))
-            if self.telemetry is None:
-                replies = await self._within_time(server, self._target_of(effect).deliver(effect))
-            else:
-                with self.telemetry.sending(effect) as sent:
-                    replies = await self._within_time(server, self._target_of(effect).deliver(sent))
+            target = self._target_of(effect)
+            server.began = time.monotonic()
+            try:
+                if self.telemetry is None:
+                    replies = await target.deliver(effect)
+                else:
+                    with self.telemetry.sending(effect) as sent:
+                        replies = await target.deliver(sent)
+            except asyncio.CancelledError:
+                # `asyncio.timeout` says the same and costs more than handing the effect to a function of this process.
+                if not server.is_overdue:
+                    raise
+                server.is_overdue = False
+                server.task.uncancel()
+                seconds = self._options.dispatch_timeout_seconds
+                raise DeliveryFailed(f"no answer within {seconds:g} s") from None
+            finally:
+                server.began = None
             if replies:
                 envelopes = tuple([self._reply(sent, number, reply) for number, reply in enumerate(replies)])
         except Exception as error:  # noqa: BLE001 - whatever a target raises is that attempt's failure, not ours
@@ -288,26 +301,6 @@ class Dispatcher:
             )
         return target
 
-    async def _within_time(
-        self, server: _Server, delivery: Coroutine[Any, Any, Sequence[SagaMessage[Any]]]
-    ) -> Sequence[object]:
-        """The outcome of `delivery`, cut off by `watch` when it takes too long.
-
-        `asyncio.timeout` says the same and costs more than handing the effect to a function of this process.
-        """
-        server.began = time.monotonic()
-        try:
-            return await delivery
-        except asyncio.CancelledError:
-            if not server.is_overdue:
-                raise
-            server.is_overdue = False
-            server.task.uncancel()
-            seconds = self._options.dispatch_timeout_seconds
-            raise DeliveryFailed(f"no answer within {seconds:g} s") from None
-        finally:
-            server.began = None
-
     def _reply(self, effect: OutboxEffect, number: int, reply: object) -> Envelope:
         """An answer of the target, addressed to the run that sent the effect. Its id is the same after a redelivery."""
         message: SagaMessage[Any] = as_message(reply)
@@ -330,7 +323,10 @@ class Dispatcher:
         )
 
     def _delivered(self, lane: _Lane, effect: OutboxEffect, trouble: SagasError | Conflict | None) -> None:
-        if isinstance(trouble, Conflict) and trouble.kind == "refused":
+        if trouble is None:
+            self._under_way -= 1
+            self._next(lane)
+        elif isinstance(trouble, Conflict) and trouble.kind == "refused":
             refused = DeliveryFailed(f"its answer cannot be stored: {trouble.what}", retryable=False)
             self._failed(lane, effect, refused)
         else:
