@@ -1,13 +1,18 @@
-"""The driver: publishes, kills, restarts, and keeps the books.
+"""The driver: lets orders out, kills, stops and restarts workers, and keeps the books.
 
-    clients (64) ──HTTP──► worker (killed) ──effects──► receiver (remembers)
+    clients (64) ──HTTP──► workers (killed) ──effects──► receiver (remembers)
          │                    │
-       ledger               store file
+       ledger               store file ◄── witness
 
-The kills are planned before anything starts: each named step at least once, the others at random steps and at random
-moments. The orders are let out in portions, one before each kill, so that every kill hits a worker under load. A
-worker that is to die at a step kills itself there (`SAGALOOM_FAULT`); one that does not get there in time is killed
-from outside, and the step is planned again. Every process is ended by its process id, however the run ends.
+What happens to workers is planned before anything starts: each named step is a kill at least once, the others come at
+random steps and at random moments. The orders are let out in portions, one before each kill, so that every kill hits
+under load. A worker that is to die at a step kills itself there; one that does not get there in time is killed from
+outside, and the step is planned again. Every process is ended by its process id, however the run ends.
+
+With several workers one dies and the others go on; after a short while another comes in its place, so partitions change
+hands all the time. Now and then all are killed at once. Some are stopped past their lease and woken: whatever they
+still want to write must be refused. In the middle of the run nobody is harmed for a while, and each worker has to do
+its share.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,43 +32,66 @@ from typing import Any, Final
 
 import msgspec
 
-from sagaloom.kv.ownership import OwnerLock
+from sagaloom.ids import PARTITIONS
+from sagaloom.kv.presence import FilePresence
 from sagaloom.kv.sqlite import SqliteKeyValue
 from sagaloom.stores.kv import KvSagaStore
 from sagaloom.testing.faults import STEPS
+from tests.crash.clients import Clients
+from tests.crash.fleet import BOOT_SECONDS_MAX, Fleet, Slot
 from tests.crash.ledger import Ledger
-from tests.crash.nursery import Nursery, Worker
 from tests.crash.receiver import Arrival
 from tests.crash.story import Order
 from tests.crash.verdict import Verdict, judge, refuses_a_stale_lease
 from tests.crash.wire import Client
-from tests.crash.worker import EXIT_STORE_IN_USE, Waiting
+from tests.crash.witness import Witness
+from tests.crash.worker import Waiting
 
-__all__ = ["RANDOM", "CrashRun", "Report", "plan_kills"]
+__all__ = ["ALL_AT_ONCE", "RANDOM", "STOPS", "CrashRun", "Report", "plan_kills", "plan_stops"]
 
 RANDOM: Final = "at random"
-_CLIENTS: Final = 64
-_BOOT_SECONDS_MAX: Final = 20.0
+ALL_AT_ONCE: Final = "all at once"
+STOPPED: Final = "stopped, at random"
+STOPPED_DECIDED: Final = "stopped, decided"
+STOPS: Final = (STOPPED, STOPPED_DECIDED)
+
 _STEP_SECONDS_MAX: Final = 4.0
 _PLANNED_AGAIN_MAX: Final = 3
 _SETTLE_SECONDS_MAX: Final = 60.0
-_ANSWER_SECONDS_MAX: Final = 10.0
-_RESENT_AT_ONCE: Final = 0.05
-_RESENT_LATER: Final = 0.05
+_SHARED_SECONDS_MAX: Final = 10.0
+_TAKEOVER_SECONDS_MAX: Final = 10.0
+_LOOK_SECONDS: Final = 0.005
+_REFUSED_SECONDS_MAX: Final = 5.0
+_BACK_SECONDS_MAX: Final = 0.4
+_WAITS_FOR_TAKEOVER: Final = 0.8
+_SHARE_PHASE: Final = 0.25
+"""How much of the orders is kept for the time in which nobody is harmed."""
+_FAIR: Final = 0.6
+"""Each worker must apply at least so much of an even share: 30 of 100 messages when there are two."""
 
 # How often a step comes in one portion of orders: a fault further out would wait for a load that never comes.
 _NTH_MAX: Final = {"accepted": 3, "compensated": 2, "timer_due": 2, "dispatched": 20, "settled": 20}
 _NTH_MAX_OTHERS: Final = 25
 
 
-def plan_kills(kills: int, rng: random.Random) -> list[tuple[str, int]]:
+def plan_kills(kills: int, rng: random.Random, *, processes: int = 1) -> list[tuple[str, int]]:
     """(step, nth) of each kill: every step once, at the first time or at a random one; at least three at random
-    moments; the rest half and half. So it is never fewer than the steps and three."""
+    moments; the rest half and half. So it is never fewer than the steps and three. With several processes one in ten
+    hits all of them at once."""
     steps = [*STEPS, *(rng.choice(STEPS) for _ in range(max(0, kills - len(STEPS) - 3) // 2))]
     plan = [(step, rng.randint(1, _NTH_MAX.get(step, _NTH_MAX_OTHERS))) for step in steps]
-    plan += [(RANDOM, 0)] * max(3, kills - len(steps))
+    at_random = [(RANDOM, 0)] * max(3, kills - len(steps))
+    if processes > 1:
+        at_once = max(1, (len(plan) + len(at_random)) // 10)
+        at_random[:at_once] = [(ALL_AT_ONCE, 0)] * at_once
+    plan += at_random
     rng.shuffle(plan)
     return plan
+
+
+def plan_stops(kills: int) -> list[tuple[str, int]]:
+    """(how, 0) of each stop: both kinds by turns, one for each dozen of kills, and never fewer than two."""
+    return [(STOPS[number % 2], 0) for number in range(max(2, kills // 12))]
 
 
 @dataclass
@@ -72,11 +100,21 @@ class Report:
 
     verdict: Verdict
     kills: Counter[str] = field(default_factory=Counter)
+    stops: Counter[str] = field(default_factory=Counter)
+    killed_processes: int = 0
     messages: int = 0
     seconds: float = 0.0
-    recovery_seconds: list[float] = field(default_factory=list)
+    ready_seconds: list[float] = field(default_factory=list)
+    after_kill_seconds: list[float] = field(default_factory=list)
+    """From each kill until others held all that the dead one had held."""
+    after_stop_seconds: list[float] = field(default_factory=list)
+    refused: Counter[str] = field(default_factory=Counter)
+    woken: int = 0
+    shares: list[float] = field(default_factory=list)
+    shared_messages: int = 0
     cut_answers: int = 0
     duplicates_sent: int = 0
+    refused_retryably: Counter[str] = field(default_factory=Counter)
 
 
 class CrashRun:
@@ -88,291 +126,358 @@ class CrashRun:
         *,
         orders: Sequence[Order],
         kills: Sequence[tuple[str, int]],
+        stops: Sequence[tuple[str, int]] = (),
+        processes: int = 1,
         rng: random.Random,
         tell: Callable[[str], None],
     ) -> None:
-        self._directory = directory
         self._store_path = directory / "saga.db"
+        self._log = directory / "worker.log"
+        self._arrivals_log = directory / "receiver.log"
         self._orders = list(orders)
-        self._kills = list(kills)
+        self._harm = [*kills, *stops]
+        rng.shuffle(self._harm)
+        self._size = processes
         self._rng = rng
         self._tell = tell
         self._ledger = Ledger()
         self._report = Report(Verdict())
-        self._nursery: Nursery | None = None
-        self._worker: Worker | None = None
-        self._worker_port = 0
+        self._witness = Witness(self._store_path)
         self._receiver: asyncio.subprocess.Process | None = None
         self._receiver_port = 0
-        self._epochs: list[int] = []
-        self._next_order = 0
-        self._let_out = 0
-        self._orders_done = 0
-        self._more = asyncio.Condition()
-        self._up = asyncio.Event()
-        self._finished_ids: list[tuple[Order, dict[str, Any]]] = []
+        self._watching: list[asyncio.Task[None]] = []
         self._began = time.monotonic()
 
     async def run(self) -> Report:
         """Does everything; whatever happens, no process is left behind."""
-        clients: list[asyncio.Task[None]] = []
         try:
             await self._start_receiver()
-            await self._start_nursery()
-            clients = [asyncio.create_task(self._client(number)) for number in range(_CLIENTS)]
-            await self._kill_and_restart(clients)
-            await self._let_everything_out(clients)
-            await self._settle()
-            second = await self._second_worker_is_refused()
-            arrivals = await self._arrivals()
-            await self._stop_worker()
-            verdict = await self._judge(arrivals)
-            verdict.breaches += second
+            fleet = Fleet(self._store_path, self._receiver_port, size=self._size, log=self._log, odd=self._ledger.odd)
+            clients = Clients(self._orders, fleet=fleet, ledger=self._ledger, rng=self._rng)
+            try:
+                await self._do(fleet, clients)
+            finally:
+                await clients.end()
+                await self._end_watching()
+                await fleet.end()
+            self._report.verdict = await self._judge(await self._arrivals())
         finally:
-            for client in clients:
-                client.cancel()
-            await asyncio.gather(*clients, return_exceptions=True)
-            await self._end_every_process()
-        self._report.verdict = verdict
+            await self._witness.close()
+            await self._end_receiver()
         self._report.messages = sum(len(order.messages()) for order in self._orders)
         self._report.seconds = time.monotonic() - self._began
+        self._report.ready_seconds = fleet.ready_seconds
+        self._report.refused = fleet.refused
         self._report.cut_answers = self._ledger.cut_answers
         self._report.duplicates_sent = self._ledger.duplicates_sent
+        self._report.refused_retryably = self._ledger.refused_retryably
         return self._report
 
-    # ------------------------------------------------------------------ killing
+    async def _do(self, fleet: Fleet, clients: Clients) -> None:
+        await fleet.start()
+        clients.start()
+        if self._is_shared:
+            await fleet.all_ready()
+            self._watch(self._witness.follow_feed(self._ledger.odd))
+        await self._harm_them(fleet, clients)
+        await fleet.all_ready()
+        await clients.finish(_SETTLE_SECONDS_MAX + len(self._orders) / 50)
+        await self._settle(fleet)
+        await self._end_watching()
+        if not self._is_shared:
+            # The only one so far: a second one gets its share.
+            fleet.slots.append(Slot(len(fleet.slots)))
+            await fleet.all_ready()
+        await self._wait_until_shared_out(fleet)
+        while await self._witness.read_feed(self._ledger.odd):
+            pass
+        await self._stop_in_order(fleet)
 
-    async def _kill_and_restart(self, clients: Sequence[asyncio.Task[None]]) -> None:
-        plan = list(self._kills)
+    @property
+    def _is_shared(self) -> bool:
+        return self._size > 1
+
+    # ------------------------------------------------------------------ harm
+
+    async def _harm_them(self, fleet: Fleet, clients: Clients) -> None:
+        plan = list(self._harm)
         planned_again: Counter[str] = Counter()
-        total = len(plan)
-        portion = len(self._orders) / (total + 1)
-        done = 0
+        total, middle = len(plan), len(plan) // 2
+        kept = int(len(self._orders) * _SHARE_PHASE) if self._is_shared else 0
+        portion = (len(self._orders) - kept) / (total + 1)
+        done = let_out = 0
         while done < len(plan):
-            step, nth = plan[done]
-            await self._let_out_orders(int(portion * (done + 1)))
-            worker = await self._start_worker(None if step == RANDOM else f"{step}:{nth}")
-            if step == RANDOM:
-                await self._wait_for_a_random_moment(worker)
-                await self._kill(worker)
-                self._report.kills[RANDOM] += 1
-            elif await self._dies_by_itself(worker):
-                self._report.kills[step] += 1
+            how, nth = plan[done]
+            if done == middle and kept:
+                let_out += kept
+                await self._share_the_work(fleet, clients, let_out + int(portion * done))
+            await clients.let_out_up_to(let_out + int(portion * (done + 1)))
+            if how in STOPS:
+                await self._stop_and_wake(fleet, clients, how)
+            elif how == ALL_AT_ONCE:
+                await self._kill_all(fleet, clients)
+            elif await self._kill_one(fleet, clients, how, nth) or how == RANDOM:
+                self._report.kills[how] += 1
             else:
-                await self._kill(worker)
                 self._report.kills[RANDOM] += 1
-                if planned_again[step] < _PLANNED_AGAIN_MAX:
+                if planned_again[how] < _PLANNED_AGAIN_MAX:
                     # The load was not enough for the nth time; the first time will come.
-                    planned_again[step] += 1
-                    plan.append((step, 1))
-                elif not self._report.kills[step]:
-                    self._ledger.odd(f"I10 step {step} was never reached, so nobody was killed there")
+                    planned_again[how] += 1
+                    plan.append((how, 1))
+                elif not self._report.kills[how]:
+                    self._ledger.odd(f"I10 step {how} was never reached, so nobody was killed there")
             done += 1
             if done % max(1, total // 10) == 0 or done == len(plan):
                 self._tell(
                     f"  kill {done}/{len(plan)}, {len(self._ledger.acknowledged)} messages acknowledged, "
                     f"{time.monotonic() - self._began:.1f} s"
                 )
-            self._raise_what_clients_raised(clients)
+            clients.raise_trouble()
+            fleet.raise_trouble()
+            _raise_what(self._watching)
 
-    async def _wait_for_a_random_moment(self, worker: Worker) -> None:
+    async def _kill_one(self, fleet: Fleet, clients: Clients, how: str, nth: int) -> bool:
+        """Kills one worker, and says whether it died where it was to. One that starts, dies there or later."""
+        slot = self._rng.choice(fleet.slots)
+        if slot.is_empty:
+            worker = await fleet.birth(slot, None if how == RANDOM else f"{how}:{nth}")
+        else:
+            await fleet.ready(slot)
+            assert slot.worker is not None
+            worker = slot.worker
+            if how != RANDOM:
+                await fleet.ask(slot, "/arm", f"{how}:{nth}".encode())
+        died_there = False
+        if how == RANDOM:
+            await self._wait_for_a_random_moment(fleet, clients, slot)
+        else:
+            died_there = await self._dies_by_itself(clients, worker.died)
+        since = time.monotonic()
+        await fleet.kill(slot)
+        self._report.killed_processes += 1
+        if self._is_shared:
+            holder = slot.holder
+            fleet.birth_later(slot, self._rng.uniform(0.0, _BACK_SECONDS_MAX))
+            measuring = self._takes_over(fleet, slot, holder, since)
+            if self._rng.random() < _WAITS_FOR_TAKEOVER:
+                await measuring
+            else:
+                self._watch(measuring)
+        return died_there
+
+    async def _kill_all(self, fleet: Fleet, clients: Clients) -> None:
+        """Kills everybody in one moment: nobody is left to take over until the next ones come."""
+        await fleet.all_ready()
+        await self._wait_for_a_random_moment(fleet, clients, self._rng.choice(fleet.slots))
+        async with self._witness.away():
+            await fleet.kill(*fleet.slots)
+        self._report.killed_processes += len(fleet.slots)
+        self._report.kills[ALL_AT_ONCE] += 1
+        for slot in fleet.slots:
+            if slot.is_empty:
+                fleet.birth_later(slot, self._rng.uniform(0.0, _BACK_SECONDS_MAX))
+
+    async def _wait_for_a_random_moment(self, fleet: Fleet, clients: Clients, slot: Slot) -> None:
         """Up to a random number of the acknowledgements of this portion, and a bit: mostly in the middle of the load,
         now and then while only effects and timers are under way, or while the worker still starts."""
         if self._rng.random() < 0.1:
             await asyncio.sleep(self._rng.uniform(0.0, 0.05))
             return
-        await self._wait_until_ready(worker)
-        open_messages = 3 * (self._let_out - self._orders_done)
+        await fleet.ready(slot)
+        open_messages = 3 * (clients.let_out - clients.done)
         goal = len(self._ledger.acknowledged) + self._rng.randint(0, open_messages)
         deadline = time.monotonic() + 1.0
         while len(self._ledger.acknowledged) < goal and time.monotonic() < deadline:  # noqa: ASYNC110 - a deadline too
             await asyncio.sleep(0.001)
         await asyncio.sleep(self._rng.choice((0.0, self._rng.uniform(0.0, 0.01), self._rng.uniform(0.0, 0.3))))
 
-    async def _dies_by_itself(self, worker: Worker) -> bool:
-        """Whether the worker reaches its fault; more orders are let out when it has nothing left to do."""
+    async def _dies_by_itself(self, clients: Clients, died: asyncio.Future[int]) -> bool:
+        """Whether the worker reaches its fault; more orders are let out when there is nothing left to do."""
         deadline = time.monotonic() + _STEP_SECONDS_MAX
         while time.monotonic() < deadline:
-            await asyncio.wait([worker.died], timeout=0.3)
-            if worker.died.done():
-                if worker.died.result() != -signal.SIGKILL:
-                    raise RuntimeError(f"a worker ended with {worker.died.result()}, not by a kill: see {self._log}")
+            await asyncio.wait([died], timeout=0.3)
+            if died.done():
                 return True
-            if self._orders_done == self._let_out:
-                await self._let_out_orders(self._let_out + 8)
+            if clients.are_idle:
+                await clients.let_out_up_to(clients.let_out + 8)
         return False
 
-    async def _kill(self, worker: Worker) -> None:
-        status = await worker.kill()
-        if status != -signal.SIGKILL:
-            raise RuntimeError(f"a worker ended by itself with {status}: see {self._log}")
+    async def _stop_and_wake(self, fleet: Fleet, clients: Clients, how: str) -> None:
+        """Stops a worker outside of any write, has the others take over when its lease has run out, and wakes it."""
+        await fleet.all_ready()
+        await self._wait_until_shared_out(fleet)
+        slot = self._rng.choice(fleet.slots)
+        worker = slot.worker
+        assert worker is not None
+        if how == STOPPED_DECIDED:
+            await worker.signal(signal.SIGUSR1)
+            async with asyncio.timeout(BOOT_SECONDS_MAX):
+                stopping = asyncio.create_task(worker.hears("stopping", after=0))
+                while not stopping.done():
+                    await asyncio.wait([stopping], timeout=0.3)
+                    if clients.are_idle:
+                        await clients.let_out_up_to(clients.let_out + 8)
+            fleet.halted(slot)
+        else:
+            async with self._witness.nobody_writes():
+                await fleet.halt(slot)
+        self._report.stops[how] += 1
+        holder, since = slot.holder, time.monotonic()
+        seconds = await self._taken_over(fleet, slot, holder, await self._witness.parts_of(holder), since)
+        if seconds is None:
+            self._ledger.odd(
+                f"I7 nobody has taken over from a stopped worker within {_TAKEOVER_SECONDS_MAX:g} s: "
+                f"{len(await self._witness.parts_of(holder))} partitions are still its own"
+            )
+        else:
+            self._report.after_stop_seconds.append(seconds)
+        await asyncio.sleep(self._rng.uniform(0.0, 0.3))
+        heard = len(worker.notes)
+        await fleet.wake(slot)
+        self._report.woken += 1
+        try:
+            async with asyncio.timeout(_REFUSED_SECONDS_MAX):
+                note = await worker.hears("refused", "wrote", after=heard)
+                if how == STOPPED_DECIDED and note != ["refused", "write"]:
+                    self._ledger.odd(
+                        "I7 a worker was stopped when it was about to commit, others took everything over, and then "
+                        f"it told: {' '.join(note)}"
+                    )
+                await worker.hears("joined", after=heard)
+        except TimeoutError:
+            self._ledger.odd(
+                "I7 a worker was stopped until others had taken everything over; woken, it was not refused, or did not "
+                f"join again, within {_REFUSED_SECONDS_MAX:g} s: {worker.notes[heard:]}"
+            )
 
-    # ------------------------------------------------------------------ processes
+    # ------------------------------------------------------------------ who holds what
 
-    @property
-    def _log(self) -> Path:
-        return self._directory / "worker.log"
+    async def _takes_over(self, fleet: Fleet, slot: Slot, holder: str, since: float) -> None:
+        """Measures how long it takes until others have what the worker of `slot` had, if others are alive meanwhile."""
+        if not holder or not fleet.others_are_up(slot):
+            return
+        parts = await self._witness.parts_of(holder)
+        seconds = await self._taken_over(fleet, slot, holder, parts, since)
+        if seconds is not None and parts:
+            self._report.after_kill_seconds.append(seconds)
+        elif seconds is None and fleet.others_are_up(slot):
+            self._ledger.odd(f"I7 nobody has taken over from a dead worker within {_TAKEOVER_SECONDS_MAX:g} s")
+
+    async def _taken_over(
+        self, fleet: Fleet, slot: Slot, holder: str, parts: Collection[int], since: float
+    ) -> float | None:
+        """The seconds from `since` until each of `parts` is held by somebody else than `holder`, who lived in `slot`.
+        None: it took too long, or the others died."""
+        while time.monotonic() < since + _TAKEOVER_SECONDS_MAX:
+            holders = await self._witness.holders()
+            if all(holders.get(part, holder) != holder for part in parts):
+                return time.monotonic() - since
+            if not fleet.others_are_up(slot) and slot.is_empty:
+                return None
+            await asyncio.sleep(_LOOK_SECONDS)
+        return None
+
+    async def _wait_until_shared_out(self, fleet: Fleet) -> None:
+        """Returns when every worker believes to hold its fair share, each partition is believed by one, and the store
+        says the same (I7)."""
+        fewest = PARTITIONS // len(fleet.slots)
+        deadline = time.monotonic() + _SHARED_SECONDS_MAX
+        found = ""
+        while time.monotonic() < deadline:
+            holders = await self._witness.holders()
+            believed = {slot.holder: (await fleet.standing(slot)).parts for slot in fleet.slots}
+            shares = [len(parts) for parts in believed.values()]
+            stored = {holder: [part for part in sorted(holders) if holders[part] == holder] for holder in believed}
+            if believed == stored and sum(shares) == PARTITIONS and min(shares) >= fewest:
+                return
+            found = f"believed {shares}, stored {[len(parts) for parts in stored.values()]}"
+            await asyncio.sleep(_LOOK_SECONDS * 4)
+        self._ledger.odd(f"I7 after {_SHARED_SECONDS_MAX:g} s the partitions are not shared out: {found}")
+
+    async def _share_the_work(self, fleet: Fleet, clients: Clients, let_out: int) -> None:
+        """Counts what each worker applies of some orders, while nobody is harmed."""
+        await fleet.all_ready()
+        await self._wait_until_shared_out(fleet)
+        before = [(await fleet.standing(slot)).applied for slot in fleet.slots]
+        await clients.let_out_up_to(let_out)
+        async with asyncio.timeout(_SETTLE_SECONDS_MAX):
+            while not clients.are_idle:
+                await asyncio.sleep(0.01)
+                clients.raise_trouble()
+        after = [(await fleet.standing(slot)).applied for slot in fleet.slots]
+        applied = [later - earlier for earlier, later in zip(before, after, strict=True)]
+        self._report.shared_messages = sum(applied)
+        self._report.shares = [each / max(1, sum(applied)) for each in applied]
+
+    # ------------------------------------------------------------------ the end
+
+    async def _settle(self, fleet: Fleet) -> None:
+        """Waits until the store has no work left, or for as long as that may take at most."""
+        deadline = time.monotonic() + _SETTLE_SECONDS_MAX
+        while time.monotonic() < deadline:
+            if not msgspec.json.decode(await fleet.ask(fleet.slots[0], "/waiting"), type=Waiting):
+                return
+            await asyncio.sleep(0.05)
+
+    async def _stop_in_order(self, fleet: Fleet) -> None:
+        """Stops one after the other; whoever goes leaves nothing behind."""
+        for slot in fleet.slots:
+            status = await fleet.stop(slot)
+            if status:
+                self._ledger.odd(f"I10 a worker ended with status {status} when asked to stop: see {self._log}")
+            if left := await self._witness.parts_of(slot.holder):
+                self._ledger.odd(f"I7 a worker has stopped in order, and still holds {len(left)} partitions")
+        if left_members := await self._witness.members():
+            self._ledger.odd(f"I7 all workers have stopped in order, and still there are {left_members}")
+
+    async def _judge(self, arrivals: list[Arrival]) -> Verdict:
+        store = KvSagaStore(await SqliteKeyValue.open(self._store_path), presence=FilePresence(self._store_path))
+        try:
+            lease = await store.acquire("judge", now=datetime.now(UTC))
+            verdict = await judge(store, orders=self._orders, ledger=self._ledger, arrivals=arrivals)
+            verdict.breaches += await refuses_a_stale_lease(store, lease)
+            _, newest = await store.feed_bounds()
+            if self._witness.feed_seen != newest:
+                verdict.breaches.append(
+                    f"I8 a reader followed the feed up to event {self._witness.feed_seen}, and {newest} is the newest"
+                )
+            await store.release(lease)
+        finally:
+            await store.close()
+        if self._report.shares and min(self._report.shares) < _FAIR / self._size:
+            shares = " ".join(f"{share:.0%}" for share in self._report.shares)
+            verdict.stuck.append(f"the work was not shared: {shares} of {self._report.shared_messages} messages")
+        return verdict
+
+    # ------------------------------------------------------------------ what runs beside
+
+    def _watch(self, work: Coroutine[Any, Any, None]) -> None:
+        self._watching.append(asyncio.create_task(work))
+
+    async def _end_watching(self) -> None:
+        """Ends what runs for ever, and raises what any of it has raised."""
+        watching, self._watching = self._watching, []
+        for task in watching:
+            task.cancel()
+        await asyncio.gather(*watching, return_exceptions=True)
+        _raise_what(watching)
 
     async def _start_receiver(self) -> None:
         with self._log.open("ab") as log:
             self._receiver = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "tests.crash.receiver", str(self._directory / "receiver.log"),
+                sys.executable, "-m", "tests.crash.receiver", str(self._arrivals_log),
                 stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=log,
                 start_new_session=True,  # Ctrl-C is for the driver, which then ends everybody in order.
             )  # fmt: skip
         assert self._receiver.stdout is not None
-        async with asyncio.timeout(_BOOT_SECONDS_MAX):
+        async with asyncio.timeout(BOOT_SECONDS_MAX):
             self._receiver_port = int(await self._receiver.stdout.readline())
 
-    async def _start_nursery(self) -> None:
-        self._nursery = Nursery("tests.crash.worker", str(self._store_path), str(self._receiver_port), log=self._log)
-        await self._nursery.start()
-
-    async def _start_worker(self, fault: str | None) -> Worker:
-        """A new worker; the clients go to it as soon as it is ready, which it may never be."""
-        assert self._nursery is not None
-        worker = await self._nursery.birth(fault)
-        born = time.monotonic()
-        worker.ready.add_done_callback(lambda ready: self._is_up(worker, ready.result(), time.monotonic() - born))
-        worker.died.add_done_callback(lambda _: self._is_down(worker))
-        self._worker = worker
-        return worker
-
-    def _is_up(self, worker: Worker, said: list[str], seconds: float) -> None:
-        if not said or worker is not self._worker or worker.died.done():
-            return
-        port, epoch = map(int, said)
-        if self._epochs and epoch <= self._epochs[-1]:
-            self._ledger.odd(f"I7 a worker got epoch {epoch} after one with {self._epochs[-1]}")
-        self._epochs.append(epoch)
-        self._report.recovery_seconds.append(seconds)
-        self._worker_port = port
-        self._up.set()
-
-    def _is_down(self, worker: Worker) -> None:
-        if worker is self._worker:
-            self._up.clear()
-
-    async def _wait_until_ready(self, worker: Worker) -> None:
-        async with asyncio.timeout(_BOOT_SECONDS_MAX):
-            said = await asyncio.shield(worker.ready)
-        if not said:
-            raise RuntimeError(f"a worker did not start (status {worker.died.result()}): see {self._log}")
-
-    async def _second_worker_is_refused(self) -> list[str]:
-        """A second process on the same file must be turned away while the first one lives (I7)."""
-        assert self._nursery is not None
-        second = await self._nursery.birth(None)
-        await asyncio.wait([second.died], timeout=_BOOT_SECONDS_MAX)
-        if not second.died.done():
-            await second.kill()
-            return ["I7 a second worker took a store that a living one has"]
-        if second.died.result() != EXIT_STORE_IN_USE:
-            return [f"I7 a second worker ended with {second.died.result()}, not with the refusal {EXIT_STORE_IN_USE}"]
-        return []
-
-    async def _stop_worker(self) -> None:
-        worker = self._worker
-        assert worker is not None
-        await worker.signal(signal.SIGTERM)
-        async with asyncio.timeout(_BOOT_SECONDS_MAX):
-            status = await asyncio.shield(worker.died)
-        if status:
-            self._ledger.odd(f"I10 the worker ended with status {status} when asked to stop: see {self._log}")
-
-    async def _end_every_process(self) -> None:
-        if self._nursery is not None:
-            await self._nursery.end()
+    async def _end_receiver(self) -> None:
         if self._receiver is not None and self._receiver.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._receiver.kill()
             await self._receiver.wait()
-
-    # ------------------------------------------------------------------ publishing
-
-    async def _let_out_orders(self, count: int) -> None:
-        async with self._more:
-            self._let_out = max(self._let_out, min(count, len(self._orders)))
-            self._more.notify_all()
-
-    async def _let_everything_out(self, clients: Sequence[asyncio.Task[None]]) -> None:
-        await self._wait_until_ready(await self._start_worker(None))
-        await self._let_out_orders(len(self._orders))
-        async with asyncio.timeout(_SETTLE_SECONDS_MAX + len(self._orders) / 50):
-            await asyncio.gather(*clients)
-
-    def _raise_what_clients_raised(self, clients: Sequence[asyncio.Task[None]]) -> None:
-        for client in clients:
-            if client.done():
-                client.result()
-
-    async def _client(self, number: int) -> None:
-        """Publishes orders, one after the other and each message after the one before it is acknowledged."""
-        rng = random.Random(self._rng.random() + number)
-        connection = Client()
-        try:
-            while (order := await self._take_order()) is not None:
-                for message in order.messages():
-                    await self._publish(connection, order, message)
-                    if rng.random() < _RESENT_AT_ONCE:
-                        await self._publish(connection, order, message, again=True)
-                    if self._finished_ids and rng.random() < _RESENT_LATER:
-                        await self._publish(connection, *rng.choice(self._finished_ids), again=True)
-                    self._finished_ids.append((order, message))
-                self._orders_done += 1
-        finally:
-            connection.close()
-
-    async def _take_order(self) -> Order | None:
-        async with self._more:
-            await self._more.wait_for(lambda: self._next_order < self._let_out or self._next_order >= len(self._orders))
-            if self._next_order >= len(self._orders):
-                return None
-            order = self._orders[self._next_order]
-            self._next_order += 1
-            return order
-
-    async def _publish(self, connection: Client, order: Order, message: dict[str, Any], *, again: bool = False) -> None:
-        """Sends one message, under the same id, until it is acknowledged."""
-        self._ledger.duplicates_sent += again
-        body = msgspec.json.encode(message)
-        while True:
-            await self._up.wait()
-            try:
-                async with asyncio.timeout(_ANSWER_SECONDS_MAX):
-                    status, answer = await connection.request(self._worker_port, "POST", "/publish", body)
-            except (OSError, EOFError, TimeoutError):
-                self._ledger.cut_answers += 1
-                await asyncio.sleep(0.005)
-                continue
-            said = msgspec.json.decode(answer)
-            if status == 202:
-                self._ledger.acknowledge(
-                    message["id"], order.id, duplicate=said["duplicate"], disposition=said["dispositions"][0]
-                )
-                return
-            if status != 503:
-                raise RuntimeError(f"message {message['id']} was refused for good: {said}")
-            self._ledger.refused_retryably[said["code"]] += 1
-            await asyncio.sleep(0.01)
-
-    # ------------------------------------------------------------------ the end
-
-    async def _ask_worker(self, path: str) -> bytes:
-        connection = Client()
-        try:
-            _, answer = await connection.request(self._worker_port, "GET", path)
-        finally:
-            connection.close()
-        return answer
-
-    async def _settle(self) -> None:
-        """Waits until the store has no work left, or for as long as that may take at most."""
-        deadline = time.monotonic() + _SETTLE_SECONDS_MAX
-        while time.monotonic() < deadline:
-            if not msgspec.json.decode(await self._ask_worker("/waiting"), type=Waiting):
-                return
-            await asyncio.sleep(0.05)
 
     async def _arrivals(self) -> list[Arrival]:
         connection = Client()
@@ -382,13 +487,8 @@ class CrashRun:
             connection.close()
         return msgspec.json.decode(answer, type=list[Arrival])
 
-    async def _judge(self, arrivals: list[Arrival]) -> Verdict:
-        store = KvSagaStore(await SqliteKeyValue.open(self._store_path), owner=OwnerLock(self._store_path))
-        try:
-            lease = await store.acquire("judge", now=datetime.now(UTC))
-            verdict = await judge(store, orders=self._orders, ledger=self._ledger, arrivals=arrivals)
-            verdict.breaches += await refuses_a_stale_lease(store, lease)
-            await store.release(lease)
-            return verdict
-        finally:
-            await store.close()
+
+def _raise_what(tasks: Sequence[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        if task.done() and not task.cancelled():
+            task.result()

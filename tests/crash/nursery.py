@@ -5,8 +5,9 @@ recovery; a fork is a process of its own all the same, with its own memory, file
 is. The nursery opens no store and starts no event loop before it forks.
 
 It speaks lines: asked `birth TAG FAULT`, it answers `born TAG PID`; when a worker is gone, `died TAG STATUS` (as
-`subprocess` counts: a signal is negative). A worker writes `ready TAG ...` to the same pipe. When the driver goes, its
-end of the pipe does; the nursery ends then, and the workers with it, for each watches a pipe that the nursery holds.
+`subprocess` counts: a signal is negative). A worker writes `ready TAG ...` to the same pipe, and `note TAG ...` when it
+has something to tell. When the driver goes, its end of the pipe does; the nursery ends then, and the workers with it:
+it kills them, as one that is stopped does nothing by itself, and each watches a pipe that the nursery holds.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ def serve_births(main: WorkerMain) -> None:
             continue
         received = os.read(0, 4096)
         if not received:
-            return  # Closing our ends of the workers' pipes, as exiting does, ends them.
+            for pid in living:
+                os.kill(pid, signal.SIGKILL)
+            return
         *lines, asked = (asked + received).split(b"\n")
         for line in lines:
             _, tag, fault = line.decode().split(" ")
@@ -111,6 +114,24 @@ class Worker:
         self.ready: asyncio.Future[list[str]] = loop.create_future()
         """What it said when it was ready."""
         self.died: asyncio.Future[int] = loop.create_future()
+        self.notes: list[list[str]] = []
+        """What it has told since, each as words."""
+        self.on_note: Callable[[list[str]], None] = lambda note: None
+        self._told = asyncio.Event()
+
+    def tell(self, note: list[str]) -> None:
+        self.notes.append(note)
+        self.on_note(note)
+        self._told.set()
+
+    async def hears(self, *kinds: str, after: int) -> list[str]:
+        """The first note of one of these kinds behind the first `after` notes. One task at a time may ask."""
+        while True:
+            for note in self.notes[after:]:
+                if note[0] in kinds:
+                    return note
+            self._told.clear()
+            await self._told.wait()
 
     async def signal(self, number: signal.Signals) -> None:
         """Sends it a signal, if it lives."""
@@ -179,6 +200,8 @@ class Nursery:
                     worker.born.set_result(int(rest[0]))
                 case "ready":
                     worker.ready.set_result(rest)
+                case "note":
+                    worker.tell(rest)
                 case _:
                     worker.died.set_result(int(rest[0]))
                     if not worker.ready.done():

@@ -27,7 +27,7 @@ from typing import Any, Final
 import apsw
 
 from sagaloom.errors import BackendUnavailable, SagasError
-from sagaloom.kv.ownership import OwnerLock
+from sagaloom.kv.presence import FilePresence
 from sagaloom.kv.sqlite import SqliteKeyValue
 from sagaloom.messages import SagaMessage
 from sagaloom.ports.store import SagaStore
@@ -165,7 +165,7 @@ class PowerRun:
                 raise Cut(step)
 
         kv = await SqliteKeyValue.open(self._path, vfs=disk.name, exclusive=True, on_step=on_step)
-        store = KvSagaStore(kv, owner=OwnerLock(self._path))
+        store = KvSagaStore(kv, presence=FilePresence(self._path))
         runtime = self._runtime(store, on_step)
         planned = True
         publishing: asyncio.Task[None] | None = None
@@ -264,7 +264,7 @@ class PowerRun:
             await store.close()
 
     async def _finish(self, stories: list[Story]) -> None:
-        store = KvSagaStore(await SqliteKeyValue.open(self._path), owner=OwnerLock(self._path))
+        store = KvSagaStore(await SqliteKeyValue.open(self._path), presence=FilePresence(self._path))
         runtime = self._runtime(store)
         try:
             await runtime.start()

@@ -1,8 +1,16 @@
 """The process that is killed: a runtime on an embedded store, with a door for messages.
 
 `python -m tests.crash.worker STORE RECEIVER_PORT` is the nursery that forks it. `SAGALOOM_FAULT=step:nth` makes it kill
-itself at that step. Ready, it says on which port and with which epoch. It stops in order on SIGTERM, and at once when
-the nursery is gone. A store that another process has makes it exit with status 3.
+itself at that step, and so does `POST /arm` later on. Ready, it says on which port it listens and by what name it holds
+partitions. It stops in order on SIGTERM, and at once when the nursery is gone. On SIGUSR1 it stops itself (SIGSTOP) the
+next time that it has decided and is about to commit.
+
+What it tells the driver, as notes:
+
+    joined EPOCH HOLDER   it has entered among those who write
+    stopping              it stops itself now
+    refused write|look    its lease is over, as it was told when it wanted to write, or when it looked
+    wrote                 what it had decided before it was stopped was written
 """
 
 from __future__ import annotations
@@ -12,15 +20,18 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Collection, Sequence
 from typing import Final
 
 import msgspec
 
 from sagaloom.definitions import RetryPolicy
-from sagaloom.kv.ownership import OwnerLock, StoreInUse
+from sagaloom.errors import Fenced
+from sagaloom.ids import PARTITIONS
+from sagaloom.kv.presence import FilePresence
 from sagaloom.kv.sqlite import SqliteKeyValue
 from sagaloom.messages import SagaMessage
-from sagaloom.ports.store import SagaStore
+from sagaloom.ports.store import CommitResult, Holding, Lease, SagaStore, UnitOfWork
 from sagaloom.runtime.options import RuntimeOptions
 from sagaloom.runtime.receipts import PublishRejected
 from sagaloom.runtime.runtime import SagaRuntime
@@ -31,9 +42,10 @@ from tests.crash.nursery import serve_births
 from tests.crash.story import definitions
 from tests.crash.wire import HOST, Request, serve
 
-__all__ = ["EXIT_STORE_IN_USE", "SERVICES", "Waiting", "effect_retry", "what_waits"]
+__all__ = ["LEASE_SECONDS", "SERVICES", "Standing", "Waiting", "effect_retry", "what_waits"]
 
-EXIT_STORE_IN_USE: Final = 3
+LEASE_SECONDS: Final = 1.0
+"""How long a worker that was stopped is still believed to be alive."""
 SERVICES: Final = ("payments", "mail", "carrier")
 
 
@@ -46,6 +58,13 @@ class Waiting(msgspec.Struct):
 
     def __bool__(self) -> bool:
         return self.inbox or self.outbox or self.timers
+
+
+class Standing(msgspec.Struct):
+    """What a worker believes to hold, and how many messages it has applied."""
+
+    parts: list[int]
+    applied: int
 
 
 class _Published(msgspec.Struct):
@@ -68,19 +87,97 @@ async def what_waits(store: SagaStore) -> Waiting:
     )
 
 
+class _Told:
+    """Writes notes for the driver."""
+
+    def __init__(self, tag: str) -> None:
+        self._tag = tag
+
+    def __call__(self, *words: object) -> None:
+        os.write(1, f"note {self._tag} {' '.join(map(str, words))}\n".encode())
+
+
+class _Steps:
+    """The hook of the walk: the planned fault, and the stop between decision and commit."""
+
+    def __init__(self, faults: Faults, tell: _Told) -> None:
+        self._faults = faults
+        self._tell = tell
+        self._stops = False
+        self.was_stopped = False
+        """Whether what is about to be written was decided before a stop."""
+
+    def stop_when_decided(self) -> None:
+        self._stops = True
+
+    def __call__(self, step: str) -> None:
+        self._faults(step)
+        if self._stops and step == "decided":
+            self._stops, self.was_stopped = False, True
+            self._tell("stopping")
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+
+class _ToldStore(KvSagaStore):
+    """Tells what becomes of its lease, and counts what it applies."""
+
+    def __init__(self, kv: SqliteKeyValue, *, presence: FilePresence, tell: _Told, steps: _Steps) -> None:
+        super().__init__(kv, presence=presence)
+        self._tell = tell
+        self._steps = steps
+        self.applied = 0
+
+    async def join(self, holder: str, *, works: bool = True) -> Lease:
+        lease = await super().join(holder, works=works)
+        self._tell("joined", lease.epoch, holder)
+        return lease
+
+    async def tend(self, lease: Lease, *, give_up: Collection[int] = ()) -> Holding:
+        try:
+            return await super().tend(lease, give_up=give_up)
+        except Fenced:
+            self._tell("refused", "look")
+            raise
+
+    async def commit(self, units: Sequence[UnitOfWork], *, lease: Lease) -> CommitResult:
+        was_stopped, self._steps.was_stopped = self._steps.was_stopped, False
+        try:
+            result = await super().commit(units, lease=lease)
+        except Fenced:
+            self._tell("refused", "write")
+            raise
+        if was_stopped:
+            self._tell("wrote")
+        self.applied += sum(
+            unit.entry is not None and unit.entry.disposition == "applied" and number not in result.conflicts
+            for number, unit in enumerate(units)
+        )
+        return result
+
+
 async def _main(path: str, receiver_port: int, tag: str, life: int) -> int:
+    tell = _Told(tag)
     faults = Faults.from_env()
+    steps = _Steps(faults, tell)
     kv = await SqliteKeyValue.open(path, on_step=faults)
-    store = KvSagaStore(kv, owner=OwnerLock(path))
+    store = _ToldStore(kv, presence=FilePresence(path, lease_seconds=LEASE_SECONDS), tell=tell, steps=steps)
     services = {name: f"http://{HOST}:{receiver_port}/{name}" for name in SERVICES}
     target = ServiceTarget(services, timeout_seconds=5.0)
-    options = RuntimeOptions(on_step=faults, effect_retry=effect_retry())
+    options = RuntimeOptions(on_step=steps, effect_retry=effect_retry(), lease_seconds=LEASE_SECONDS)
     runtime = SagaRuntime(store, definitions=definitions(), targets=[target], options=options)
     decode = msgspec.json.Decoder(_Published).decode
 
     async def handle(request: Request) -> tuple[int, bytes]:
-        if request.path == "/waiting":
-            return 200, msgspec.json.encode(await what_waits(store))
+        match request.path:
+            case "/waiting":
+                return 200, msgspec.json.encode(await what_waits(store))
+            case "/standing":
+                parts = [part for part in range(PARTITIONS) if runtime.holds(part)]
+                return 200, msgspec.json.encode(Standing(parts, store.applied))
+            case "/arm":
+                step, _, nth = request.body.decode().rpartition(":")
+                faults.kill_at(step, faults.seen[step] + int(nth))
+                return 200, b"{}"
         published = decode(request.body)
         answer = await runtime.publish(SagaMessage(published.type, published.payload, id=published.id))
         if isinstance(answer, PublishRejected):
@@ -94,28 +191,17 @@ async def _main(path: str, receiver_port: int, tag: str, life: int) -> int:
     loop.add_reader(life, lambda: os._exit(1))
     stopping = asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, stopping.set)
+    loop.add_signal_handler(signal.SIGUSR1, steps.stop_when_decided)
     # The door is built first: after start() the loop has a backlog to work off, and nobody would hear of the door.
     server, port = await serve(handle)
-    try:
-        await runtime.start()
-    except StoreInUse as error:
-        print(error.message, file=sys.stderr)
-        return EXIT_STORE_IN_USE
-    os.write(1, f"ready {tag} {port} {await _epoch(kv)}\n".encode())
+    await runtime.start()
+    os.write(1, f"ready {tag} {port} {runtime.holder}\n".encode())
     await stopping.wait()
     server.close()
     await runtime.stop()
     await target.close()
     await store.close()
     return 0
-
-
-async def _epoch(kv: SqliteKeyValue) -> int:
-    """The epoch of the lease, as the store has it."""
-    row = await kv.get(("lease", 0))
-    assert row is not None
-    _, epoch = msgspec.msgpack.decode(row.value, type=tuple[str, int])
-    return epoch
 
 
 def main(path: str, receiver_port: int) -> None:

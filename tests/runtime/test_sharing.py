@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
+import pytest
+
 from sagaloom import SagasError, define_saga, saga_complete, schedule, send
-from sagaloom.errors import DeliveryFailed
+from sagaloom.errors import BackendUnavailable, DeliveryFailed
+from sagaloom.ids import key_hash, partition_of
+from sagaloom.kv.presence import FilePresence
+from sagaloom.ports.store import Holding, Lease
+from sagaloom.stores.kv import KvSagaStore
 from tests.runtime.conftest import Bench, Life
 
 PARTITIONS = 64
@@ -63,6 +69,12 @@ async def until(condition: Callable[[], bool]) -> None:
 
 def parts_of(life: Life) -> frozenset[int]:
     return frozenset(part for part in range(PARTITIONS) if life.runtime.holds(part))
+
+
+def keys_held_by(life: Life, saga_id: str, count: int) -> list[str]:
+    keys = (f"h-{n}" for n in range(10_000))
+    held = (key for key in keys if life.runtime.holds(partition_of(key_hash(saga_id, key))))
+    return [next(held) for _ in range(count)]
 
 
 async def both(bench: Bench, *definitions: Any, **options: Any) -> tuple[Life, Life]:
@@ -277,3 +289,154 @@ async def test_a_discarded_key_is_free_for_everybody(bench: Bench) -> None:
 
         assert given_up.disposition == "dead_lettered"
         assert [outcome.disposition for outcome in outcomes] == ["applied", "duplicate"]
+
+
+# -- what a strict reader doubts --------------------------------------------------------------------------------------
+
+
+async def both_but_untold(bench: Bench, monkeypatch: pytest.MonkeyPatch, *definitions: Any) -> tuple[Life, Life]:
+    """Two lives that do not tell each other what they bring, as when a nudge comes late."""
+    lives = await both(bench, *definitions)
+    monkeypatch.setattr(FilePresence, "nudge", lambda presence: None)
+    return lives
+
+
+async def test_what_another_process_took_in_comes_before_what_the_holder_takes_in_next(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = define_saga("opened").state({"seen": []}).on("Open", noting).on("Note", noting, starts=False).build()
+    holder, other = await both_but_untold(bench, monkeypatch, opened)
+    keys = keys_held_by(holder, "opened", 20)
+
+    for key in keys:
+        await other.publish("Open", {"n": 0}, key=key)
+        await holder.publish("Note", {"n": 1}, key=key)
+    outcomes = await asyncio.gather(*(other.publish("Note", {"n": 2}, key=key, wait=5) for key in keys))
+
+    assert [outcome.state for outcome in outcomes] == [{"seen": [0, 1, 2]}] * 20
+    assert await holder.runtime.dead_letters() == []
+
+
+async def test_messages_behind_a_failing_starter_keep_their_order_whoever_took_them_in(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing_at_first(saga: Any, event: Any, context: Any) -> list[Any]:
+        if event.payload["n"] == 0 and context.attempt == 1:
+            raise ConnectionError("not yet")
+        return noting(saga, event, context)
+
+    late = define_saga("late").state({"seen": []}).on("Note", failing_at_first).build()
+    holder, other = await both_but_untold(bench, monkeypatch, late)
+    keys = keys_held_by(holder, "late", 20)
+
+    for key in keys:
+        for n, life in enumerate((holder, other, holder)):
+            await life.publish("Note", {"n": n}, key=key)
+    await bench.advance("10s")
+    outcomes = await asyncio.gather(*(other.publish("Note", {"n": 3}, key=key, wait=5) for key in keys))
+
+    assert [outcome.state for outcome in outcomes] == [{"seen": [0, 1, 2, 3]}] * 20
+
+
+async def test_a_send_to_a_saga_comes_behind_what_another_process_took_in_before_it(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holder, other = await both_but_untold(bench, monkeypatch, RELAY, KEYED_NOTES)
+    relays = keys_held_by(holder, "relay", 20)
+    keys = keys_held_by(holder, "notes", 20)
+    for key in keys:
+        await holder.publish("Note", {"n": 0, "key": key}, wait=5)
+
+    for relay, key in zip(relays, keys, strict=True):
+        await other.publish("Note", {"n": 1, "key": key})
+        await holder.publish("Relay", {"n": 2, "to": [key]}, key=relay)
+    await until(lambda: all(life.runtime.health().backlog == 0 for life in (holder, other)))
+    outcomes = await asyncio.gather(*(other.publish("Note", {"n": 3, "key": key}, wait=5) for key in keys))
+
+    assert [outcome.state for outcome in outcomes] == [{"seen": [0, 1, 2, 3]}] * 20
+
+
+@pytest.mark.parametrize("reads_some", [False, True])
+async def test_effects_of_a_partition_that_could_not_be_read_at_once_are_delivered_later(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, reads_some: bool
+) -> None:
+    first, second = await both(bench, CHARGES)
+    bench.receiver.gate = asyncio.Event()
+    for key in keys_held_by(first, "charges", 10):
+        await first.publish("Charge", {}, key=key, wait=5)
+    dispatcher = second.runtime._dispatcher
+    load = dispatcher.load
+
+    async def load_and_fail(parts: Collection[int]) -> None:
+        monkeypatch.setattr(dispatcher, "load", load)
+        if reads_some:
+            await load(parts)
+        raise BackendUnavailable("the disk has hiccups")
+
+    monkeypatch.setattr(dispatcher, "load", load_and_fail)
+    await bench.die(first)
+    bench.receiver.gate.set()
+    await until(lambda: len(parts_of(second)) == PARTITIONS)
+    await second.runtime.settled()
+
+    assert len({effect.effect_key for effect in bench.receiver.got}) == 10
+    assert second.runtime.health().outbox == 0
+
+
+async def test_whoever_waits_for_another_process_is_answered_though_the_store_failed_once(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holder, other = await both(bench, NOTES)
+    (key,) = keys_held_by(holder, "notes", 1)
+    history = other.runtime.store.history
+
+    async def fail(*_: object, **__: object) -> object:
+        monkeypatch.setattr(other.runtime.store, "history", history)
+        raise BackendUnavailable("the disk has hiccups")
+
+    monkeypatch.setattr(other.runtime.store, "history", fail)
+    outcome = await other.publish("Note", {"n": 1}, key=key, wait=5)
+
+    assert outcome.disposition == "applied"
+
+
+async def test_one_who_is_taken_for_dead_while_it_starts_begins_again(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tend = KvSagaStore.tend
+
+    async def tend_too_late(store: KvSagaStore, lease: Lease, *, give_up: Collection[int] = ()) -> Holding:
+        monkeypatch.setattr(KvSagaStore, "tend", tend)
+        await store.release(lease)
+        return await store.tend(lease, give_up=give_up)
+
+    monkeypatch.setattr(KvSagaStore, "tend", tend_too_late)
+    life = await bench.live(NOTES)
+
+    assert len(parts_of(life)) == PARTITIONS
+    assert (await life.publish("Note", {"n": 1}, key="k", wait=5)).disposition == "applied"
+
+
+async def test_rows_that_could_not_be_queued_at_once_are_queued_later(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing_at_first(saga: Any, event: Any, context: Any) -> list[Any]:
+        if context.attempt == 1:
+            raise ConnectionError("not yet")
+        return []
+
+    first, second = await both(bench, define_saga("late").state({}).on("Note", failing_at_first).build())
+    (key,) = keys_held_by(first, "late", 1)
+    await first.publish("Note", {}, key=key)
+    load = second.runtime.store.load
+
+    async def fail(*_: object, **__: object) -> object:
+        monkeypatch.setattr(second.runtime.store, "load", load)
+        raise BackendUnavailable("the disk has hiccups")
+
+    monkeypatch.setattr(second.runtime.store, "load", fail)
+    await bench.die(first)
+    await until(lambda: len(parts_of(second)) == PARTITIONS and second.runtime.health().backlog == 1)
+    await bench.advance("1m")
+
+    assert (await second.instance("late", key)).revision == 1

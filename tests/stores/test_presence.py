@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +14,9 @@ import pytest
 
 from sagaloom.errors import ConfigurationError
 from sagaloom.kv.presence import FilePresence
+
+if sys.platform != "win32":
+    import fcntl
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no flock")
 
@@ -131,6 +136,44 @@ def test_leaving_and_entering_again_is_no_error(path: Path) -> None:
     presence.leave()
     presence.leave()
     assert FilePresence(path).others() == frozenset()
+
+
+def test_one_who_enters_again_while_it_is_looked_at_stays_visible(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = FilePresence(path), FilePresence(path)
+    one.enter("one")
+    flock = fcntl.flock
+
+    def flock_late(descriptor: int, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        one.enter("one")
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock_late)
+    two.others()
+
+    assert two.others() == {"one"}
+    one.leave()
+
+
+def test_one_who_cannot_look_takes_nobody_for_dead(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = FilePresence(path), FilePresence(path)
+    one.enter("one")
+    two.enter("two")
+    before = two.others()
+
+    def fail(*_: object, **__: object) -> object:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    seen = []
+    for name in ("open", "listdir"):
+        with monkeypatch.context() as broken:
+            broken.setattr(os, name, fail)
+            broken.setattr(Path, "read_text", fail)
+            seen.append(two.others())
+
+    assert seen == [before, before] == [{"one"}, {"one"}]
+    one.leave()
+    two.leave()
 
 
 def test_a_directory_that_cannot_be_made_is_named(path: Path) -> None:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from sagaloom.engine.records import Head
-from sagaloom.errors import Fenced
+from sagaloom.errors import BackendUnavailable, Fenced
 from sagaloom.ids import key_hash, partition_of
 from sagaloom.kv.presence import FilePresence
 from sagaloom.kv.sqlite import SqliteKeyValue
-from sagaloom.ports.store import Lease, UnitOfWork
+from sagaloom.ports.keyvalue import Entry, Key
+from sagaloom.ports.store import Lease, RowRef, UnitOfWork
 from sagaloom.stores.kv import KvSagaStore
 from sagaloom.testing.contracts.sagastore import (
     dead_letter_of,
     envelope_of,
     head_of,
     next_of,
+    part_of,
     started,
     step_of,
     write,
@@ -63,12 +67,14 @@ async def worker(hall: Hall, name: str) -> tuple[KvSagaStore, Lease]:
     return store, await store.join(name)
 
 
-async def shared(hall: Hall) -> tuple[KvSagaStore, Lease, KvSagaStore, Lease]:
-    """Two workers that hold half of the partitions each."""
+async def shared(hall: Hall, *, all_to_first: bool = False) -> tuple[KvSagaStore, Lease, KvSagaStore, Lease]:
+    """Two workers that hold half of the partitions each; or the first all, and the second none so far."""
     first, one = await worker(hall, "one")
     await first.tend(one)
     second, two = await worker(hall, "two")
     holding = await first.tend(one)
+    if all_to_first:
+        return first, one, second, two
     await first.tend(one, give_up=sorted(holding.parts)[-holding.excess :])
     await second.tend(two)
     return first, one, second, two
@@ -281,3 +287,255 @@ async def test_no_statement_touches_a_table_while_nothing_changes(hall: Hall) ->
         first.has_news()
 
     assert [store._kv.statements for store in (first, second)] == before  # type: ignore[attr-defined]
+
+
+# -- what a strict reader doubts --------------------------------------------------------------------------------------
+
+
+def keys_in_one_part() -> tuple[str, str]:
+    """Two correlation keys whose messages have one partition."""
+    first = "o-0"
+    part = partition_of(key_hash("orders", first))
+    return first, next(f"o-{n}" for n in range(1, 10_000) if partition_of(key_hash("orders", f"o-{n}")) == part)
+
+
+def about(head: Head, **more: object) -> UnitOfWork:
+    """A message that was given up or dropped, because its instance is not there."""
+    return replace(UnitOfWork(part=head.part, about=("orders", head.key)), **more)
+
+
+async def test_arrivals_are_minded_as_long_as_a_newcomer_is_there(hall: Hall) -> None:
+    first, one = await worker(hall, "one")
+    await first.tend(one)
+    await first.arrivals(one)
+    instance = await started(first, one, "o-1")
+    await first.tend(one)  # as one does who sees a newcomer that has not joined yet
+    await first.arrivals(one)
+    door = await hall.store()
+    outside = await door.join("door", works=False)
+    await write(door, outside, brought(head_of("o-1", instance.pk), "m-1"))
+    await first.commit([step_of(instance, next_of(instance))], lease=one)
+    await first.arrivals(one)  # nobody has tended since the newcomer came
+    await write(door, outside, brought(head_of("o-1", instance.pk), "m-2"))
+
+    result = await first.commit([step_of(instance, next_of(instance))], lease=one)
+
+    assert [conflict.kind for conflict in result.conflicts.values()] == ["behind"]
+    assert not first.stands()
+
+
+async def test_an_arrival_that_a_commit_has_met_is_minded_until_it_is_handed_out(hall: Hall) -> None:
+    first, one, second, two = await shared(hall, all_to_first=True)
+    key, neighbour_key = keys_in_one_part()
+    await first.arrivals(one)
+    instance, neighbour = await started(first, one, key), await started(first, one, neighbour_key)
+    await write(second, two, brought(head_of(key, instance.pk), "m-1"))
+
+    meeting = await first.commit([step_of(neighbour, next_of(neighbour))], lease=one)
+    result = await first.commit([step_of(instance, next_of(instance))], lease=one)
+
+    assert not meeting.conflicts
+    assert [conflict.kind for conflict in result.conflicts.values()] == ["behind"]
+
+
+async def test_a_message_without_an_instance_is_not_given_up_before_what_has_arrived(hall: Hall) -> None:
+    first, one, second, two = await shared(hall, all_to_first=True)
+    await first.arrivals(one)
+    head = head_of("o-1", await second.reserve_pks(1), run=0, awaits_start=True)
+    await write(second, two, replace(brought(head, "m-1"), head=head))
+    letter = dead_letter_of("dl-1", "o-1")
+
+    results = [
+        await first.commit([unit], lease=one)
+        for unit in (about(head, dead_letters_add=(letter,)), about(head), brought(head, "m-2"))
+    ]
+
+    assert [[conflict.kind for conflict in result.conflicts.values()] for result in results] == [
+        ["behind"],
+        ["behind"],
+        [],
+    ]
+    assert await first.dead_letter("dl-1") is None
+
+
+async def test_a_row_is_not_behind_what_has_arrived_after_it(hall: Hall) -> None:
+    first, one, second, two = await shared(hall, all_to_first=True)
+    await first.arrivals(one)
+    instance = await started(first, one, "o-1")
+    head = head_of("o-1", instance.pk)
+    await write(second, two, brought(head, "m-1"))
+    (known,) = await first.arrivals(one)
+    own = await write(first, one, brought(head, "m-own"))
+    await write(second, two, brought(head, "m-2"))
+
+    second_revision = next_of(instance)
+    of_the_known = await first.commit([step_of(instance, second_revision, inbox_done=known.ref)], lease=one)
+    of_our_own = await first.commit(
+        [step_of(second_revision, next_of(second_revision), inbox_done=RowRef(head.part, own.inbox_base))], lease=one
+    )
+    of_a_door = await first.commit([step_of(second_revision, next_of(second_revision))], lease=one)
+
+    assert not of_the_known.conflicts
+    assert not of_our_own.conflicts
+    assert [conflict.kind for conflict in of_a_door.conflicts.values()] == ["behind"]
+
+
+async def test_our_own_row_is_behind_what_arrived_before_it(hall: Hall) -> None:
+    first, one, second, two = await shared(hall, all_to_first=True)
+    await first.arrivals(one)
+    instance = await started(first, one, "o-1")
+    head = head_of("o-1", instance.pk)
+    await write(second, two, brought(head, "m-1"))
+    own = await write(first, one, brought(head, "m-own"))
+
+    result = await first.commit(
+        [step_of(instance, next_of(instance), inbox_done=RowRef(head.part, own.inbox_base))], lease=one
+    )
+
+    assert [conflict.kind for conflict in result.conflicts.values()] == ["behind"]
+    assert [row.envelope.id for row in await first.arrivals(one)] == ["m-1"]
+
+
+async def test_messages_of_one_who_came_and_went_between_two_looks_are_found(hall: Hall) -> None:
+    found = []
+    for goes_in_order in (True, False):
+        first, one = await worker(hall, "one")
+        await first.tend(one)
+        await first.arrivals(one)
+        instance = await started(first, one, f"o-{goes_in_order}")
+        door = await hall.store()
+        outside = await door.join("door", works=False)
+        await write(door, outside, brought(head_of(instance.key, instance.pk), f"m-{goes_in_order}"))
+        if goes_in_order:
+            await door.release(outside)
+        else:
+            door._tenure._presence.leave()  # type: ignore[union-attr]
+
+        holding = await first.tend(one)
+        found += [row.envelope.id for row in await first.arrivals(one)]
+        assert not holding.is_shared
+        await first.release(one)
+
+    assert found == ["m-True", "m-False"]
+
+
+async def test_two_who_join_at_the_same_moment_know_of_each_other(hall: Hall, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = await hall.store(), await hall.store()
+    leases: list[Lease] = []
+    scan = second._tenure._members
+
+    async def scan_and_be_late() -> object:
+        found = await scan()
+        if not leases:
+            leases.append(await first.join("one"))
+            await first.tend(leases[0])
+            await first.arrivals(leases[0])
+        return found
+
+    monkeypatch.setattr(second._tenure, "_members", scan_and_be_late)
+    two = await second.join("two")
+    (one,) = leases
+    instance = await started(first, one, "o-1")
+    await write(second, two, brought(head_of("o-1", instance.pk), "m-1"))
+
+    result = await first.commit([step_of(instance, next_of(instance))], lease=one)
+
+    assert [conflict.kind for conflict in result.conflicts.values()] == ["behind"]
+
+
+async def test_one_who_joins_while_another_tends_is_not_taken_for_dead(
+    hall: Hall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, one = await worker(hall, "one")
+    second = await hall.store()
+    leases: list[Lease] = []
+    scan = first._tenure._members
+
+    async def scan_late() -> object:
+        if not leases:
+            leases.append(await second.join("two"))
+        return await scan()
+
+    monkeypatch.setattr(first._tenure, "_members", scan_late)
+    holding = await first.tend(one)
+
+    assert len(holding.parts) == 32
+    assert len((await second.tend(leases[0])).parts) == 32
+
+
+async def test_one_who_is_alive_and_about_to_join_is_not_forgotten(hall: Hall) -> None:
+    first, one = await worker(hall, "one")
+    second = await hall.store()
+    second._tenure._presence.enter("two")  # type: ignore[union-attr]
+    await first.tend(one)
+
+    stands = first.stands()
+    await second.join("two")
+
+    assert not stands
+    assert (await first.tend(one)).excess == 32
+    assert first.stands()
+
+
+async def test_three_share_all_partitions_out_and_then_stand_still(hall: Hall) -> None:
+    workers = [await worker(hall, f"worker-{n}") for n in range(3)]
+    for _ in range(6):
+        for store, lease in workers:
+            holding = await store.tend(lease)
+            if holding.excess:
+                await store.tend(lease, give_up=sorted(holding.parts)[-holding.excess :])
+
+    holdings = [await store.tend(lease) for store, lease in workers]
+
+    assert sorted(len(holding.parts) for holding in holdings) == [21, 21, 22]
+    assert all(store.stands() for store, _ in workers)
+
+
+async def test_what_is_remembered_of_our_own_rows_goes_with_them(hall: Hall) -> None:
+    first, one, _, _ = await shared(hall, all_to_first=True)
+    await first.arrivals(one)
+    instance = await started(first, one, "o-1")
+    for n in range(50):
+        own = await write(first, one, brought(head_of("o-1", instance.pk), f"m-{n}"))
+        after = next_of(instance)
+        await write(first, one, step_of(instance, after, inbox_done=RowRef(part_of("o-1"), own.inbox_base)))
+        instance = after
+
+    assert sum(map(len, first._tenure._own.values())) <= 1
+
+
+async def test_arrivals_that_were_read_before_the_store_failed_are_not_lost(
+    hall: Hall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, one, second, two = await shared(hall, all_to_first=True)
+    await first.arrivals(one)
+    heads = [head_of(f"o-{n}", await second.reserve_pks(1)) for n in range(20)]
+    await write(second, two, *(brought(head, f"m-{head.key}") for head in heads))
+    scan, left = first._kv.scan, 5
+
+    async def scan_a_few(prefix: Key, **bounds: Any) -> list[Entry]:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise BackendUnavailable("the disk has hiccups")
+        return await scan(prefix, **bounds)
+
+    monkeypatch.setattr(first._kv, "scan", scan_a_few)
+    with pytest.raises(BackendUnavailable):
+        await first.arrivals(one)
+    arrived = await first.arrivals(one)
+
+    assert sorted(row.envelope.id for row in arrived) == sorted(f"m-o-{n}" for n in range(20))
+
+
+async def test_what_is_left_of_an_earlier_lease_is_free_for_everybody(hall: Hall) -> None:
+    first, one = await worker(hall, "one")
+    await first.tend(one)
+    again = await first.join("one")
+    second, two = await worker(hall, "two")
+
+    taken = await second.tend(two)
+    kept = await first.tend(again)
+
+    assert len(taken.parts) == len(kept.parts) == 32
+    assert not taken.parts & kept.parts

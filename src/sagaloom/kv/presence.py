@@ -75,6 +75,7 @@ class FilePresence:
         self._descriptor: int | None = None
         self._wakes: int | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._seen: frozenset[str] = frozenset()
         _every.add(self)
 
     def enter(self, holder: str) -> None:
@@ -101,17 +102,21 @@ class FilePresence:
         return in_time
 
     def others(self) -> frozenset[str]:
-        """The holders that are alive, but for ourselves. Removes what the dead have left."""
+        """The holders that are alive, but for ourselves. Removes what the dead have left. Who cannot be looked at (we
+        are out of file descriptors, say) is what it was."""
         try:
             names = os.listdir(self._directory)  # noqa: PTH208 - asked for often; a Path for each name costs more
+        except FileNotFoundError:
+            names = []
         except OSError:
-            return frozenset()
+            return self._seen
         own = self._file.name if self._file is not None else None
-        return frozenset(
+        self._seen = frozenset(
             unquote(name)
             for name in names
             if name != own and not name.endswith(_PIPE) and self._is_alive(self._directory / name)
         )
+        return self._seen
 
     def nudge(self) -> None:
         """Wakes the others: there is something for them in the store."""
@@ -160,18 +165,22 @@ class FilePresence:
 
     def _say(self, now: float) -> None:
         assert self._descriptor is not None
-        self._believed_until = now + self._lease_seconds
+        until = now + self._lease_seconds
         # Of one length, so that a reader never meets the tail of an older text.
-        text = f"{os.getpid():>10}\n{self._believed_until:020.6f}\n{_boot_id()}\n"
-        os.pwrite(self._descriptor, text.encode(), 0)
+        text = f"{os.getpid():>10}\n{until:020.6f}\n{_boot_id()}\n"
+        with contextlib.suppress(OSError):
+            os.pwrite(self._descriptor, text.encode(), 0)
+            self._believed_until = until
 
     def _is_alive(self, file: Path) -> bool:
         if _is_abandoned(file):
             return False
         try:
             lines = file.read_text(errors="replace").split("\n")
-        except OSError:
+        except FileNotFoundError:
             return False
+        except OSError:
+            return unquote(file.name) in self._seen
         try:
             return lines[2] == _boot_id() and float(lines[1]) > self._monotonic()
         except (IndexError, ValueError):
@@ -193,11 +202,16 @@ def _is_abandoned(file: Path) -> bool:
         return False
     try:
         descriptor = os.open(file, os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
+    except FileNotFoundError:
         return True
+    except OSError:
+        return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _remove(file)
+        # Its owner may have left and entered again meanwhile, with another file of that name.
+        with contextlib.suppress(OSError):
+            if os.fstat(descriptor).st_ino == file.stat().st_ino:
+                _remove(file)
         return True
     except BlockingIOError:
         return False

@@ -15,7 +15,7 @@ Guarantees every implementation gives, and `sagaloom.testing.contracts` checks:
 - several processes may write at once. Each holds some of the partitions, and is the only one that changes instances in
   them or consumes their rows. Everybody may *bring* messages to any partition: a unit that only adds inbox rows, with
   the head and the mark that go with them. Its holder finds them through `arrivals`, and what it decides without knowing
-  of one conflicts (`behind`): so the order of acceptance holds whoever accepted.
+  of an older one conflicts (`behind`), until that was handed out: so the order of acceptance holds whoever accepted.
 
 What we dislike about it: the reads are many. They are here because people look at sagas in many ways, and a store
 that cannot answer them is not inspectable.
@@ -138,6 +138,8 @@ class UnitOfWork(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     unmark: tuple[int, str] | None = None
     """(pk, dedupe key) of a mark to forget: a discarded dead letter frees its key."""
     feed: tuple[FeedRecord, ...] = ()
+    about: tuple[str, str] | None = None
+    """The saga and the correlation key whose message was decided, when there is no `instance` to say so."""
 
     @property
     def events(self) -> tuple[FeedEvent, ...]:
@@ -148,7 +150,8 @@ class UnitOfWork(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 class Conflict(msgspec.Struct, frozen=True):
     """Why a unit was not written. `revision`: load again and decide again. `mark`: seen before. `gone`: consumed
     by somebody else. `refused`: no store can write it (too large, not encodable, no legal step): do not try again.
-    `behind`: something older of its instance has arrived, see `arrivals`. `moved`: its partition is not held here."""
+    `behind`: something older of its instance has arrived, or may have, see `arrivals`; a message that is not in the
+    inbox yet finds its place by being put there. `moved`: its partition is not held here."""
 
     kind: Literal["revision", "mark", "gone", "refused", "behind", "moved"]
     what: str
@@ -243,7 +246,7 @@ class SagaStore(Protocol):
 
     async def arrivals(self, lease: Lease, *, limit: int = 1_000) -> list[InboxRow]:
         """Messages in the partitions held that were not handed out before and did not come with a commit of ours, in
-        order; at first all that wait there. Ask until there are none."""
+        order; at first all that wait there. Fewer than `limit` are all that there were."""
         ...
 
     async def release(self, lease: Lease) -> None:

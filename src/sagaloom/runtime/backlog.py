@@ -18,6 +18,7 @@ import itertools
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from datetime import datetime
+from math import inf
 
 from sagaloom.runtime.deliveries import Delivery, InstanceKey
 
@@ -51,6 +52,19 @@ class Backlog:
             self._doors.append(delivery)
         else:
             self._rows.append(delivery)
+
+    def add_in_order(self, deliveries: Sequence[Delivery]) -> None:
+        """Queues rows, each before those of its instance that were accepted after it and are queued already, and before
+        its timers."""
+        oldest: dict[InstanceKey, float] = {}
+        for delivery in deliveries:
+            oldest.setdefault(delivery.key, _number(delivery))
+        younger = [each for each in self._rows if each.key in oldest and _number(each) > oldest[each.key]]
+        if younger:
+            moved = set(map(id, younger))
+            self._rows = deque(each for each in self._rows if id(each) not in moved)
+            deliveries = sorted([*deliveries, *younger], key=_number)
+        self._rows.extend(deliveries)
 
     def put_back(self, deliveries: Sequence[Delivery]) -> None:
         """Gives deliveries the first places of their queue, in their order."""
@@ -104,7 +118,14 @@ class Backlog:
     def wait_behind(self, delivery: Delivery) -> None:
         """Lines a delivery up behind the starter that holds its key, or the pause of its run."""
         delivery.is_lined_up = True
-        self._behind.setdefault(delivery.key, []).append(delivery)
+        lined_up = self._behind.setdefault(delivery.key, [])
+        row, last = delivery.row, lined_up[-1].row if lined_up else None
+        if row is None or (last is not None and last < row):
+            lined_up.append(delivery)
+        else:
+            # Others may have brought it, and we learnt of it late. Timers stay where they are.
+            rows = enumerate(each.row for each in lined_up)
+            lined_up.insert(next((place for place, each in rows if each and each > row), len(lined_up)), delivery)
         self._lined_up += 1
 
     def put_aside(self, delivery: Delivery) -> None:
@@ -181,6 +202,11 @@ class Backlog:
         assert delivery.envelope.due_at is not None
         delivery.is_aside = True
         heapq.heappush(self._due, (delivery.envelope.due_at, next(self._count), delivery))
+
+
+def _number(delivery: Delivery) -> float:
+    """Its place in the order of acceptance. A timer gets one when it fires."""
+    return delivery.row.seq if delivery.row is not None else inf
 
 
 def _taken(queue: deque[Delivery], most: int) -> list[Delivery]:

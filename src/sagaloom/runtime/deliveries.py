@@ -37,9 +37,10 @@ class Delivery(msgspec.Struct, eq=False):
     It comes from a door (`row` and `timer` are None: it enters the store with the commit that first mentions it), from
     an inbox row, or from a timer row. `key` is the saga id and the correlation key of its envelope. `answered` resolves
     when the message is durable, `settled` when it is done with. `is_aside`: it waits for its next attempt; `is_offer`:
-    it is tried in between, because its instance has moved; `is_lined_up`: it waits behind a starter or a pause.
-    `typed` is the message as it was read at the door, until a handler has had it in its hands. `refusal`: the store can
-    never write what the message asked for.
+    it is tried in between, because its instance has moved; `is_lined_up`: it waits behind a starter or a pause;
+    `yielded`: how often it was decided without knowing of something older that others had brought. `typed` is the
+    message as it was read at the door, until a handler has had it in its hands. `refusal`: the store can never write
+    what the message asked for.
     """
 
     envelope: Envelope
@@ -52,6 +53,7 @@ class Delivery(msgspec.Struct, eq=False):
     is_aside: bool = False
     is_lined_up: bool = False
     is_offer: bool = False
+    yielded: int = 0
     refusal: SagasError | None = None
 
     @property
@@ -161,6 +163,8 @@ def unit_of_decision(
             inbox_done=None if waits else row,
             timer_done=delivery.timer,
         )
+    if instance is None:
+        unit = msgspec.structs.replace(unit, about=delivery.key)
     if decision.dead_letter is not None:
         unit = msgspec.structs.replace(unit, dead_letters_add=(decision.dead_letter, *dead_letters))
     elif dead_letters:

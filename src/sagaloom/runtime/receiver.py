@@ -17,6 +17,8 @@ under way new messages gather, so batches grow with the load by themselves: that
 5. A unit that conflicts drops what is remembered of its instance, and its message goes back in front, in order.
 6. Messages to a partition that another process holds are only accepted: their holder finds them. While somebody else
    writes to the store, what they bring is read between turns, and it goes before everything that is not accepted yet.
+   A message from a door that turns out to be *behind* something that was not read yet is accepted first: so it has its
+   place in the order, and never has to yield twice. A timer yields once, for only its row can be cancelled.
 7. When the store does not answer, the outcome of a commit is unknown: everything remembered is dropped, publishers
    are told to try again under the same id, rows are decided again, and nothing is accepted until a probe succeeds.
 
@@ -87,6 +89,8 @@ _MARKS_REMEMBERED = 50_000
 _PAUSE_SECONDS_MAX = 1.0
 _MOMENT_SECONDS = 0.0005
 _GIVE_UP_SECONDS = 1.0
+_STARTS_MAX = 10
+_ROWS_AT_ONCE = 1_000
 _UNSEEN = Hot(None, None)
 
 
@@ -104,14 +108,16 @@ class Work(Protocol):
 
 class _Planned(msgspec.Struct, gc=False):
     """The unit of one delivery and what follows from it, once it is committed: `hot` is what to remember of the key.
-    `decision` is None when the message was only accepted. `holds`: its key waits for it. `successor` is the same
-    message as it is found in the inbox from then on, when it waits there for the first time."""
+    `decision` is None when the message was only accepted. `holds`: its key waits for it. `is_next`: it was accepted to
+    get its place, and has its turn as soon as it comes. `successor` is the same message as it is found in the inbox
+    from then on, when it waits there for the first time."""
 
     delivery: Delivery
     unit: UnitOfWork
     decision: Decision | None
     hot: Hot | None
     holds: bool = False
+    is_next: bool = False
     successor: Delivery | None = None
 
     @property
@@ -166,6 +172,8 @@ class Receiver:
         self._give_up_at: float | None = None
         self._must_tend = False
         self._must_look = False
+        self._found: list[InboxRow] = []
+        """What the store has handed out to us, and is not queued yet."""
         self._abroad: dict[RowRef, Delivery] = {}
         """Accepted messages of partitions that others hold, for whose end somebody waits here."""
         self._wake: asyncio.Future[None] | None = None
@@ -209,7 +217,15 @@ class Receiver:
 
     async def start(self) -> None:
         """Enters among those who write to the store, and takes and loads its share of it."""
-        await self._tend()
+        for _ in range(_STARTS_MAX):
+            try:
+                return await self._tend()
+            except Fenced as error:
+                # On a busy machine the others may have thought us dead before we had even begun.
+                if not self._store.is_shareable:
+                    raise
+                await self._start_over([], [], error)
+        raise BackendUnavailable(f"others took {self._holder} for dead {_STARTS_MAX} times while it started")
 
     async def leave(self) -> None:
         """Gives everything up, so that others need not find out."""
@@ -316,6 +332,7 @@ class Receiver:
         definitions = self._definitions()
         seen: dict[tuple[int, str], Mark] = {}
         holding: set[InstanceKey] = set()  # The keys whose next messages of this batch have to wait.
+        placing: set[InstanceKey] = set()  # The keys whose next messages have to get a place first, as one before did.
         planned: list[_Planned] = []
         for delivery in batch:
             key, envelope = delivery.key, delivery.envelope
@@ -340,6 +357,10 @@ class Receiver:
                     continue
                 unit = unit_of_accept(delivery, head, known.head)
                 step = _Planned(delivery, unit, None, Hot(head, known.instance))
+            elif delivery.yielded > (delivery.timer is not None) or (delivery.enters and key in placing):
+                placing.add(key)
+                unit = unit_of_accept(delivery, head, known.head)
+                step = _Planned(delivery, unit, None, Hot(head, known.instance), is_next=True)
             else:
                 addressed = known.instance
                 if envelope.run is not None and envelope.run != head.run:
@@ -510,19 +531,28 @@ class Receiver:
         # Of a partition that comes back, what was remembered when it went may not be true any more.
         self._hot.clear()
         self._marks.clear()
+        self._found = [row for row in self._found if row.ref.part not in lost]
         for delivery in self._backlog.drop(lost):
             if delivery.row is not None and delivery.settled is not None:
                 self._abroad[delivery.row] = delivery
         _log.info("%s holds %d partitions (%d new, %d gone)", self._holder, len(parts), len(gained), len(lost))
-        await self._on_holding(gained, lost)
+        try:
+            await self._on_holding(gained, lost)
+        except BaseException:
+            self.parts -= gained  # They are as good as not ours until all that waits there is known.
+            raise
 
     async def _look(self) -> None:
         """Reads what others have brought for us, and how messages ended that we brought to others."""
         self._must_look = False
         assert self._lease is not None
         try:
-            while rows := await self._store.arrivals(self._lease):
-                await self._add_rows(rows)
+            is_all = False
+            while not is_all:
+                self._found = self._found or await self._store.arrivals(self._lease, limit=_ROWS_AT_ONCE)
+                is_all = len(self._found) < _ROWS_AT_ONCE
+                await self._add_rows(self._found)
+                self._found = []
                 await asyncio.sleep(0)
             if self._abroad:
                 await self._look_abroad()
@@ -538,8 +568,12 @@ class Receiver:
         refs = list(self._abroad)
         for ref, envelope in zip(refs, await self._store.inbox_rows(refs), strict=True):
             if envelope is None:
-                delivery = self._abroad.pop(ref)
-                _answer(delivery, await outcome_elsewhere(self._store, delivery.envelope))
+                try:
+                    outcome = await outcome_elsewhere(self._store, self._abroad[ref].envelope)
+                except StoreCorrupt as error:
+                    _refuse(self._abroad.pop(ref), error)
+                else:
+                    _answer(self._abroad.pop(ref), outcome)
 
     @property
     def lease(self) -> Lease | None:
@@ -622,6 +656,8 @@ class Receiver:
         if successor.row is not None and successor.row.part not in self.parts:
             if successor.settled is not None:
                 self._abroad[successor.row] = successor
+        elif each.is_next:
+            self._backlog.add_in_order([successor])
         elif each.decision is None:
             self._backlog.wait_behind(successor)
         elif each.holds:
@@ -645,6 +681,7 @@ class Receiver:
             if conflict.kind in ("behind", "moved"):
                 self.attend(standing=conflict.kind == "moved")
                 if delivery.enters or conflict.kind == "behind":
+                    delivery.yielded += conflict.kind == "behind" and delivery.row is None
                     again.append(delivery)
                 elif delivery.row is not None and delivery.settled is not None:
                     self._abroad[delivery.row] = delivery
@@ -705,10 +742,15 @@ class Receiver:
         store is theirs now, what came through a door is still to be accepted."""
         _log.warning("%s", error.message)
         self._backlog.put_back(batch)
+        # What the dispatcher has asked for since is of lanes that are not ours any more, and may come back to us in
+        # another state.
+        works += [work for work in self._work if work.is_patient]
+        self._work = deque(work for work in self._work if not work.is_patient)
         for work in works:
             work.done(Conflict("moved", error.message) if work.is_patient else error)
         self._lease = None
         self._giving, self._give_up_at = frozenset(), None
+        self._found = []
         await self._hold(frozenset())
         self.attend(standing=True)
 
@@ -725,20 +767,10 @@ class Receiver:
                 newest[key] = hot or _UNSEEN
                 if hot is None:
                     missing.append(key)
-        corrupt: dict[InstanceKey, StoreCorrupt] = {}
         if not missing:
-            return newest, corrupt
-        found: list[Loaded] = []
-        try:
-            found = await self._store.load(missing)
-        except StoreCorrupt:
-            for key in missing:
-                try:
-                    found.extend(await self._store.load([key]))
-                except StoreCorrupt as error:
-                    corrupt[key] = error
-            missing = [key for key in missing if key not in corrupt]
-        for key, loaded in zip(missing, found, strict=True):
+            return newest, {}
+        found, corrupt = await self._read(missing)
+        for key, loaded in found.items():
             if loaded.head is not None:
                 newest[key] = hot = Hot(loaded.head, loaded.instance)
                 if loaded.head.part in self.parts:
@@ -749,6 +781,20 @@ class Receiver:
             first = await self._store.reserve_pks(count)
             self._pks[:0] = range(first + count - 1, first - 1, -1)
         return newest, corrupt
+
+    async def _read(self, keys: list[InstanceKey]) -> tuple[dict[InstanceKey, Loaded], dict[InstanceKey, StoreCorrupt]]:
+        """What the store knows of `keys`, and why some of them cannot be read."""
+        try:
+            return dict(zip(keys, await self._store.load(keys), strict=True)), {}
+        except StoreCorrupt:
+            found: dict[InstanceKey, Loaded] = {}
+            corrupt: dict[InstanceKey, StoreCorrupt] = {}
+            for key in keys:
+                try:
+                    (found[key],) = await self._store.load([key])
+                except StoreCorrupt as error:
+                    corrupt[key] = error
+            return found, corrupt
 
     def _new_head(self, key: InstanceKey, now: datetime) -> Head:
         return Head(
@@ -762,30 +808,26 @@ class Receiver:
         )
 
     async def _add_rows(self, page: list[InboxRow]) -> None:
-        """Queues rows found at start. Those between two attempts go where they were when the process ended."""
-        between = [row for row in page if row.envelope.due_at is not None]
-        known = dict(
-            zip(
-                dict.fromkeys((row.envelope.saga_id, row.envelope.key) for row in between),
-                await self._store.load(list(dict.fromkeys((r.envelope.saga_id, r.envelope.key) for r in between))),
-                strict=True,
-            )
-        )
+        """Queues rows that were found in the store. Those between two attempts go where they were before."""
+        between = [row.envelope for row in page if row.envelope.due_at is not None]
+        known, corrupt = await self._read(list({(each.saga_id, each.key): None for each in between}))
+        fresh: list[Delivery] = []
         for row in page:
             envelope = row.envelope
             delivery = Delivery(envelope, (envelope.saga_id, envelope.key), row.ref)
             if self._abroad and (brought := self._abroad.pop(row.ref, None)) is not None:
                 delivery.settled = brought.settled  # We brought it to a partition that has come to us since.
             if envelope.due_at is None:
-                self._backlog.add(delivery)
+                fresh.append(delivery)
                 continue
-            instance = known[delivery.key].instance
-            starts = instance is None or is_terminal(instance.status)
+            instance = known[delivery.key].instance if delivery.key in known else None
+            starts = delivery.key not in corrupt and (instance is None or is_terminal(instance.status))
             if starts and not envelope.opens_run and envelope.run is None and not self._backlog.is_held(delivery):
                 self._backlog.hold(delivery)
                 self._set_alarm(delivery)
             else:
                 self._put_aside(delivery)
+        self._backlog.add_in_order(fresh)
 
     def _put_aside(self, delivery: Delivery) -> None:
         self._backlog.put_aside(delivery)

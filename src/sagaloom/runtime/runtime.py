@@ -692,8 +692,8 @@ class SagaRuntime:
         return self._dispatcher.is_quiet(parts)
 
     async def _hold(self, gained: frozenset[int], lost: frozenset[int]) -> None:
-        if lost:
-            self._dispatcher.drop(lost)
+        if lost or gained:
+            self._dispatcher.drop(lost | gained)  # a part of what is gained may have been read before, in vain
         if gained:
             await self._dispatcher.load(gained)
             self._timekeeper.gained(gained)

@@ -84,7 +84,18 @@ from sagaloom.ports.store import (
     UnitOfWork,
 )
 from sagaloom.stores.listing import Listing
-from sagaloom.stores.planning import ROW_BYTES_MAX, Beliefs, Plan, brings_only, check_size, doubt, pk_of, refused
+from sagaloom.stores.planning import (
+    ROW_BYTES_MAX,
+    Beliefs,
+    Plan,
+    brings_only,
+    check_size,
+    consumed_row,
+    decided_key,
+    doubt,
+    pk_of,
+    refused,
+)
 from sagaloom.stores.rows import (
     FEED_KEY,
     decode_cursor,
@@ -118,6 +129,8 @@ SCHEMA: Final = 2
 
 _TIERS: Final[frozenset[SagaDurabilityTier]] = frozenset({"t1", "t2"})
 _ROUNDS_MAX: Final = 16
+_ARRIVALS_MAX: Final = 3
+"""How often a commit looks at what has arrived meanwhile; then it leaves out whatever would have to know of it."""
 _PAGE: Final = 256
 
 _SCHEMA_KEY: Final[Key] = ("meta", "schema")
@@ -322,7 +335,7 @@ class KvSagaStore:
     async def _commit_planned(self, units: Sequence[UnitOfWork], lease: Lease, lost: set[int]) -> CommitResult:
         tenure = self._tenure
         member = member_key(lease.holder)
-        older: set[tuple[str, str]] = set()
+        arrived = 0
         marks_there: set[Key] = set()
         doubted: list[Key] = []
         looked_twice = False
@@ -330,15 +343,25 @@ class KvSagaStore:
             dead_letters = await self._beliefs.read_unknown(units, doubted, marks_there)
             plan = Plan()
             plan.lost |= lost
+            minded: set[int] = set()
             for index, unit in enumerate(units):
                 conflict: Conflict | None
                 try:
                     if unit.part not in tenure.parts and not brings_only(unit):
                         conflict = Conflict("moved", f"partition {unit.part} is not held by {lease.holder!r}")
-                    elif older and unit.instance is not None and (unit.instance.saga_id, unit.instance.key) in older:
-                        conflict = Conflict("behind", f"something older of {unit.instance.key!r:.80} has arrived")
                     else:
-                        conflict = plan.place(unit, self._beliefs, marks_there, dead_letters)
+                        conflict = None
+                        if tenure.is_shared and (decided := decided_key(unit)) is not None:
+                            row = consumed_row(unit)
+                            if tenure.is_behind(*decided, row):
+                                conflict = Conflict("behind", f"something older of {decided[1]!r:.80} has arrived")
+                            elif not tenure.is_settled(row):
+                                if arrived > _ARRIVALS_MAX:
+                                    conflict = Conflict("behind", f"messages keep arriving in partition {unit.part}")
+                                else:
+                                    minded.add(unit.part)
+                        if conflict is None:
+                            conflict = plan.place(unit, self._beliefs, marks_there, dead_letters)
                     if conflict is not None:
                         encode(unit)  # What can never be written is refused, whatever else is in its way.
                 except (TypeError, ValueError, OverflowError) as error:
@@ -352,25 +375,25 @@ class KvSagaStore:
                 if doubted:
                     continue
 
-            if tenure.is_shared:
-                plan.checks += tenure.arrival_checks({unit.part for unit in units if unit.instance is not None})
+            plan.checks += tenure.arrival_checks(minded)
             done = await self._write(plan, member)
             if isinstance(done, Committed):
+                tenure.nothing_arrived(minded)
                 lost |= plan.lost
                 bases = done.bases
                 return CommitResult(plan.conflicts, bases.get("inbox", 0), bases.get("outbox", 0), bases.get("feed", 0))
             if member in done.failed:
                 await tenure.look(lease)
             doubted = []
+            if any(key[0] == "arrivals" for key in done.failed):
+                arrived += 1
+                await tenure.read_arrivals(_PAGE)
             for key in done.failed:
-                if key[0] == "arrivals":
-                    arrived = await tenure.read_arrivals(_PAGE)
-                    older.update((row.envelope.saga_id, row.envelope.key) for row in arrived)
-                elif key[0] == "dedupe":
+                if key[0] == "dedupe":
                     marks_there.add(key)
                 elif key[0] == "transition":
                     doubted.append(("state", *key[1:3]))
-                elif key != member:
+                elif key[0] != "arrivals" and key != member:
                     doubted.append(key)
         raise BackendUnavailable(f"{self._kv.name}: somebody without the lease keeps changing the rows of this batch")
 

@@ -29,11 +29,10 @@ What we dislike about it: nothing removes runs that are over, and their idempote
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import re
 from collections.abc import Collection, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from typing import Final, NamedTuple, Protocol
 
 import msgspec
@@ -62,6 +61,23 @@ from sagaloom.ports.jobs import (
     Succeeded,
 )
 from sagaloom.ports.keyvalue import Check, Committed, Conflicted, Entry, Key, KeyValue
+from sagaloom.stores.job_rows import (
+    ClaimRow,
+    DedupeRow,
+    canonical,
+    decode_claim,
+    decode_dedupe,
+    decode_later,
+    decode_run,
+    dedupe_key,
+    index_key,
+    later_row,
+    moment_of,
+    number_at,
+    ready_key,
+    run_key,
+    text_at,
+)
 from sagaloom.stores.rows import decoded, encode, micros
 
 __all__ = ["SCHEMA", "KvJobRunStore", "Presence"]
@@ -72,34 +88,11 @@ _ROUNDS_MAX: Final = 32
 _PAGE: Final = 256
 _CLAIMS_MAX: Final = 10_000
 _JOBS_MAX: Final = 10_000
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _RUN_ID: Final = re.compile("[0-9a-f]{32}")
 
 _SCHEMA_KEY: Final[Key] = ("job_meta", "schema")
 _PULSE_KEY: Final[Key] = ("job_meta", "pulse")
 _PROBE_KEY: Final[Key] = ("job_meta", "probe")
-
-
-class _ClaimRow(NamedTuple):
-    holder: str
-    epoch: int
-    expires: int
-
-
-class _LaterRow(NamedTuple):
-    job_id: str
-    priority: int
-
-
-class _DedupeRow(NamedTuple):
-    run_id: str
-    digest: bytes
-
-
-_decode_run = msgspec.msgpack.Decoder(JobRun).decode
-_decode_claim = msgspec.msgpack.Decoder(_ClaimRow).decode
-_decode_later = msgspec.msgpack.Decoder(_LaterRow).decode
-_decode_dedupe = msgspec.msgpack.Decoder(_DedupeRow).decode
 
 
 class Presence(Protocol):
@@ -237,14 +230,14 @@ class KvJobRunStore:
 
     async def enqueue(self, run: JobRun) -> Enqueued:
         await self.open()
-        dedupe: tuple[Key, _DedupeRow] | None = None
+        dedupe: tuple[Key, DedupeRow] | None = None
         if run.idempotency_key is not None:
-            digest = content_digest(run.job_id, _canonical(run.payload))
-            dedupe = (_dedupe_key(run.job_id, run.idempotency_key), _DedupeRow(run.run_id, digest))
+            digest = content_digest(run.job_id, canonical(run.payload))
+            dedupe = (dedupe_key(run.job_id, run.idempotency_key), DedupeRow(run.run_id, digest))
         for _ in range(_ROUNDS_MAX):
             if dedupe is not None and (row := await self._kv.get(dedupe[0])) is not None:
-                return await self._first_of(run, dedupe[1], decoded(self._kv, row, _decode_dedupe))
-            inserts = [(_run_key(run.run_id), encode(run)), (_index_key(run), b""), self._waiting_row(run)]
+                return await self._first_of(run, dedupe[1], decoded(self._kv, row, decode_dedupe))
+            inserts = [(run_key(run.run_id), encode(run)), (index_key(run), b""), self._waiting_row(run)]
             if dedupe is not None:
                 inserts.append((dedupe[0], encode(dedupe[1])))
             puts: list[tuple[Key, bytes]] = [(_PULSE_KEY, b"")]
@@ -254,11 +247,11 @@ class KvJobRunStore:
             if isinstance(done, Committed):
                 self._seen.add(run.job_id)
                 return Enqueued(run, duplicate=False)
-            if _run_key(run.run_id) in done.failed:
+            if run_key(run.run_id) in done.failed:
                 raise MessageRejected(f"{self.name} has a run {run.run_id} already: enqueue another one")
         raise self._too_many_rounds("enqueueing")
 
-    async def _first_of(self, run: JobRun, offered: _DedupeRow, known: _DedupeRow) -> Enqueued:
+    async def _first_of(self, run: JobRun, offered: DedupeRow, known: DedupeRow) -> Enqueued:
         first = await self.get(known.run_id)
         if first is None:
             raise StoreCorrupt(f"{self.name}: run {known.run_id} is gone, and its idempotency key is not")
@@ -272,8 +265,8 @@ class KvJobRunStore:
 
     def _waiting_row(self, run: JobRun) -> tuple[Key, bytes]:
         if run.due_at <= run.created_at:
-            return _ready_key(run.job_id, run.priority, micros(run.due_at), run.run_id), b""
-        return _later_row(run)
+            return ready_key(run.job_id, run.priority, micros(run.due_at), run.run_id), b""
+        return later_row(run)
 
     # -- claiming -------------------------------------------------------------------------------------------------
 
@@ -290,14 +283,14 @@ class KvJobRunStore:
             pulse = row.versionstamp if row is not None else 0
             memory = self._memory
             if memory is not None and not self._is_news(memory, holder, wanted, pulse, micros(now)):
-                return Claimed((), _moment(memory.next_at))
+                return Claimed((), moment_of(memory.next_at))
             look = await self._look(holder, wanted, now=micros(now), limit=limit)
             runs = await self._take(look, holder, wanted, now=now, until=until, limit=limit)
             if runs is None:
                 continue
             is_done = look.is_complete and not runs
             self._memory = _Memory(holder, wanted, pulse, look.next_at, look.others) if is_done else None
-            return Claimed(runs, _moment(look.next_at))
+            return Claimed(runs, moment_of(look.next_at))
         raise self._too_many_rounds("claiming")
 
     def _is_news(self, memory: _Memory, holder: str, wanted: frozenset[str], pulse: int, now: int) -> bool:
@@ -314,22 +307,22 @@ class KvJobRunStore:
         # By run: one that somebody promotes between the two scans is in both.
         candidates: dict[str, _Candidate] = {}
         for row in later:
-            due, run_id = _number(row, 1), _text(row, 2)
+            due, run_id = number_at(row, 1), text_at(row, 2)
             if due > now:
                 moments.append(due)
                 break
             promoted[run_id] = row
-            job_id, priority = decoded(self._kv, row, _decode_later)
+            job_id, priority = decoded(self._kv, row, decode_later)
             if job_id in wanted:
                 candidates[run_id] = _Candidate(PRIORITY_MAX - priority, due, run_id, row)
         is_complete = len(promoted) < _PAGE
         for job_id in sorted(wanted):
             for row in await self._kv.scan(("job_ready", job_id), limit=limit):
-                run_id = _text(row, 4)
-                candidates[run_id] = _Candidate(_number(row, 2), _number(row, 3), run_id, row)
+                run_id = text_at(row, 4)
+                candidates[run_id] = _Candidate(number_at(row, 2), number_at(row, 3), run_id, row)
         claims = await self._kv.scan(("job_claim",), limit=_CLAIMS_MAX)
         takeovers: list[Entry] = []
-        held = [(row, decoded(self._kv, row, _decode_claim)) for row in claims]
+        held = [(row, decoded(self._kv, row, decode_claim)) for row in claims]
         others = frozenset(claim.holder for _, claim in held if claim.holder != holder)
         gone = self._gone(others)
         for row, claim in held:
@@ -353,14 +346,14 @@ class KvJobRunStore:
     ) -> tuple[JobRun, ...] | None:
         """The runs that were claimed; None when somebody was faster, and it must be looked again."""
         # All of them are read: which jobs they are of is in their runs.
-        over = await self._kv.get_many([_run_key(_text(row, 1)) for row in look.takeovers])
+        over = await self._kv.get_many([run_key(text_at(row, 1)) for row in look.takeovers])
         taken_over = [
             (claim_row, run_row)
             for claim_row, run_row in zip(look.takeovers, over, strict=True)
-            if run_row is None or decoded(self._kv, run_row, _decode_run).job_id in wanted
+            if run_row is None or decoded(self._kv, run_row, decode_run).job_id in wanted
         ][:limit]
         chosen = look.candidates[: limit - len(taken_over)]
-        waiting = await self._kv.get_many([_run_key(one.run_id) for one in chosen])
+        waiting = await self._kv.get_many([run_key(one.run_id) for one in chosen])
         checks: list[Check] = []
         inserts: list[tuple[Key, bytes]] = []
         puts: list[tuple[Key, bytes]] = []
@@ -368,7 +361,7 @@ class KvJobRunStore:
         runs: list[JobRun] = []
 
         def move(row: Entry | None, was: JobRunStatus) -> JobRun | None:
-            run = decoded(self._kv, row, _decode_run) if row is not None else None
+            run = decoded(self._kv, row, decode_run) if row is not None else None
             if row is None or run is None or run.status != was:
                 return None
             claimed = msgspec.structs.replace(
@@ -377,8 +370,8 @@ class KvJobRunStore:
             checks.append(Check(row.key, row.versionstamp))
             puts.append((row.key, encode(claimed)))
             if was != "running":
-                deletes.append(_index_key(run))
-                puts.append((_index_key(claimed), b""))
+                deletes.append(index_key(run))
+                puts.append((index_key(claimed), b""))
             runs.append(claimed)
             return claimed
 
@@ -387,21 +380,21 @@ class KvJobRunStore:
             if claimed is None:
                 return None
             checks.append(Check(claim_row.key, claim_row.versionstamp))  # a renewal at this very moment wins
-            puts.append((claim_row.key, encode(_ClaimRow(holder, claimed.epoch, micros(until)))))
+            puts.append((claim_row.key, encode(ClaimRow(holder, claimed.epoch, micros(until)))))
         for candidate, run_row in zip(chosen, waiting, strict=True):
             claimed = move(run_row, "pending")
             if claimed is None:
                 return None
             checks.append(Check(candidate.place.key, candidate.place.versionstamp))
             deletes.append(candidate.place.key)
-            inserts.append((("job_claim", claimed.run_id), encode(_ClaimRow(holder, claimed.epoch, micros(until)))))
+            inserts.append((("job_claim", claimed.run_id), encode(ClaimRow(holder, claimed.epoch, micros(until)))))
         taken = {run.run_id for run in runs}
         for run_id, row in look.promoted.items():
             if run_id not in taken:
-                job_id, priority = decoded(self._kv, row, _decode_later)
+                job_id, priority = decoded(self._kv, row, decode_later)
                 checks.append(Check(row.key, row.versionstamp))
                 deletes.append(row.key)
-                inserts.append((_ready_key(job_id, priority, _number(row, 1), run_id), b""))
+                inserts.append((ready_key(job_id, priority, number_at(row, 1), run_id), b""))
         if not checks:
             return ()
         done = await self._kv.commit(checks=checks, inserts=inserts, puts=puts, deletes=deletes)
@@ -421,9 +414,7 @@ class KvJobRunStore:
             if held:
                 done = await self._kv.commit(
                     checks=[Check(row.key, row.versionstamp) for _, row in held],
-                    puts=[
-                        (row.key, encode(_ClaimRow(claim.holder, claim.epoch, micros(until)))) for claim, row in held
-                    ],
+                    puts=[(row.key, encode(ClaimRow(claim.holder, claim.epoch, micros(until)))) for claim, row in held],
                 )
                 if isinstance(done, Conflicted):
                     continue
@@ -434,17 +425,17 @@ class KvJobRunStore:
     async def settle(self, claim: JobClaim, settlement: Settlement) -> JobRun:
         await self.open()
         for _ in range(_ROUNDS_MAX):
-            run_row, claim_row = await self._kv.get_many([_run_key(claim.run_id), ("job_claim", claim.run_id)])
+            run_row, claim_row = await self._kv.get_many([run_key(claim.run_id), ("job_claim", claim.run_id)])
             if run_row is None or claim_row is None or not self._is_held(claim, claim_row):
                 raise self._fenced(claim, run_row, claim_row)
-            before = decoded(self._kv, run_row, _decode_run)
+            before = decoded(self._kv, run_row, decode_run)
             after = _settled(before, settlement)
-            puts = [(run_row.key, encode(after)), (_index_key(after), b"")]
+            puts = [(run_row.key, encode(after)), (index_key(after), b"")]
             if after.status == "pending":
-                puts += [_later_row(after), (_PULSE_KEY, b"")]
+                puts += [later_row(after), (_PULSE_KEY, b"")]
             done = await self._kv.commit(
                 checks=[Check(row.key, row.versionstamp) for row in (run_row, claim_row)],
-                deletes=[claim_row.key, _index_key(before)],
+                deletes=[claim_row.key, index_key(before)],
                 puts=puts,
             )
             if isinstance(done, Committed):
@@ -452,13 +443,13 @@ class KvJobRunStore:
         raise self._too_many_rounds("settling")
 
     def _is_held(self, claim: JobClaim, row: Entry) -> bool:
-        return decoded(self._kv, row, _decode_claim)[:2] == (claim.holder, claim.epoch)
+        return decoded(self._kv, row, decode_claim)[:2] == (claim.holder, claim.epoch)
 
     def _fenced(self, claim: JobClaim, run_row: Entry | None, claim_row: Entry | None) -> Fenced:
         if claim_row is not None:
-            now = f"{decoded(self._kv, claim_row, _decode_claim).holder!r} has it"
+            now = f"{decoded(self._kv, claim_row, decode_claim).holder!r} has it"
         elif run_row is not None:
-            now = f"it is {decoded(self._kv, run_row, _decode_run).status}"
+            now = f"it is {decoded(self._kv, run_row, decode_run).status}"
         else:
             now = "there is no such run"
         return Fenced(
@@ -470,8 +461,8 @@ class KvJobRunStore:
 
     async def get(self, run_id: str) -> JobRun | None:
         await self.open()
-        row = await self._kv.get(_run_key(run_id))
-        return None if row is None else decoded(self._kv, row, _decode_run)
+        row = await self._kv.get(run_key(run_id))
+        return None if row is None else decoded(self._kv, row, decode_run)
 
     async def runs(
         self,
@@ -485,13 +476,13 @@ class KvJobRunStore:
         if cursor is not None and not _RUN_ID.fullmatch(cursor):
             raise MessageRejected(f"{cursor!r:.80} is no cursor of runs: take it from the page before")
         if not job_ids and not statuses:
-            before = _run_key(cursor) if cursor is not None else None
+            before = run_key(cursor) if cursor is not None else None
             rows = await self._kv.scan(("job_run",), before=before, limit=limit + 1, reverse=True)
-            found = [decoded(self._kv, row, _decode_run) for row in rows]
+            found = [decoded(self._kv, row, decode_run) for row in rows]
         else:
             ids = await self._ids(job_ids, statuses, cursor=cursor, limit=limit + 1)
-            entries = await self._kv.get_many([_run_key(run_id) for run_id in ids])
-            found = [decoded(self._kv, row, _decode_run) for row in entries if row is not None]
+            entries = await self._kv.get_many([run_key(run_id) for run_id in ids])
+            found = [decoded(self._kv, row, decode_run) for row in entries if row is not None]
         page = found[:limit]
         return page, page[-1].run_id if len(found) > limit else None
 
@@ -500,7 +491,7 @@ class KvJobRunStore:
     ) -> list[str]:
         """The newest runs of these jobs in these statuses: one scan each, merged."""
         if not job_ids:
-            job_ids = [_text(row, 1) for row in await self._kv.scan(("job_seen",), limit=_JOBS_MAX)]
+            job_ids = [text_at(row, 1) for row in await self._kv.scan(("job_seen",), limit=_JOBS_MAX)]
         lists: list[list[str]] = []
         for job_id in sorted(set(job_ids)):
             for status in sorted(set(statuses or JOB_RUN_STATUSES)):
@@ -508,7 +499,7 @@ class KvJobRunStore:
                 rows = await self._kv.scan(
                     prefix, before=(*prefix, cursor) if cursor is not None else None, limit=limit, reverse=True
                 )
-                lists.append([_text(row, 3) for row in rows])
+                lists.append([text_at(row, 3) for row in rows])
         # A run that changed its status between two scans is in two of them.
         return list(dict.fromkeys(heapq.merge(*lists, reverse=True)))[:limit]
 
@@ -527,44 +518,3 @@ def _settled(run: JobRun, settlement: Settlement) -> JobRun:
             return change(run, status="pending", holder=None, failure=failure, due_at=due_at)
         case Released():
             return change(run, status="pending", holder=None, attempt=run.attempt - 1)
-
-
-def _canonical(payload: bytes) -> bytes:
-    """The same bytes for the same JSON value, however its keys are ordered and its text is laid out."""
-    return msgspec.json.encode(msgspec.json.decode(payload), order="deterministic")
-
-
-def _run_key(run_id: str) -> Key:
-    return "job_run", run_id
-
-
-def _index_key(run: JobRun) -> Key:
-    return "job_index", run.job_id, run.status, run.run_id
-
-
-def _ready_key(job_id: str, priority: int, due: int, run_id: str) -> Key:
-    return "job_ready", job_id, PRIORITY_MAX - priority, due, run_id
-
-
-def _later_row(run: JobRun) -> tuple[Key, bytes]:
-    return ("job_later", micros(run.due_at), run.run_id), encode(_LaterRow(run.job_id, run.priority))
-
-
-def _dedupe_key(job_id: str, idempotency_key: str) -> Key:
-    return "job_dedupe", job_id, hashlib.blake2b(idempotency_key.encode(), digest_size=16).digest()
-
-
-def _moment(since_1970: int | None) -> datetime | None:
-    return None if since_1970 is None else _EPOCH + timedelta(microseconds=since_1970)
-
-
-def _number(row: Entry, position: int) -> int:
-    part = row.key[position]
-    assert isinstance(part, int)
-    return part
-
-
-def _text(row: Entry, position: int) -> str:
-    part = row.key[position]
-    assert isinstance(part, str)
-    return part

@@ -17,7 +17,7 @@ from sagaloom.definitions import SagaInstanceStatus
 from sagaloom.engine.records import DeadLetter, FeedRecord, Head, Instance
 from sagaloom.ids import instance_id
 from sagaloom.ports.keyvalue import Check, Committed, Entry, Key, KeyValue
-from sagaloom.ports.store import Conflict, UnitOfWork
+from sagaloom.ports.store import Conflict, RowRef, UnitOfWork
 from sagaloom.stores.rows import (
     dead_letter_keys,
     decode_dead_letter,
@@ -34,7 +34,18 @@ from sagaloom.stores.rows import (
     timer_key,
 )
 
-__all__ = ["ROW_BYTES_MAX", "Beliefs", "Plan", "brings_only", "check_size", "doubt", "pk_of", "refused"]
+__all__ = [
+    "ROW_BYTES_MAX",
+    "Beliefs",
+    "Plan",
+    "brings_only",
+    "check_size",
+    "consumed_row",
+    "decided_key",
+    "doubt",
+    "pk_of",
+    "refused",
+]
 
 ROW_BYTES_MAX: Final = 256 << 20
 
@@ -490,6 +501,19 @@ def brings_only(unit: UnitOfWork) -> bool:
         or unit.timers_add
         or unit.timers_remove
     )
+
+
+def decided_key(unit: UnitOfWork) -> tuple[str, str] | None:
+    """The saga and the correlation key whose message `unit` decides; None when it decides none."""
+    instance = unit.instance
+    return unit.about if instance is None else (instance.saga_id, instance.key)
+
+
+def consumed_row(unit: UnitOfWork) -> RowRef | None:
+    """The inbox row that the message of `unit` stands in; None when it comes from elsewhere."""
+    if unit.inbox_done is not None:
+        return unit.inbox_done
+    return None if unit.inbox_update is None else unit.inbox_update.ref
 
 
 def doubt(unit: UnitOfWork) -> list[Key]:

@@ -3,6 +3,7 @@
 The rows:
 
     member    holder       (epoch, works): everybody who writes
+    joined    0            empty; written anew by everybody who joins, so that of two who do so at once one looks again
     lease     partition    (holder, epoch) of who holds it; holder "" when it is free
     arrivals  partition    empty; written anew by each commit that brings messages to somebody else's partition
 
@@ -11,16 +12,18 @@ The rules:
 1. Every commit checks the member row of its writer: absent or changed, nothing is written. So one check stands for all
    partitions of a holder, and whoever takes one of them away removes the member row first: the old holder's next commit
    fails whole, it drops what it remembers, and joins again.
-2. A partition is taken when it is free, or when its holder is not a member, or is not alive any more (`Presence`). Dead
-   members are buried in the same commit.
-3. A worker takes up to its fair share, 64 partitions by the number of live workers, rounded up. Who holds more is told
-   so, ends what is under way there, and gives up the excess. Nobody leads.
+2. A partition is taken when it is free, or when its holder is not a member (or is one anew, with another epoch), or is
+   not alive any more (`Presence`). Dead members are buried in the same commit.
+3. A worker takes up to its fair share: 64 partitions by the number of live workers, and one more for the first of them
+   by name when that does not come out even. Who holds more is told so, ends what is under way there, and gives up the
+   excess. Nobody leads.
 4. Who joins rewrites the member row of everybody else, with the same content. Their next commit finds it changed, looks
    who is there, and from then on minds arrivals. So there is no moment in which a newcomer brings messages to somebody
    who believes to be alone.
-5. While there are others, a commit that applies messages checks the arrivals row of their partitions: what others
-   brought has to be known first (I9). What it meets there is read at once, and only messages of the same instances
-   wait.
+5. While there are others, a commit that decides messages checks the arrivals row of their partitions: what others
+   brought has to be known first (I9). What it meets there is read at once, and of the same instances only messages with
+   a smaller number than that are decided before it is handed out. A message that stands in the inbox below everything
+   that is known of its partition needs no check: nothing older can come.
 
 What we dislike about it: without `Presence` nobody can tell the dead, so the later one takes everything.
 """
@@ -35,13 +38,16 @@ import msgspec
 from sagaloom.errors import BackendUnavailable, Fenced
 from sagaloom.ids import PARTITIONS
 from sagaloom.ports.keyvalue import Check, Committed, Entry, Key, KeyValue
-from sagaloom.ports.store import Holding, InboxRow, Lease
+from sagaloom.ports.store import Holding, InboxRow, Lease, RowRef
 from sagaloom.stores.rows import decode_envelope, decode_lease, decoded, encode, number_of, ref_of
 
 __all__ = ["Presence", "Tenure", "member_key"]
 
 _ROUNDS_MAX: Final = 16
 _FREE: Final = ""
+_JOINED_KEY: Final[Key] = ("joined", 0)
+_UNREAD: Final = -1
+"""A versionstamp that no row has."""
 
 _decode_member = msgspec.msgpack.Decoder(tuple[int, bool]).decode
 
@@ -94,10 +100,12 @@ class Tenure:
         """Of each partition held: the number up to which its inbox rows are known."""
         self._stamps: dict[int, int | None] = {}
         """Of each partition held: the versionstamp that its arrivals row had when its inbox was read."""
-        self._own: set[tuple[int, int]] = set()
-        """Inbox rows of our own commits above what is seen, while there are others."""
+        self._own: dict[int, set[int]] = {}
+        """Of each partition held: the inbox rows of our own commits above what is seen, while there are others."""
         self._newest_own = 0
         self._arrived: list[InboxRow] = []
+        self._oldest_arrived: dict[tuple[str, str], int] = {}
+        """The smallest number among them for each (saga, key)."""
 
     @property
     def tells_the_dead(self) -> bool:
@@ -115,12 +123,14 @@ class Tenure:
         assert isinstance(done, Committed)  # without checks there is nothing to conflict with
         lease = Lease(holder, done.bases["epoch"])
         for _ in range(_ROUNDS_MAX):
+            last = await self._kv.get(_JOINED_KEY)  # before the members: who comes in between changes it
             others = [row for row in await self._members() if row.key != member_key(holder)]
             done = await self._kv.commit(
-                checks=[Check(row.key, row.versionstamp) for row in others],
+                checks=[Check(_JOINED_KEY, last.versionstamp if last else None), *_unchanged(others)],
                 puts=[
                     *((row.key, row.value) for row in others),
                     (member_key(holder), encode((lease.epoch, works))),
+                    (_JOINED_KEY, b""),
                 ],
             )
             if isinstance(done, Committed):
@@ -186,15 +196,17 @@ class Tenure:
     async def tend(self, lease: Lease, give_up: Collection[int]) -> Holding:
         """Takes up to a fair share, gives up, and buries the dead; tells what came of it."""
         for _ in range(_ROUNDS_MAX):
-            alive = self._presence.others() if self._presence is not None else frozenset[str]()
+            # Whoever joins shows itself first, so one who is a member and not alive afterwards is dead, or has left.
             members = {str(row.key[1]): row for row in await self._members()}
+            alive = self._presence.others() if self._presence is not None else frozenset[str]()
             own = members.pop(lease.holder, None)
             if own is None or decoded(self._kv, own, _decode_member)[0] != lease.epoch:
                 raise self.fenced(lease)
             living = {holder: row for holder, row in members.items() if holder in alive}
+            leases = {(holder, decoded(self._kv, row, _decode_member)[0]) for holder, row in living.items()}
             dead = [row for holder, row in members.items() if holder not in alive]
-            works = [True, *(decoded(self._kv, row, _decode_member)[1] for row in living.values())]
-            share = -(-PARTITIONS // sum(works))
+            workers = [holder for holder, row in living.items() if decoded(self._kv, row, _decode_member)[1]]
+            share = _fair_share(lease.holder, workers)
 
             rows = await self._lease_rows()
             held = {part for part, row in rows.items() if self._holder_of(row) == _held_by(lease)}
@@ -202,7 +214,7 @@ class Tenure:
             free = [
                 part
                 for part in range(PARTITIONS)
-                if part not in held and (part not in rows or self._holder_of(rows[part])[0] not in living)
+                if part not in held and (part not in rows or self._holder_of(rows[part]) not in leases)
             ]
             if lease.epoch % 2:
                 free.reverse()  # so that two who come at the same time seldom reach for the same one
@@ -229,14 +241,15 @@ class Tenure:
                     continue
             if given:
                 self.nudge()
+            if (members or own.versionstamp != self.stamp) and not self.is_shared:
+                self._share()  # also when they are gone again: what they brought is still to be read
             self.stamp = own.versionstamp
-            self._alive = alive
+            # Those who are about to join are looked at again.
+            self._alive = alive if len(alive) == len(living) else None
             self.parts = frozenset(kept)
             self._forget_parts(given)
             self._gain(taken)
-            self._wants_more = len(self.parts) < PARTITIONS // sum(works)
-            if living and not self.is_shared:
-                self._share()
+            self._wants_more = len(self.parts) < share
             self._may_be_alone = not living
             return Holding(self.parts, frozenset(taken), max(0, len(self.parts) - share), bool(living))
         raise self._crowded(lease.holder)
@@ -249,6 +262,7 @@ class Tenure:
                 self._drop()
             raise self.fenced(lease)
         self.stamp = row.versionstamp
+        self._alive, self._may_be_alone = None, False
         if lease != self.lease:
             self._drop()
             self.lease = lease
@@ -269,7 +283,19 @@ class Tenure:
         """Minds the inbox rows of a commit of ours: those are no arrivals."""
         self._newest_own = first + len(parts) - 1
         if self.is_shared:
-            self._own.update((part, first + n) for n, part in enumerate(parts) if part in self.parts)
+            for n, part in enumerate(parts, first):
+                if part in self.parts:
+                    self._own.setdefault(part, set()).add(n)
+
+    def is_settled(self, ref: RowRef | None) -> bool:
+        """Whether nothing older than inbox row `ref` can turn up in its partition any more."""
+        return ref is not None and ref.seq <= self._seen.get(ref.part, 0)
+
+    def is_behind(self, saga_id: str, key: str, ref: RowRef | None) -> bool:
+        """Whether a message of (saga_id, key), in inbox row `ref` or in none yet, comes after one that has arrived and
+        was not handed out."""
+        oldest = self._oldest_arrived.get((saga_id, key))
+        return oldest is not None and (ref is None or ref.seq > oldest)
 
     def nudge(self) -> None:
         if self._presence is not None:
@@ -279,45 +305,50 @@ class Tenure:
         return self._presence is not None and self._presence.listen(on_nudge)
 
     def arrival_checks(self, parts: Iterable[int]) -> list[Check]:
-        """The conditions under which messages of `parts` may be applied."""
+        """The conditions under which nothing has arrived in `parts` that is not known."""
         return [Check(("arrivals", part), self._stamps.get(part)) for part in parts]
 
-    async def read_arrivals(self, limit: int) -> list[InboxRow]:
-        """Reads what has arrived since, and keeps it for `take_arrivals`; returns what is new."""
+    def nothing_arrived(self, parts: Iterable[int]) -> None:
+        """Minds that these checks have held in the commit that has just ended."""
+        for part in parts:
+            if part in self._stamps:
+                self._know(part)
+
+    async def read_arrivals(self, limit: int) -> None:
+        """Reads what has arrived since, some `limit` messages at most, and keeps it for `take_arrivals`."""
         if not self.is_shared and all(part in self._stamps for part in self.parts):
-            return []
-        alone = self._may_be_alone
+            return
         stamps = {row.key[1]: row.versionstamp for row in await self._kv.scan(("arrivals",), limit=PARTITIONS)}
-        found: list[InboxRow] = []
+        enough = len(self._arrived) + limit
         for part in sorted(self.parts):
             stamp = stamps.get(part)
-            if part in self._stamps and self._stamps[part] == stamp:
-                continue
-            is_read = False
-            while not is_read and len(found) < limit:
+            is_read = self._stamps.get(part, _UNREAD) == stamp
+            own = self._own.get(part, ())
+            while not is_read and len(self._arrived) < enough:
                 after = ("inbox", part, self._seen.get(part, 0))
                 rows = await self._kv.scan(("inbox", part), after=after, limit=limit)
                 is_read = len(rows) < limit
                 for row in rows:
-                    place = (part, number_of(row))
-                    self._seen[part] = place[1]
-                    if place in self._own:
-                        self._own.discard(place)
-                    else:
-                        found.append(InboxRow(ref_of(row), decoded(self._kv, row, decode_envelope)))
+                    number = number_of(row)
+                    self._seen[part] = number
+                    if number not in own:
+                        # At once: what is seen is not read again, should the next read fail.
+                        self._arrived.append(InboxRow(ref_of(row), decoded(self._kv, row, decode_envelope)))
+                        self._mind(self._arrived[-1:])
             if not is_read:
                 break  # The rest of this partition, and the others, another time.
             self._stamps[part] = stamp
+            self._know(part)
         else:
-            if alone and self._may_be_alone:
+            if self._may_be_alone:
                 # Nobody is left who could bring anything, and what the last one brought has been read.
                 self.is_shared, self._may_be_alone = False, False
                 self._own.clear()
-        self._arrived += found
-        return found
 
     def take_arrivals(self, limit: int) -> list[InboxRow]:
         taken, self._arrived = self._arrived[:limit], self._arrived[limit:]
+        self._oldest_arrived.clear()
+        self._mind(self._arrived)
         return taken
 
     # -- small things ---------------------------------------------------------------------------------------------
@@ -332,13 +363,23 @@ class Tenure:
         self._stamps.clear()
         self._own.clear()
         self._arrived.clear()
+        self._oldest_arrived.clear()
 
     def _share(self) -> None:
         """From now on there are others. All that we know of came before the first thing that they brought."""
         self.is_shared = True
         for part in self.parts:
             if part in self._stamps:
-                self._seen[part] = max(self._seen.get(part, 0), self._newest_own)
+                self._know(part)
+
+    def _know(self, part: int) -> None:
+        """Nothing that others brought to `part` is unknown: whatever comes gets a number above all that we added."""
+        self._seen[part] = max(self._seen.get(part, 0), self._newest_own)
+        self._own.pop(part, None)
+
+    def _mind(self, rows: Iterable[InboxRow]) -> None:
+        for row in rows:
+            self._oldest_arrived.setdefault((row.envelope.saga_id, row.envelope.key), row.ref.seq)
 
     def _gain(self, parts: Iterable[int]) -> None:
         gained = frozenset(parts)
@@ -349,9 +390,11 @@ class Tenure:
         for part in parts:
             self._seen.pop(part, None)
             self._stamps.pop(part, None)
+            self._own.pop(part, None)
         if parts:
-            self._own = {place for place in self._own if place[0] not in parts}
             self._arrived = [row for row in self._arrived if row.ref.part not in parts]
+            self._oldest_arrived.clear()
+            self._mind(self._arrived)
 
     async def _members(self) -> list[Entry]:
         return await self._kv.scan(("member",), limit=1_000)
@@ -374,6 +417,12 @@ def member_key(holder: str) -> Key:
 
 def _held_by(lease: Lease) -> tuple[str, int]:
     return lease.holder, lease.epoch
+
+
+def _fair_share(holder: str, others: Collection[str]) -> int:
+    """How many partitions `holder` should have when `others` work beside it: the shares of all make up the whole."""
+    even, rest = divmod(PARTITIONS, 1 + len(others))
+    return even + (sum(other < holder for other in others) < rest)
 
 
 def _unchanged(rows: Iterable[Entry]) -> list[Check]:
