@@ -159,7 +159,7 @@ def _opened(pk: int, number: int, now: datetime, state: bytes, waiting: Waiting)
         inbox_add=inbox,
         outbox_add=(_effect(number, number, now),) if number < waiting.outbox else (),
         timers_add=tuple(timers),
-        feed=FeedRecord(now, account.id, key, 1, 1, "Opened", message_id, moments),
+        feed=(FeedRecord(now, account.id, key, 1, 1, "Opened", message_id, moments),),
     )
 
 

@@ -6,9 +6,9 @@
 
 The rules:
 
-- A child says on stdout, as a line of JSON, that it answers. One that ends before it ever did so ends everything: it
-  has said why on stderr, and would say it again for ever. One that has answered is started again whenever it ends,
-  almost at once after a long life, and a little later each time after a short one.
+- A child says on stdout, as a line of JSON, that it answers. One that exits before it ever did so ends everything: it
+  has said why on stderr, and would say it again for ever. One that has answered, or was killed, is started again
+  whenever it ends, almost at once after a long life, and a little later each time after a short one.
 - SIGTERM and Ctrl-C are passed on, and the children end in good order; what does not within seconds is killed, and so
   is everything at a second signal. Children are in process groups of their own, so that Ctrl-C reaches them once.
 - Each child reads a pipe that the supervisor never writes to. When the supervisor dies, however it does, the kernel
@@ -56,7 +56,7 @@ class Child:
 
 
 class ChildFailed(Exception):
-    """A child ended before it ever answered. `status` is how, as shells count."""
+    """A child exited before it ever answered. `status` is what it exited with."""
 
     def __init__(self, name: str, status: int) -> None:
         super().__init__(f"{name} ended with status {status} before it answered")
@@ -105,7 +105,7 @@ class _Keeper:
             status = await self._live()
             if self._stopping.is_set():
                 return
-            if not self.answered.done():
+            if not self.answered.done() and status >= 0:
                 raise ChildFailed(self.child.name, status)
             if time.monotonic() - began >= _LONG_LIFE_SECONDS:
                 backoff_seconds = _BACKOFF_SECONDS

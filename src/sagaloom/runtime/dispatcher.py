@@ -255,18 +255,17 @@ class Dispatcher:
                 self._next(lane)
                 return
         envelopes: tuple[Envelope, ...] = ()
-        sent, carried = effect, None
+        sent, sending, carried = effect, None, None
+        if effect.traceparent is not None:
+            carried = CARRIED.set(Trace(effect.traceparent, effect.tracestate))
+        if self.telemetry is not None:
+            sending = self.telemetry.send(effect)
+            sent = sending.effect
         try:
-            if effect.traceparent is not None:
-                carried = CARRIED.set(Trace(effect.traceparent, effect.tracestate))
             target = self._target_of(effect)
             server.began = time.monotonic()
             try:
-                if self.telemetry is None:
-                    replies = await target.deliver(effect)
-                else:
-                    with self.telemetry.sending(effect) as sent:
-                        replies = await target.deliver(sent)
+                replies = await target.deliver(sent)
             except asyncio.CancelledError:
                 # `asyncio.timeout` says the same and costs more than handing the effect to a function of this process.
                 if not server.is_overdue:
@@ -280,14 +279,20 @@ class Dispatcher:
             if replies:
                 envelopes = tuple([self._reply(sent, number, reply) for number, reply in enumerate(replies)])
         except Exception as error:  # noqa: BLE001 - whatever a target raises is that attempt's failure, not ours
+            if sending is not None:
+                sending.failed(error)
             self._failed(lane, effect, error)
         else:
+            if sending is not None:
+                sending.succeeded()
             self._counters.effects[effect.target_kind, "dispatched"] += 1
             self._options.on_step("dispatched")
             happened = _shown(_DISPATCHED, effect, self._clock.now())
             unit = UnitOfWork(part=ref.part, outbox_done=ref, inbox_add=envelopes, feed=(happened,))
             self._submit(_Served(unit, lane, effect, self._delivered))
         finally:
+            if sending is not None:
+                sending.end()
             if carried is not None:
                 CARRIED.reset(carried)
 

@@ -116,7 +116,8 @@ def answer_error(error: SagasError, request_headers: Headers) -> Answer:
     status = status_of(error)
     trace_id = trace_id_of(request_headers)
     if status == 500:
-        _log.error("%s: %s (trace %s)", error.code, error.message, trace_id, exc_info=error)
+        text = "%s: %s (trace %s)"
+        _log.error(text, error.code, error.message, trace_id, exc_info=error, extra={"trace_id": trace_id})
     extra: list[Header] = []
     if status in (429, 503):
         seconds = error.data.get("retryAfterSeconds", _RETRY_AFTER_SECONDS)
@@ -138,7 +139,7 @@ def answer_refusal(
 def answer_surprise(error: Exception, request_headers: Headers, *, where: str) -> Answer:
     """The answer to what nobody expected; the traceback goes to the log, under the trace id of the answer."""
     trace_id = trace_id_of(request_headers)
-    _log.error("unexpected error at %s (trace %s)", where, trace_id, exc_info=error)
+    _log.error("unexpected error at %s (trace %s)", where, trace_id, exc_info=error, extra={"trace_id": trace_id})
     # Not retryable: whether the request was carried out is unknown, so repeating it is the caller's decision.
     message = f"unexpected {type(error).__name__} at {where}: the log of the service tells more under this trace id"
     return _answer(500, Problem("INTERNAL", message, retryable=False, trace_id=trace_id), [])
