@@ -15,7 +15,7 @@ unexport VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install serve test check crash bench format clean
+.PHONY: help install serve test check crash bench docs format clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -23,7 +23,7 @@ help:  ## Show this list
 install: .venv/.installed-dev  ## Install everything for development (does nothing the second time)
 	@:
 
-serve: .venv/.installed  ## Serve the HTTP API with the demo sagas on http://127.0.0.1:8092; stop with Ctrl-C
+serve: .venv/.installed  ## Serve the demo sagas on http://127.0.0.1:8092 and jobs on :8091; stop with Ctrl-C
 serve: export NETSCRIPT_SAGA_STORE = kv
 serve:
 	@exec $(BIN)/python -m examples.serve
@@ -45,6 +45,10 @@ crash: install  ## Kill workers and count what was lost (shorter: KILLS=12 MESSA
 bench: install  ## Measure throughput and latency on this machine
 	$(BIN)/python -m bench
 
+docs: .venv/.installed-docs  ## Build the documentation into build/docs/index.html; a warning is an error
+	$(BIN)/python docs/generate.py
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -d build/doctrees docs build/docs
+
 format: install  ## Rewrite the code in the project's format, and fix what ruff can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -53,7 +57,7 @@ clean:  ## Remove the environment, the caches and what the demo wrote
 	rm -rf .venv .sagaloom .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Two stamps, so that `make serve` on a new machine fetches what it runs and not the tools we build with.
+# Stamps, so that `make serve` on a new machine fetches what it runs and not the tools we build with.
 # --inexact: a serve between two installs takes nothing away.
 .venv/.installed: pyproject.toml uv.lock | $(BIN)/uv
 	$(BIN)/uv sync --frozen --no-dev --inexact
@@ -62,6 +66,10 @@ clean:  ## Remove the environment, the caches and what the demo wrote
 .venv/.installed-dev: pyproject.toml uv.lock | $(BIN)/uv
 	$(BIN)/uv sync --frozen --all-extras
 	@touch .venv/.installed $@
+
+.venv/.installed-docs: .venv/.installed-dev
+	$(BIN)/uv sync --frozen --all-extras --group docs
+	@touch $@
 
 $(BIN)/uv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sagaloom needs Python 3.11 or newer; choose one with: make PYTHON=python3.12 install")'

@@ -15,7 +15,9 @@ from bench.workload import CountingStore, account, account_state, open_store
 from sagaloom.engine.records import (
     EffectSummary,
     Envelope,
-    FeedEvent,
+    FeedKind,
+    FeedMoment,
+    FeedRecord,
     Head,
     HistoryEntry,
     Instance,
@@ -140,7 +142,7 @@ def _opened(pk: int, number: int, now: datetime, state: bytes, waiting: Waiting)
     )
     step = StepRecord("handle", "Opened", "running", (EffectSummary("send", "bench:ledger", "0" * 40),))
     entry = HistoryEntry(1, 1, "applied", "Opened", message_id, now, "pending", "running", (step,), 1, _PAYLOAD)
-    event = FeedEvent("saga:started", now, account.id, key, 1, 1, "running", "Opened", message_id)
+    moments = (FeedMoment(FeedKind.STARTED, "running"),)
     inbox: tuple[Envelope, ...] = ()
     if number < waiting.inbox:
         inbox = (_envelope(number, f"waiting-{number:024d}", now),)
@@ -157,7 +159,7 @@ def _opened(pk: int, number: int, now: datetime, state: bytes, waiting: Waiting)
         inbox_add=inbox,
         outbox_add=(_effect(number, number, now),) if number < waiting.outbox else (),
         timers_add=tuple(timers),
-        events=(event,),
+        feed=(FeedRecord(now, account.id, key, 1, 1, "Opened", message_id, moments),),
     )
 
 

@@ -1,7 +1,8 @@
-"""Serves the demo sagas and their payments service: `NETSCRIPT_SAGA_STORE=kv python -m examples.serve`.
+"""Serves the demo sagas, their payments service and the demo jobs: `NETSCRIPT_SAGA_STORE=kv python -m examples.serve`.
 
-The sagas are in `sagaloom.demo`; `sagaloom serve MODULE` serves yours the same way. PORT, NETSCRIPT_SAGA_KV_PATH,
-SAGALOOM_TOKEN, PAYMENTS_PORT and FAIL_FIRST are read from the environment.
+They are in `sagaloom.demo`, and run as two processes that are started again when they die. `sagaloom serve MODULE` and
+`sagaloom jobs serve MODULE` serve yours. PORT, JOBS_PORT, NETSCRIPT_SAGA_KV_PATH, SAGALOOM_TOKEN, PAYMENTS_PORT and
+FAIL_FIRST are read from the environment.
 """
 
 from __future__ import annotations

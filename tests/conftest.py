@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
-GROUPS = ("core", "authoring", "stores", "runtime", "publisher", "doors", "workers", "typing", "examples", "bugs")
+GROUPS = (
+    *("core", "authoring", "stores", "runtime", "publisher", "doors", "workers", "telemetry"),
+    *("typing", "examples", "bugs"),
+)
 
 _HERE = Path(__file__).parent
 _seconds: dict[str, float] = defaultdict(float)

@@ -112,6 +112,7 @@ def _handle(cursor: Cursor, batch: list[Message], parts: list[int], settled: lis
     marks: list[Row] = []
     effects: list[Row] = []
     happened: list[Any] = []
+    events = 0
     now = time.time()
     for message in batch:
         pk, step = message.pk, message.step
@@ -156,9 +157,9 @@ def _handle(cursor: Cursor, batch: list[Message], parts: list[int], settled: lis
         sent += [message.id, now, 1, None, None, None, None, False, None, None, 0, None, None, None]
         effects.append((rows.outbox_key(parts[pk - 1], number), _pack(sent), stamp))
         number += 1
-        for kind in _EVENTS[step]:
-            happened.append((kind, now, _SAGA, key, 1, revision, status, _TYPES[step], message.id, None))
-    first: int = execute(_RESERVE, (len(happened), "c:feed")).fetchall()[0][0] - len(happened)
+        happened.append((now, _SAGA, key, 1, revision, _TYPES[step], message.id, _MOMENTS[step]))
+        events += len(_MOMENTS[step])
+    first: int = execute(_RESERVE, (events, "c:feed")).fetchall()[0][0] - events
     if settled:
         cursor.executemany(DELETE_OUTBOX, settled)
     for statement, made in (
@@ -180,10 +181,11 @@ def _handle(cursor: Cursor, batch: list[Message], parts: list[int], settled: lis
     return [(row[0],) for row in effects]
 
 
-_EVENTS = (
-    ("saga:message_received", "saga:started", "saga:state_changed"),
-    ("saga:message_received", "saga:state_changed"),
-    ("saga:message_received", "saga:state_changed", "saga:completed"),
+# What the feed shows of each message: received, started, changed, completed.
+_MOMENTS = (
+    ((0, "pending", None), (1, "running", None), (2, "running", None)),
+    ((0, "running", None), (2, "running", None)),
+    ((0, "running", None), (2, "completed", None), (4, "completed", None)),
 )
 
 

@@ -122,7 +122,8 @@ def create_durable_saga_runtime(
     `open_saga_runtime_kv` finds it.
 
     `targets` deliver effects; one for HTTP services comes by itself, with `services` as its address book (service
-    name to URL) before the environment's `services__<name>__http__0`.
+    name to URL) before the environment's `services__<name>__http__0`, and one for jobs, which asks the environment
+    for the workers API.
 
         async with create_durable_saga_runtime("kv", definitions=[order_saga]) as durable:
             await durable.runtime.publish({"type": "OrderPlaced", "payload": {"orderId": "o-1"}})
@@ -148,6 +149,12 @@ def create_durable_saga_runtime(
                     "services= was given beside a target of kind 'service', which would never read it: "
                     "hand the addresses to that target"
                 )
+            if not any(target.kind == "job" for target in given):
+                from sagaloom.targets import JobTarget
+
+                jobs = JobTarget()
+                owned.push_async_callback(jobs.close)
+                given.append(jobs)
             runtime = SagaRuntime(chosen, definitions=definitions, targets=given, clock=clock, options=options)
             return DurableSagaRuntime(runtime, owned.pop_all())
 

@@ -35,6 +35,7 @@ CRON_LENGTH_MAX = 255
 
 _SEARCHED_FROM = datetime(2000, 1, 1, tzinfo=UTC)
 _SECOND = timedelta(seconds=1)
+_FOLD_MAX = timedelta(hours=2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,11 @@ class Cron:
 
     def latest(self, moment: datetime) -> datetime | None:
         """The last moment at or before `moment`; None when there was none in fifty years."""
-        for found in _simulated(self, moment.replace(microsecond=0) + _SECOND, is_reverse=True):
+        start = moment.replace(microsecond=0) + _SECOND
+        if start.astimezone(_zone(self.timezone)).fold:
+            # From within the second of two equal hours the search back passes over the first one.
+            start += _FOLD_MAX
+        for found in _simulated(self, start, is_reverse=True):
             if found <= moment:
                 return found
         return None
@@ -80,13 +85,15 @@ def parse_cron(expression: str, timezone: str = "UTC") -> Cron:
             "example '0 3 * * *'"
         )
     if len(expression) > CRON_LENGTH_MAX:
-        raise DefinitionError(f"{expression!r:.40} has {len(expression)} characters: at most {CRON_LENGTH_MAX} are read")
+        raise DefinitionError(
+            f"{expression!r:.40} has {len(expression)} characters: at most {CRON_LENGTH_MAX} are read"
+        )
     cron = Cron(" ".join(fields), timezone)
     _zone(timezone)
     try:
         CronSim(cron.expression, _SEARCHED_FROM)
     except (CronSimError, AssertionError) as error:
-        if _is_read(" ".join((*fields[:3], "*", fields[4]))):
+        if _is_read(" ".join((*fields[:3], "*", fields[4]))) and _is_read(f"* * * {fields[3]} *"):
             raise _never(expression) from error
         raise DefinitionError(
             f"{expression!r:.80} is no cron expression ({error}): minute, hour, day of month, month, day of week; "

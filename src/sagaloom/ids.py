@@ -28,6 +28,7 @@ __all__ = [
     "instance_id",
     "key_hash",
     "new_message_id",
+    "new_traceparent",
     "parse_instance_id",
     "partition_of",
 ]
@@ -133,3 +134,8 @@ def content_digest(message_type: str, payload: bytes) -> bytes:
 def new_message_id(now: datetime) -> str:
     """A fresh id that sorts by time: 12 hex digits of milliseconds, then 80 random bits."""
     return (int(now.timestamp() * 1000) << 80 | _random.getrandbits(80)).to_bytes(16, "big").hex()
+
+
+def new_traceparent() -> str:
+    """A fresh W3C trace context, for work that came without one: a trace of its own, marked as sampled."""
+    return f"00-{_random.getrandbits(128) | 1:032x}-{_random.getrandbits(64) | 1:016x}-01"

@@ -14,28 +14,24 @@ is a global of the module. A module's `targets`, if it has that list, come along
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import os
-import re
-import sys
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final, TypeGuard, cast
 
 from sagaloom.definitions import SagaDefinition
 from sagaloom.errors import ConfigurationError
+from sagaloom.modules import ModuleKind, attribute_of, import_named, modules_named
 from sagaloom.ports.targets import EffectTarget
 
 __all__ = ["LoadedModules", "load_definitions", "load_modules", "named_modules"]
 
 _COLLECTIONS: Final = ("sagas", "saga_registry", "sagaRegistry", "registry", "definitions", "default")
 _SINGLES: Final = ("saga", "definition")
-_VARIABLE: Final = "SAGAS_REGISTRY_MODULE"
+_SAGAS: Final = ModuleKind(
+    noun="saga", variable="SAGAS_REGISTRY_MODULE", section="sagas", example="sagaloom serve shop.sagas"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,32 +55,17 @@ def named_modules(
     modules: Sequence[str] = (), *, env: Mapping[str, str] | None = None, directory: Path | None = None
 ) -> tuple[str, ...]:
     """The modules to load: `modules`, else `SAGAS_REGISTRY_MODULE`, else `[tool.sagaloom] sagas` in pyproject.toml."""
-    if modules:
-        return tuple(modules)
-    from_environment = (os.environ if env is None else env).get(_VARIABLE, "")
-    if names := tuple(name for part in from_environment.split(",") if (name := part.strip())):
-        return names
-    project = (directory if directory is not None else Path.cwd()) / "pyproject.toml"
-    if names := _modules_in(project):
-        return names
-    raise ConfigurationError(
-        "no saga modules named: give them on the command line (sagaloom serve shop.sagas), or set "
-        f"{_VARIABLE}, or write [tool.sagaloom] sagas = [...] in {project}"
-    )
+    return modules_named(_SAGAS, modules, env=env, directory=directory)
 
 
 def load_modules(names: Iterable[str], *, directory: Path | None = None) -> LoadedModules:
     """Imports each of `names` and takes what it exports. Dotted names are looked up in `directory` (by default the
     current one) too, as `python -m` does."""
-    folder = (directory if directory is not None else Path.cwd()).resolve()
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
     definitions: dict[str, tuple[SagaDefinition[Any], str]] = {}
     targets: dict[int, EffectTarget] = {}
     loaded: list[str] = []
     for name in names:
-        module_name, attribute = _split(name)
-        module = _import(module_name, folder)
+        module, attribute = import_named(_SAGAS, name, directory=directory)
         for definition in _definitions_of(module, attribute, name):
             known, where = definitions.setdefault(definition.id, (definition, name))
             if known is not definition and known.fingerprint != definition.fingerprint:
@@ -101,77 +82,9 @@ def load_modules(names: Iterable[str], *, directory: Path | None = None) -> Load
     )
 
 
-def _modules_in(project: Path) -> tuple[str, ...]:
-    try:
-        document = tomllib.loads(project.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return ()
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigurationError(f"{project} cannot be read: {error}") from error
-    section: object = document.get("tool", {}).get("sagaloom", {}).get("sagas", [])
-    names: object = [section] if isinstance(section, str) else section
-    if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in cast("Any", names)):
-        raise ConfigurationError(
-            f"{project}: [tool.sagaloom] sagas must be a list of module names, got {section!r:.80}"
-        )
-    return tuple(name.strip() for name in cast("list[str]", names))
-
-
-def _split(name: str) -> tuple[str, str | None]:
-    """A drive letter's colon is no separator: an attribute is an identifier, with dots, at the end."""
-    match = re.fullmatch(r"(.{2,}):([A-Za-z_][\w.]*)", name, re.DOTALL)
-    return (match[1], match[2]) if match else (name, None)
-
-
-def _import(name: str, folder: Path) -> ModuleType:
-    try:
-        if name.endswith(".py") or "/" in name or os.sep in name:
-            return _import_file(folder / name)
-        return importlib.import_module(name)
-    except ConfigurationError:
-        raise
-    except ModuleNotFoundError as error:
-        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
-            raise ConfigurationError(
-                f"Saga registry module {name} was not found: looked in {folder} and in the installed packages"
-            ) from error
-        raise ConfigurationError(f"Saga registry module {name} needs a module that is missing: {error}") from error
-    except Exception as error:
-        raise ConfigurationError(
-            f"Saga registry module {name} cannot be loaded: {type(error).__name__}: {error}"
-        ) from error
-
-
-def _import_file(path: Path) -> ModuleType:
-    path = path.resolve()
-    if not path.is_file():
-        raise ConfigurationError(f"Saga registry module {path} was not found: there is no such file")
-    # Two files of one name in different folders are two modules.
-    module_name = f"{path.stem}_{sha256(str(path).encode()).hexdigest()[:8]}".replace("-", "_")
-    if module_name in sys.modules:
-        return sys.modules[module_name]
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    if spec is None or spec.loader is None:
-        raise ConfigurationError(f"Saga registry module {path} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    # Before running it: dataclasses and pickled names look their module up by name.
-    sys.modules[module_name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[module_name]
-        raise
-    return module
-
-
 def _definitions_of(module: ModuleType, attribute: str | None, name: str) -> list[SagaDefinition[Any]]:
     if attribute is not None:
-        value: object = module
-        for part in attribute.split("."):
-            if not hasattr(value, part):
-                raise ConfigurationError(f"Saga registry module {name}: {module.__name__} has no {attribute!r}")
-            value = getattr(value, part)
-        return _checked(value, name, attribute)
+        return _checked(attribute_of(_SAGAS, module, attribute, name=name), name, attribute)
     exported = vars(module)
     for export in (*_COLLECTIONS, *_SINGLES):
         # `from . import registry` puts a module under that name; it is no export of definitions.

@@ -15,9 +15,18 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from sagaloom.errors import ConfigurationError
 
-__all__ = ["DEFAULT_KV_PATH", "DEFAULT_PORT", "DoorSettings", "is_loopback", "load_settings", "refuse_open_door"]
+__all__ = [
+    "DEFAULT_JOBS_PORT",
+    "DEFAULT_KV_PATH",
+    "DEFAULT_PORT",
+    "DoorSettings",
+    "is_loopback",
+    "load_settings",
+    "refuse_open_door",
+]
 
 DEFAULT_PORT: Final = 8092
+DEFAULT_JOBS_PORT: Final = 8091
 DEFAULT_KV_PATH: Final = Path(".sagaloom") / "sagas.db"
 
 
@@ -33,11 +42,18 @@ class DoorSettings(BaseSettings):
     port: int = Field(default=DEFAULT_PORT, ge=0, le=65535, validation_alias="PORT")
     token: SecretStr | None = Field(default=None, validation_alias="SAGALOOM_TOKEN")
     """The bearer token that every request needs; without one the door is open, on loopback only."""
+    requests_per_second: float | None = Field(default=None, gt=0, validation_alias="SAGALOOM_RATE_LIMIT")
+    """How many requests a second one address may send; without it there is no limit."""
     registry_module: str | None = Field(default=None, validation_alias="SAGAS_REGISTRY_MODULE")
     is_dev: bool = Field(default=False, validation_alias="SAGALOOM_DEV")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", validation_alias="SAGALOOM_LOG_LEVEL"
     )
+
+    @property
+    def bearer(self) -> str | None:
+        """The token in the clear, for those who check it or send it."""
+        return self.token.get_secret_value() if self.token is not None else None
 
 
 def load_settings(env: Mapping[str, str] | None = None, **overrides: Any) -> DoorSettings:

@@ -2,7 +2,7 @@
 
 import functools
 from dataclasses import FrozenInstanceError, dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar, TypedDict
 
 import msgspec
@@ -22,6 +22,7 @@ from sagaloom import (
     define_signal,
     saga_complete,
 )
+from sagaloom.definitions import SchedulePolicy, TimeoutPolicy
 
 
 @dataclass
@@ -438,6 +439,147 @@ def test_an_invariant_has_a_name_of_its_own() -> None:
         once.invariant("other", lambda: True)
 
 
+# --- schedules and timeouts ---
+
+
+@dataclass
+class Night:
+    full: bool = False
+
+
+class Strict(msgspec.Struct, forbid_unknown_fields=True):
+    full: bool = False
+
+
+class StrictTick(msgspec.Struct, forbid_unknown_fields=True):
+    scheduledFor: datetime  # noqa: N815 - as it is on the wire
+
+
+def test_a_schedule_is_read_at_the_call_and_stands_in_the_definition() -> None:
+    ready = DRAFT.schedule(" 0  3 * * * ", timezone=" Europe/Berlin ", catch_up="all").state({})
+
+    saga = ready.on("order:tick", handler).build()
+
+    assert saga.schedule == SchedulePolicy("0 3 * * *", "order:tick", "Europe/Berlin", "all")
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("Night", ("Night", b"{}", None)),
+        (Night, ("Night", b"{}", None)),
+        (Night(full=True), ("Night", b'{"full":true}', None)),
+        ({"type": "Night", "payload": {"full": True}}, ("Night", b'{"full":true}', None)),
+        (SagaMessage("Night", {}, correlation_key="k"), ("Night", b"{}", "k")),
+    ],
+)
+def test_a_tick_may_be_another_message(message: object, expected: tuple[Any, ...]) -> None:
+    saga = DRAFT.schedule("0 3 * * *", message=message).state({}).on(Night, handler).build()
+
+    assert saga.schedule is not None
+    assert expected == (saga.schedule.message_type, saga.schedule.payload, saga.schedule.correlation_key)
+
+
+def test_a_tick_fits_a_message_class_that_names_its_moment() -> None:
+    saga = DRAFT.schedule("0 3 * * *", message=StrictTick).state({}).on(StrictTick, handler).build()
+
+    assert saga.schedule is not None
+    assert saga.schedule.message_type == "StrictTick"
+
+
+def test_a_timeout_is_named_and_stands_in_the_definition() -> None:
+    ready = DRAFT.timeout("5m", message="Late").timeout(timedelta(days=2), message=Night(full=True), name="night")
+
+    saga = ready.state({}).on("Late", handler).on(Night, handler).build()
+
+    assert saga.timeouts == (
+        TimeoutPolicy(timedelta(minutes=5), "Late"),
+        TimeoutPolicy(timedelta(days=2), "Night", "night", b'{"full":true}'),
+    )
+
+
+HOURLY = DRAFT.schedule("0 * * * *")
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (lambda: DRAFT.schedule(" "), r"Saga schedule must not be empty\. saga 'order'"),
+        (lambda: DRAFT.schedule("@daily"), "saga 'order': schedule: '@daily' has 1 fields"),
+        (lambda: DRAFT.schedule("60 * * * *"), "saga 'order': schedule: '60 .*' is no cron expression"),
+        (lambda: DRAFT.schedule("0 0 31 2 *"), "saga 'order': schedule: '0 0 31 2 .*' never fires"),
+        (lambda: DRAFT.schedule("* * * * *", timezone=""), "must be a zone name"),
+        (lambda: DRAFT.schedule("* * * * *", timezone="Mars/Olympus"), "time zone 'Mars/Olympus' is unknown here"),
+        (lambda: DRAFT.schedule("* * * * *", catch_up="some"), "schedule catch_up 'some' is unknown: use 'latest'"),
+        (lambda: DRAFT.schedule("* * * * *", message=7), "schedule message: 7 is no message"),
+        (lambda: DRAFT.schedule("* * * * *", message=int), "int is no message class"),
+        (lambda: DRAFT.schedule("* * * * *", message=" "), "Saga schedule message type must not be empty"),
+        (lambda: DRAFT.schedule("* * * * *", message="saga:cancel"), "is reserved"),
+        (lambda: DRAFT.schedule("* * * * *", message=SagaMessage("A", {}, id="m")), "has id='m': leave it out"),
+        (
+            lambda: DRAFT.schedule("* * * * *", message=SagaMessage("A", {}, idempotency_key="i")),
+            "has idempotency_key='i'",
+        ),
+        (
+            lambda: DRAFT.schedule("* * * * *", message=SagaMessage("A", {}, correlation_key="")),
+            "correlation_key is empty",
+        ),
+        (lambda: HOURLY.schedule("* * * * *"), "has the schedule '0 .*' already"),
+        (lambda: DRAFT.timeout("soon", message="A"), "timeout: Schedule delay must use"),
+        (lambda: DRAFT.timeout("-5m", message="A"), "timeout: Schedule delay must use"),
+        (lambda: DRAFT.timeout(-1, message="A"), "timeout: Schedule delay must be a non-negative"),
+        (lambda: DRAFT.timeout(0, message="A"), "timeout must be longer"),
+        (lambda: DRAFT.timeout(datetime.now(UTC), message="A"), "timeout: Schedule delay must be"),
+        (lambda: DRAFT.timeout("1d", message={"type": "A", "payload": {1}}), "timeout message: untyped JSON at"),
+        (lambda: DRAFT.timeout("1d", message=None), "timeout message: None is no message"),
+        (lambda: DRAFT.timeout("1d", message=SagaMessage("A", {}, correlation_key="k")), "has correlation_key='k'"),
+        (lambda: DRAFT.timeout("1d", message="A", name=" "), "timeout name must be a non-empty string"),
+        (lambda: DRAFT.timeout("1d", message="A", name="a\n"), "timeout name 'a.n' holds a control character"),
+        (lambda: DRAFT.timeout("1d", message="A").timeout("2d", message="B"), "already has a timeout called 'timeout'"),
+    ],
+)
+def test_a_schedule_or_timeout_that_cannot_be_is_refused_at_the_call(call: Any, reason: str) -> None:
+    with pytest.raises(DefinitionError, match=reason):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("stage", "reason"),
+    [
+        (HOURLY.state({}).on("A", handler), "schedule '0 .*' sends 'order:tick', which no handler takes: add"),
+        (DRAFT.timeout("1d", message="Late").state({}).on("A", handler), "timeout 'timeout' sends 'Late', which no"),
+        (
+            DRAFT.schedule("0 * * * *", message=Strict(full=True)).state({}).on(Strict, handler),
+            "sends 'Strict' with '.*scheduledFor.*', which its handler cannot take",
+        ),
+        (
+            DRAFT.timeout("1d", message="OrderPlaced").state({}).on(OrderPlaced, handler),
+            "sends 'OrderPlaced' with '{}', which its handler cannot take",
+        ),
+        (
+            HOURLY.state({}).on("order:tick", handler, starts=False),
+            "its tick 'order:tick' starts no instance and names none",
+        ),
+    ],
+)
+def test_a_saga_that_cannot_take_its_own_message_does_not_build(stage: Any, reason: str) -> None:
+    with pytest.raises(DefinitionError, match=reason):
+        stage.build()
+
+
+@pytest.mark.parametrize(
+    "draft",
+    [
+        HOURLY.singleton(),
+        HOURLY.correlate(lambda message: "k"),
+        HOURLY.correlate("order:tick", lambda message: "k"),
+        DRAFT.schedule("0 * * * *", message=SagaMessage("order:tick", {}, correlation_key="k")),
+    ],
+)
+def test_a_tick_that_starts_nothing_needs_a_key(draft: Any) -> None:
+    assert draft.state({}).on("order:tick", handler, starts=False).build().schedule is not None
+
+
 # --- what is typed, checked, and not built yet ---
 
 SIGNAL = define_signal("approve", OrderPlaced)
@@ -448,8 +590,6 @@ QUERY = define_query("progress", int)
     ("method", "call"),
     [
         ("concurrency", lambda: DRAFT.concurrency(3, lambda message: "a", on_limit="wait")),
-        ("schedule", lambda: DRAFT.schedule("0 3 * * *", message={"type": "Nightly"}, catch_up="all")),
-        ("timeout", lambda: DRAFT.timeout("5m", message=OrderPlaced("o-1"))),
         ("during", lambda: READY.during("new", OrderPlaced, handler)),
         ("when_all", lambda: READY.when_all([OrderPlaced, "B"], handler)),
         ("on_signal", lambda: READY.on_signal(SIGNAL, handler)),
@@ -471,14 +611,6 @@ def test_what_is_not_built_yet_says_so(method: str, call: Any) -> None:
         (lambda: DRAFT.concurrency(True), r"Saga concurrency limit must be a positive integer\."),
         (lambda: DRAFT.concurrency(1, "key"), "the concurrency key"),
         (lambda: DRAFT.concurrency(1, on_limit="drop"), "concurrency on_limit 'drop'"),
-        (lambda: DRAFT.schedule(" "), r"Saga schedule must not be empty\."),
-        (lambda: DRAFT.schedule("@daily"), "has 1 fields"),
-        (lambda: DRAFT.schedule("* * * * *", message="Tick"), "schedule message: 'Tick' is no message"),
-        (lambda: DRAFT.schedule("* * * * *", timezone=""), "must be a zone name"),
-        (lambda: DRAFT.schedule("* * * * *", catch_up="some"), "schedule catch_up 'some'"),
-        (lambda: DRAFT.timeout("soon", message={"type": "A"}), "timeout: Schedule delay must use"),
-        (lambda: DRAFT.timeout(0, message={"type": "A"}), "timeout must be longer"),
-        (lambda: DRAFT.timeout(1, message={"type": "A", "payload": {1}}), "timeout message: untyped JSON at"),
         (lambda: READY.during("", "A", handler), r"status of \.during"),
         (lambda: READY.during("new", "", handler), "Saga event type must not be empty"),
         (lambda: READY.during("new", "A", handler, on_unexpected="x"), "on_unexpected of 'A' 'x'"),

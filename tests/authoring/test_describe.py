@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from sagaloom import RetryPolicy, define_saga
+import pytest
+
+from sagaloom import RetryPolicy, SagaDefinition, define_saga
 from sagaloom.describe import describe
 
 
@@ -74,6 +76,7 @@ def test_a_description_has_the_facts_under_the_names_of_the_wire() -> None:
         },
         "concurrency": None,
         "schedule": None,
+        "timeouts": [],
         "reuse": "new_run",
         "singleton": False,
         "invariants": ["is new"],
@@ -93,8 +96,47 @@ def test_the_graph_leads_from_start_over_types_to_compensations() -> None:
     ]
 
 
-def test_every_edge_of_the_graph_joins_two_of_its_nodes() -> None:
-    graph = describe(SAGA)["graph"]
+TIMED = (
+    define_saga("report")
+    .schedule("0 3 * * *", timezone="Europe/Berlin", catch_up="none")
+    .timeout("90s", message="Late")
+    .timeout("2h", message="Later", name="second")
+    .state({})
+    .on("report:tick", handler)
+    .on("Late", handler, starts=False)
+    .on("Later", handler, starts=False)
+    .build()
+)
+
+
+def test_a_description_tells_when_a_saga_ticks_and_when_its_runs_time_out() -> None:
+    described = describe(TIMED)
+
+    assert described["schedule"] == {
+        "cron": "0 3 * * *",
+        "timezone": "Europe/Berlin",
+        "catchUp": "none",
+        "messageType": "report:tick",
+    }
+    assert described["timeouts"] == [
+        {"name": "timeout", "delay": 90_000, "messageType": "Late"},
+        {"name": "second", "delay": 7_200_000, "messageType": "Later"},
+    ]
+
+
+def test_the_graph_shows_what_a_schedule_and_the_timeouts_send() -> None:
+    edges = [(edge["from"], edge["kind"], edge["to"]) for edge in describe(TIMED)["graph"]["edges"]]
+
+    assert edges[3:] == [
+        ("schedule", "ticks", "report:tick"),
+        ("timeout timeout", "times out", "Late"),
+        ("timeout second", "times out", "Later"),
+    ]
+
+
+@pytest.mark.parametrize("saga", [SAGA, TIMED])
+def test_every_edge_of_the_graph_joins_two_of_its_nodes(saga: SagaDefinition[Any]) -> None:
+    graph = describe(saga)["graph"]
 
     nodes = {node["id"] for node in graph["nodes"]}
     assert {end for edge in graph["edges"] for end in (edge["from"], edge["to"])} <= nodes

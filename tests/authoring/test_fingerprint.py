@@ -104,6 +104,16 @@ VARIANTS: dict[str, Callable[[], Any]] = {
     "migration": lambda: READY.on("A", handler).version(2, migrate={1: lambda state: state}),
     "other migration": lambda: READY.on("A", handler).version(2, migrate={1: lambda state: {**state}}),
     "invariant": lambda: READY.on("A", handler).invariant("i", lambda state: True),
+    "schedule": lambda: READY.on("A", handler).schedule("0 3 * * *", message="A"),
+    "schedule at another time": lambda: READY.on("A", handler).schedule("0 4 * * *", message="A"),
+    "schedule in another zone": lambda: READY.on("A", handler).schedule(
+        "0 3 * * *", message="A", timezone="Asia/Tokyo"
+    ),
+    "schedule with another policy": lambda: READY.on("A", handler).schedule("0 3 * * *", message="A", catch_up="all"),
+    "scheduled payload": lambda: READY.on("A", handler).schedule("0 3 * * *", message={"type": "A", "payload": 1}),
+    "timeout": lambda: READY.on("A", handler).timeout("5m", message="A"),
+    "longer timeout": lambda: READY.on("A", handler).timeout("6m", message="A"),
+    "timeout of another name": lambda: READY.on("A", handler).timeout("5m", message="A", name="late"),
     "other invariant": lambda: READY.on("A", handler).invariant("j", lambda state: True),
 }
 

@@ -102,7 +102,18 @@ StartServer = Callable[..., Server]
 
 
 def environment(**changes: str) -> dict[str, str]:
-    read = ("NETSCRIPT_", "SAGA", "PORT", "PAYMENTS_PORT", "FAIL_FIRST", "ASPNETCORE_", "DOTNET_", "services__")
+    read = (
+        "NETSCRIPT_",
+        "SAGA",
+        "PORT",
+        "PAYMENTS_PORT",
+        "JOBS_",
+        "WORKERS_",
+        "FAIL_FIRST",
+        "ASPNETCORE_",
+        "DOTNET_",
+        "services__",
+    )
     plain = {name: value for name, value in os.environ.items() if not name.startswith(read)}
     return {**plain, "PYTHONPATH": str(ROOT), "NO_COLOR": "1", "PAYMENTS_PORT": "0", **changes}
 
@@ -334,14 +345,35 @@ def test_a_taken_port_is_said_before_the_store_is_touched(tmp_path: Path) -> Non
     assert not (tmp_path / ".sagaloom").exists()
 
 
-def test_a_second_server_on_one_store_is_refused(jobs: Server) -> None:
-    line = (
-        sagaloom("serve", "jobs_module.py", "--port", "0", cwd=jobs.cwd, NETSCRIPT_SAGA_STORE="kv")
-        .stderr.strip()
-        .splitlines()[-1]
+def test_an_api_without_a_worker_waits_for_one_and_the_next_one_takes_over(tmp_path: Path, start: StartServer) -> None:
+    (tmp_path / "jobs_module.py").write_text(MODULE)
+    door = start(*SERVE_JOBS, "--no-worker", cwd=tmp_path, NETSCRIPT_SAGA_STORE="kv")
+    publish = ("publish", "Taken", "--payload", "{}", "--url", door.url, "--json", "--wait")
+
+    def disposition(seconds: str, key: str) -> str:
+        said = sagaloom(*publish, seconds, "--correlation-key", key, cwd=tmp_path)
+        found: str = json.loads(said.stdout)["outcomes"][0]["disposition"]
+        return found
+
+    alone = disposition("200ms", "j-1")
+    first = start("sagaloom", "worker", "jobs_module.py", "--json", cwd=tmp_path, NETSCRIPT_SAGA_STORE="kv")
+    with_one = disposition("10s", "j-2")
+    start("sagaloom", "serve", "jobs_module.py", "--no-api", "--json", cwd=tmp_path, NETSCRIPT_SAGA_STORE="kv")
+    first.kill()
+    taken_over = disposition("10s", "j-3")
+
+    assert first.said == {"event": "working"}
+    assert (alone, with_one, taken_over) == ("pending", "applied", "applied")
+
+
+def test_serving_neither_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "jobs_module.py").write_text(MODULE)
+
+    line = refusal(
+        sagaloom("serve", "jobs_module.py", "--no-worker", "--no-api", cwd=tmp_path, NETSCRIPT_SAGA_STORE="kv")
     )
 
-    assert f"in use by process {jobs.process.pid}" in line
+    assert "nothing to do" in line
 
 
 def test_an_open_door_to_the_outside_is_refused(tmp_path: Path) -> None:

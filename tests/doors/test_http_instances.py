@@ -13,6 +13,8 @@ from tests.doors.http_door import PREFIX, Door, Switch, open_door, order_saga, s
 
 KEYS = ["a/b", "a/history", "history", "a/history/history", "/", "//", "a/", "?run=2", "a%2Fb", "a b+c", "😀/ü", ".x."]
 
+TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
 
 @pytest.fixture
 async def door() -> AsyncIterator[Door]:
@@ -39,7 +41,7 @@ def keys_of(response: httpx2.Response) -> list[str]:
 
 
 async def test_an_instance_shows_its_state_untouched_beside_its_own_fields(door: Door) -> None:
-    await door.publish(payload={"amount": 7}, correlationId="o-1", wait="5s")
+    await door.publish(payload={"amount": 7}, correlationId="o-1", traceparent=TRACE, wait="5s")
     door.clock.advance("90s")
     await door.publish("OrderPaid", {}, correlationId="o-1", wait="5s")
 
@@ -62,6 +64,7 @@ async def test_an_instance_shows_its_state_untouched_beside_its_own_fields(door:
         "endedAt": "2026-01-01T00:01:30.000Z",
         "result": {"paid": True},
         "lastMessageType": "OrderPaid",
+        "traceparent": TRACE,
     }
 
 
@@ -161,7 +164,7 @@ async def test_a_run_is_chosen_by_number_and_the_newest_by_default(door: Door) -
 
 
 async def test_a_history_entry_says_what_the_message_did(door: Door) -> None:
-    await door.publish(payload={"amount": 7}, correlationId="o-1", messageId="m-1", wait="5s")
+    await door.publish(payload={"amount": 7}, correlationId="o-1", messageId="m-1", traceparent=TRACE, wait="5s")
 
     (entry,) = (await door.get("/instances/order/o-1/history")).json()["history"]
 
@@ -191,6 +194,7 @@ async def test_a_history_entry_says_what_the_message_did(door: Door) -> None:
         "attempt": 1,
         "origin": "door",
         "definitionVersion": 1,
+        "traceparent": TRACE,
     }
 
 
@@ -305,7 +309,8 @@ async def test_a_list_is_read_to_its_end_by_its_cursors(door: Door) -> None:
         ("createdAfter=2026-01-01T00:00:00", "timezone"),
         ("createdBefore=0001-01-01T00:00:00%2B14:00", "createdBefore"),
         ("statsu=running", "statsu"),
-        ("cursor=nonsense", "nonsense"),
+        ("cursor=nonsense", "cursor"),
+        ("status=running&status=done", "status.1"),
     ],
 )
 async def test_a_filter_that_is_none_is_refused_by_name(door: Door, query: str, named: str) -> None:
@@ -313,3 +318,18 @@ async def test_a_filter_that_is_none_is_refused_by_name(door: Door, query: str, 
 
     assert (response.status_code, response.json()["code"]) == (422, "VALIDATION_ERROR")
     assert named in response.json()["message"]
+    assert list(response.json()["data"]["fieldErrors"])
+
+
+async def test_a_total_beyond_what_is_counted_says_that_it_is_an_estimate(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sagaloom.service.reading._COUNTED_MAX", 3)
+    await filled(door, 2)
+    exact = (await door.get("/instances")).json()
+    await filled(door, 4)
+
+    estimated = (await door.get("/instances")).json()
+
+    assert (exact["total"], exact["totalIsEstimate"]) == (3, False)
+    assert (estimated["total"], estimated["totalIsEstimate"]) == (3, True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any
@@ -168,12 +169,13 @@ async def test_the_trace_of_the_headers_is_taken_when_the_body_has_none(door: Do
 
 
 @pytest.mark.parametrize("trace", ["nonsense", "00-" + "0" * 32 + "-00f067aa0ba902b7-01"])
-async def test_a_malformed_trace_is_dropped_and_the_message_taken(door: Door, trace: str) -> None:
+async def test_a_malformed_trace_gives_way_to_a_new_one_and_the_message_is_taken(door: Door, trace: str) -> None:
     response = await door.publish("Noted", {}, correlationId="n-1", traceparent=trace)
 
     assert response.status_code == 202
     (entry,) = (await door.get("/instances/note/n-1/history")).json()["history"]
-    assert "traceparent" not in entry
+    assert re.fullmatch(r"00-[0-9a-f]{32}-[0-9a-f]{16}-01", entry["traceparent"])
+    assert entry["traceparent"] != trace
 
 
 @pytest.mark.parametrize("content_type", [None, "application/json; charset=utf-8", "application/cloudevents+json"])

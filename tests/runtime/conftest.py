@@ -17,6 +17,7 @@ from sagaloom.runtime.options import RuntimeOptions
 from sagaloom.runtime.receipts import Outcome, PublishReceipt
 from sagaloom.runtime.runtime import SagaRuntime
 from sagaloom.stores.kv import KvSagaStore
+from sagaloom.telemetry import TelemetryProviders
 from sagaloom.testing.clock import ManualClock
 
 
@@ -80,7 +81,9 @@ class Bench:
         self.receiver = Receiver()
         self._lives: list[Life] = []
 
-    async def live(self, *definitions: SagaDefinition[Any], **options: Any) -> Life:
+    async def live(
+        self, *definitions: SagaDefinition[Any], telemetry: TelemetryProviders | None = None, **options: Any
+    ) -> Life:
         kv = await SqliteKeyValue.open(self.path)
         presence = FilePresence(self.path, lease_seconds=options.get("lease_seconds", 6.0))
         runtime = SagaRuntime(
@@ -89,6 +92,7 @@ class Bench:
             targets=[self.receiver],
             clock=self.clock,
             options=RuntimeOptions(**options),
+            telemetry=telemetry,
         )
         await runtime.start()
         life = Life(runtime, kv)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sagaloom import SagasError, define_saga, saga_compensate, saga_complete, saga_fail, send
-from sagaloom.engine.records import FeedEvent
+from sagaloom.engine.records import FeedEvent, FeedKind, FeedMoment, FeedRecord
 from sagaloom.errors import BackendUnavailable, MessageRejected
 from sagaloom.kv.sqlite import SqliteKeyValue
 from sagaloom.ports.store import Lease, UnitOfWork
@@ -30,6 +30,23 @@ def event(n: int, saga_id: str = "orders", key: str = "o-1", kind: str = "saga:s
     return FeedEvent(kind, NOW, saga_id, key, 1, n, "running", "Added", f"m-{n}")
 
 
+def shown_as(*events: FeedEvent) -> tuple[FeedRecord, ...]:
+    """What a unit has to carry for the feed to show `events`."""
+    return tuple(
+        FeedRecord(
+            event.at,
+            event.saga_id,
+            event.key,
+            event.run,
+            event.revision,
+            event.message_type,
+            event.message_id,
+            (FeedMoment(FeedKind[event.type.removeprefix("saga:").upper()], event.status),),
+        )
+        for event in events
+    )
+
+
 class Feed:
     """A hub over a store whose commits are events and nothing else."""
 
@@ -43,7 +60,7 @@ class Feed:
         """Commits `count` events, and says so as the receiver does."""
         events = tuple(event(self.written + n + 1, **more) for n in range(count))
         self.written += count
-        await write(self.store, self.lease, UnitOfWork(part=0, events=events))
+        await write(self.store, self.lease, UnitOfWork(part=0, feed=shown_as(*events)))
         self.hub.committed()
 
     def cursor(self, number: int) -> str:
@@ -227,7 +244,7 @@ async def test_watches_that_wait_at_a_head_that_is_pruned_away_are_reset(feed: F
     await rounds()
     # Written, and pruned again, before the reader hears of it.
     for _ in range(5):
-        await write(feed.store, feed.lease, UnitOfWork(part=0, events=(event(1),)))
+        await write(feed.store, feed.lease, UnitOfWork(part=0, feed=shown_as(event(1))))
     await feed.store.prune_feed(before=4, limit=100)
 
     feed.hub.committed()
@@ -332,6 +349,25 @@ async def test_watches_of_every_pace_see_the_same_while_others_commit(feed: Feed
     *found, _ = await asyncio.gather(*(watch_at(pace) for pace in (0, 0, 50, 400)), commit())
 
     assert found == [list(range(1, total + 1))] * 4
+
+
+async def test_watches_that_are_far_behind_let_others_run(feed: Feed) -> None:
+    await feed.add(256 * 40)
+    watches = [feed.hub.watch(after=0) for _ in range(3)]
+    turns = 0
+
+    async def turn() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    turning = asyncio.ensure_future(turn())
+    found = await asyncio.gather(*(numbers(watch, 256 * 40) for watch in watches))
+    turning.cancel()
+
+    assert found == [list(range(1, 256 * 40 + 1))] * 3
+    assert turns >= 3 * 40
 
 
 async def test_what_is_kept_at_hand_has_a_bound(feed: Feed) -> None:
@@ -524,7 +560,7 @@ async def test_a_store_that_cannot_tell_is_read_now_and_then() -> None:
     reading = asyncio.ensure_future(numbers(hub.watch(after=0), 1))
     await rounds()
 
-    await write(inner, lease, UnitOfWork(part=0, events=(event(1),)))
+    await write(inner, lease, UnitOfWork(part=0, feed=shown_as(event(1))))
 
     assert await asyncio.wait_for(reading, 10) == [1]
     hub.close("stopped")

@@ -28,7 +28,7 @@ from sagaloom.testing.contracts.sagastore import (
     dead_letter_of,
     effect_of,
     envelope_of,
-    event_of,
+    feed_of,
     head_of,
     mark_of,
     next_of,
@@ -417,7 +417,7 @@ class Run:
             {"outbox_update": OutboxRow(GONE, effect_of(start_of(head_of("eu/1", 1))))},
             {"timer_done": pending_of(timer_of("eu/1", "t-none", 1))},
             {"dead_letter_done": "d-none"},
-            {"events": (replace(event_of(start_of(head_of("eu/1", 1))), detail="\ud800"),)},
+            {"feed": feed_of(start_of(head_of("eu/1", 1)), "\ud800")},
         ]
         ways += [{"inbox_done": ref} for ref in self.some(self.past.inbox)]
         ways += [{"inbox_update": InboxRow(ref, self.past.inbox[ref])} for ref in self.some(self.past.inbox)]
@@ -566,13 +566,13 @@ class Run:
     def whole(self, before: Instance | None, after: Instance, **more: Any) -> UnitOfWork:
         """A step with everything that a decision may ask for."""
         message_id = self.message_id()
-        events = tuple(event_of(after, f"saga:{n}") for n in range(self.dice.randint(0, 3)))
+        feed = feed_of(after, *[f"event {n}" for n in range(self.dice.randint(0, 3))])
         effects = tuple(effect_of(after, n) for n in range(self.dice.randint(0, 2)))
         cascaded = tuple(
             envelope_of(self.dice.choice(KEYS), f"{message_id}-{n}") for n in range(self.dice.randint(0, 2))
         )
         timers = (timer_of(after.key, f"t-{self.dice.randint(1, 20)}", self.dice.randint(0, 30)),)
-        facts = {"mark": mark_of(message_id, run=after.run), "events": events, "outbox_add": effects}
+        facts = {"mark": mark_of(message_id, run=after.run), "feed": feed, "outbox_add": effects}
         facts |= {"inbox_add": cascaded, "timers_add": timers[: self.dice.randint(0, 1)]}
         return step_of(before, after, **{**facts, **more})
 
@@ -642,7 +642,7 @@ async def test_the_store_over_sqlite_does_what_the_model_does(seed: int, tmp_pat
 async def test_a_store_that_remembers_next_to_nothing_does_what_the_model_does(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("_RUNS_KNOWN_MAX", "_HEADS_KNOWN_MAX", "_ROWS_KNOWN_MAX", "_FRESH_PKS_MAX"):
+    for name in ("_RUNS_KNOWN_MAX", "_HEADS_KNOWN_MAX", "_ROWS_KNOWN_MAX"):
         monkeypatch.setattr(planning, name, 2)
 
     await Run(2_000 + seed, MemoryKeyValue()).play()

@@ -695,4 +695,4 @@ async def test_statements_are_counted(path: Path) -> None:
         writes = store.statements - before
 
     assert reads == 3
-    assert writes == 1 + 1 + 1 + 2 + 1  # check, versionstamp, counter, puts, delete
+    assert writes == 1 + 2 + 2 + 2 + 1  # check, versionstamp, counter, puts, delete

@@ -23,7 +23,7 @@ from sagaloom.testing.contracts.sagastore import (
     NOW,
     effect_of,
     envelope_of,
-    event_of,
+    feed_of,
     head_of,
     kinds,
     mark_of,
@@ -128,10 +128,29 @@ async def test_a_store_that_was_not_opened_has_no_id_yet(store: KvSagaStore) -> 
 
 async def test_a_store_of_a_newer_schema_is_refused(kv: Watched, store: KvSagaStore) -> None:
     await store.open()
-    await kv.commit(puts=[(("meta", "schema"), b"2")])
+    await kv.commit(puts=[(("meta", "schema"), b"3")])
 
-    with pytest.raises(ConfigurationError, match=r"schema 2.*upgrade sagaloom"):
+    with pytest.raises(ConfigurationError, match=r"schema 3.*upgrade sagaloom"):
         await KvSagaStore(kv).load([("orders", "o-1")])
+
+
+async def test_the_feed_of_schema_1_is_read_and_an_older_program_kept_out(
+    kv: Watched, store: KvSagaStore, lease: Lease
+) -> None:
+    instance = await started(store, lease, "o-1")
+    old, new = feed_of(instance, "a", "b", "c")[0].events(), feed_of(instance, "d")
+    await kv.commit(
+        puts=[(rows.FEED_KEY, rows.encode((old[:2], old[2:]))), (("meta", "schema"), b"1")], reserve={"feed": 3}
+    )
+
+    store = KvSagaStore(kv)
+    await write(store, await store.acquire("worker-2", now=NOW), UnitOfWork(part=0, feed=new))
+
+    assert await store.feed(after=1, limit=9) == list(enumerate([*old[1:], *new[0].events()], 2))
+    assert await store.feed_bounds() == (1, 4)
+    schema = await kv.get(("meta", "schema"))
+    assert schema is not None
+    assert schema.value == b"2"
 
 
 async def test_a_marker_that_is_none_is_refused(kv: Watched, store: KvSagaStore) -> None:
@@ -273,7 +292,7 @@ async def test_a_batch_is_one_commit_with_one_feed_row_and_one_check_of_its_leas
     units = []
     for n in range(3):
         head = head_of(f"o-{n}", first + n)
-        units.append(step_of(None, start_of(head), head=head, events=(event_of(start_of(head)),) * 2))
+        units.append(step_of(None, start_of(head), head=head, feed=feed_of(start_of(head), "a", "b")))
 
     await write(store, lease, *units)
 
@@ -319,9 +338,9 @@ async def test_a_row_that_is_too_large_is_the_fault_of_its_own_unit(
 ) -> None:
     monkeypatch.setattr(planning, "ROW_BYTES_MAX", 2_000)
     instances = [await started(store, lease, f"o-{n}") for n in range(5)]
-    steps = [step_of(run, next_of(run), events=(event_of(run),)) for run in instances]
+    steps = [step_of(run, next_of(run), feed=feed_of(run, "a")) for run in instances]
     huge = next_of(instances[3], state=b"x" * 2_001)
-    steps[3] = step_of(instances[3], huge, events=(event_of(huge),))
+    steps[3] = step_of(instances[3], huge, feed=feed_of(huge, "a"))
 
     result = await store.commit([*steps, step_of(huge, next_of(huge))], lease=lease)
 
@@ -400,7 +419,7 @@ async def test_a_page_of_the_feed_reads_only_rows_that_have_part_in_it(kv: Watch
     lease = await store.acquire("worker-1", now=NOW)
     instance = await started(store, lease, "o-1")
     for _ in range(40):
-        await write(store, lease, UnitOfWork(part=0, events=(event_of(instance),) * 10))
+        await write(store, lease, UnitOfWork(part=0, feed=feed_of(instance, *["x"] * 10)))
     entries: list[Entry] = []
     scan = kv.scan
 

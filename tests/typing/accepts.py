@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any, Literal, TypedDict, assert_type
 
 import attrs
@@ -42,6 +43,14 @@ from sagaloom.integration.publisher import (
 )
 from sagaloom.publisher import HttpSagaPublisher, SyncHttpSagaPublisher
 from sagaloom.runtime import HttpSagaPublisherOptions, create_saga_publisher, create_sync_saga_publisher
+from sagaloom.workers import (
+    JobContext,
+    JobDefinition,
+    JobResult,
+    create_failure_result,
+    create_success_result,
+    define_job_handler,
+)
 
 
 @dataclass(frozen=True)
@@ -149,6 +158,9 @@ full = (
     .correlate(OrderPlaced, rule)
     .correlate("PaymentCaptured", lambda message: str(message.payload["order_id"]))
     .retry(RetryPolicy(maximum_attempts=3))
+    .schedule("0 3 * * *", message="Anything", timezone="Europe/Berlin", catch_up="all")
+    .timeout("30m", message=Cancelled(reason="late"))
+    .timeout(timedelta(days=1), message=SagaMessage("Anything", None), name="day")
     .reuse("new_run")
     .singleton()
     .version(2, migrate={1: from_version_1})
@@ -238,3 +250,30 @@ async def publishing(port: SagaPublisherPort[OrderPlaced]) -> None:
     async with publisher as opened:
         narrower: SagaPublisherPort[OrderPlaced] = opened
         await publishing(narrower)
+
+
+# --- Jobs ------------------------------------------------------------------------------------------------------------
+
+
+@define_job_handler
+def plain_job(ctx: JobContext[dict[str, Any]]) -> JobResult[str]:
+    assert_type(ctx.payload, dict[str, Any])
+    return create_success_result(ctx.run_id)
+
+
+@define_job_handler(id="pay", payload=OrderPlaced, timeout="30s", retry=RetryPolicy(maximum_attempts=2))
+async def typed_job(ctx: JobContext[OrderPlaced]) -> JobResult[int] | JobResult[None]:
+    assert_type(ctx.payload.order_id, str)
+    if ctx.attempt > 1:
+        return create_failure_result("once was enough", retryable=False)
+    return create_success_result(ctx.attempt)
+
+
+async def job_function(ctx: JobContext[OrderDict]) -> JobResult[str]:
+    return create_success_result(ctx.payload["status"])
+
+
+assert_type(plain_job, JobDefinition[dict[str, Any]])
+assert_type(typed_job, JobDefinition[OrderPlaced])
+assert_type(define_job_handler(job_function, payload=OrderDict), JobDefinition[OrderDict])
+assert_type(create_failure_result("no", {"a": 1}), JobResult[dict[str, int]])

@@ -12,6 +12,13 @@ from typing import Any, TypedDict
 from sagaloom import CascadedMessage, Saga, SagaContext, SagaMessage, define_query, define_saga, define_signal
 from sagaloom.integration.publisher import SagaPublisherPort
 from sagaloom.runtime import create_saga_publisher, create_sync_saga_publisher
+from sagaloom.workers import (
+    JobContext,
+    JobResult,
+    create_failure_result,
+    create_success_result,
+    define_job_handler,
+)
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,13 @@ def invoice_is_paid(state: Invoice) -> bool:
     return True
 
 
+def job(ctx: JobContext[OrderPlaced]) -> JobResult[str]:
+    return create_success_result(ctx.payload.order_id)
+
+
+def job_without_result(ctx: JobContext[OrderPlaced]) -> None: ...
+
+
 draft = define_saga("order")
 ready = draft.state(Order())
 untyped = draft.state({"status": "new"})
@@ -142,6 +156,9 @@ ready.on(OrderPlaced, takes_two)  # type: ignore[arg-type]  # pyright: ignore[re
 
 # Settings that do not exist.
 draft.durability("t4")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # expect: error
+draft.schedule("0 3 * * *", catch_up="some")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # expect: error
+draft.schedule(3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # expect: error
+draft.timeout("5m")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]  # expect: error
 draft.reuse("always")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # expect: error
 ready.on(OrderPlaced, placed, on_missing="wait")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]  # expect: error
 
@@ -164,3 +181,11 @@ blocking.publish(OrderPlaced("o-1"), corelation_key="o-1")  # type: ignore[call-
 blocking.publish_many([OrderPlaced("o-1")], mode="both")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # expect: error
 blocking.publish_many([OrderPlaced("o-1")], idempotency_key="k-1")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]  # expect: error
 create_saga_publisher[OrderPlaced](url="http://127.0.0.1:8092")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]  # expect: error
+
+# A job of another payload, without a result, or with options that do not exist.
+define_job_handler(job, payload=InvoiceSent)  # type: ignore[arg-type]  # pyright: ignore[reportCallIssue, reportArgumentType]  # expect: error
+define_job_handler(job)  # type: ignore[arg-type]  # pyright: ignore[reportCallIssue, reportArgumentType]  # expect: error
+define_job_handler(job_without_result, payload=OrderPlaced)  # type: ignore[arg-type]  # pyright: ignore[reportCallIssue, reportArgumentType]  # expect: error
+define_job_handler(job, payload=OrderPlaced, retries=3)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]  # expect: error
+define_job_handler(id="pay", payload=InvoiceSent)(job)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # expect: error
+create_failure_result(404)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]  # expect: error

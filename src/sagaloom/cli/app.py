@@ -10,11 +10,16 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sagaloom.cli.client import DEFAULT_URL, ApiClient, CommandFailed, instance_path
+from sagaloom.cli.jobs import jobs_app
+from sagaloom.cli.operating import add_dead_letter_commands, add_instance_commands
+from sagaloom.cli.options import AsJson, Host, Insecure, Key, Limit, Run, Saga, Token, Url
+from sagaloom.cli.payloads import json_of
+from sagaloom.cli.timing import add_schedule_commands, add_timer_commands
 
 if TYPE_CHECKING:
     from sagaloom.cli.doctor import Finding
@@ -32,22 +37,16 @@ app = typer.Typer(
 sagas_app = typer.Typer(help="The sagas a server has loaded.", no_args_is_help=True)
 instances_app = typer.Typer(help="Running and finished instances.", no_args_is_help=True)
 dead_letters_app = typer.Typer(help="Messages and effects that were given up.", no_args_is_help=True)
+timers_app = typer.Typer(help="Messages that instances get later.", no_args_is_help=True)
+schedules_app = typer.Typer(help="Sagas that tick by the clock.", no_args_is_help=True)
 app.add_typer(sagas_app, name="sagas")
 app.add_typer(instances_app, name="instances")
 app.add_typer(dead_letters_app, name="dead-letters")
+app.add_typer(timers_app, name="timers")
+app.add_typer(schedules_app, name="schedules")
+app.add_typer(jobs_app, name="jobs")
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Url = Annotated[str, typer.Option("--url", envvar="SAGALOOM_URL", help="Where the server is.")]
-Token = Annotated[
-    str | None, typer.Option("--token", envvar="SAGALOOM_TOKEN", show_envvar=True, help="The server's bearer token.")
-]
-Limit = Annotated[int, typer.Option("--limit", min=1, max=1000, help="How many at most.")]
-Run = Annotated[int | None, typer.Option("--run", min=1, help="Which run; by default the newest.")]
-Saga = Annotated[str, typer.Argument(help="The saga's id.", show_default=False)]
-Key = Annotated[str, typer.Argument(help="The correlation key.", show_default=False)]
-Host = Annotated[str | None, typer.Option("--host", help="The address to listen on; by default 127.0.0.1.")]
 Port = Annotated[int | None, typer.Option("--port", min=0, max=65535, help="The port; by default PORT, else 8092.")]
-Insecure = Annotated[bool, typer.Option("--insecure", help="Listen beyond loopback without a token.")]
 Modules = Annotated[
     list[str] | None,
     typer.Argument(
@@ -57,7 +56,6 @@ Modules = Annotated[
         show_default=False,
     ),
 ]
-_PAYLOAD_BYTES_MAX: Final = 64 << 20
 
 
 @app.callback(invoke_without_command=True)
@@ -107,29 +105,61 @@ def serve(
     port: Port = None,
     token: Token = None,
     insecure: Insecure = False,
+    no_worker: Annotated[
+        bool, typer.Option("--no-worker", help="Only the API: other processes on the same store run the sagas.")
+    ] = False,
+    no_api: Annotated[bool, typer.Option("--no-api", help="Only run the sagas, like 'sagaloom worker'.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Serve the HTTP API and run the sagas of the given modules, in one process."""
+    """Serve the HTTP API and run the sagas of the given modules, in one process.
+
+    Several processes may do so on one store: they share the work, and when one dies the others take over."""
+    if no_worker and no_api:
+        raise CommandFailed("--no-worker and --no-api together leave nothing to do: leave one of them out")
+    settings = _settings(host=host, port=port, token=token)
+    path = _kv_path_to_serve(settings)
+    _serve(
+        modules or [], settings, path=path, is_insecure=insecure, as_json=as_json, works=not no_worker, api=not no_api
+    )
+
+
+@app.command()
+def worker(modules: Modules = None, as_json: AsJson = False) -> None:
+    """Run the sagas of the given modules without an API, beside other processes on the same store."""
+    settings = _settings(host=None, port=None, token=None)
+    _serve(modules or [], settings, path=_kv_path_to_serve(settings), is_insecure=False, as_json=as_json, api=False)
+
+
+def _kv_path_to_serve(settings: DoorSettings) -> Path:
     from sagaloom.discovery import load_appsettings, resolve_saga_store_backend
 
-    settings = _settings(host=host, port=port, token=token)
-    backend = resolve_saga_store_backend(os.environ, load_appsettings())
-    if backend == "sql":
+    if resolve_saga_store_backend(os.environ, load_appsettings()) == "sql":
         raise CommandFailed("the sql saga store is not part of this version: set NETSCRIPT_SAGA_STORE=kv")
-    _serve(modules or [], settings, path=_kv_path(settings), is_insecure=insecure, as_json=as_json)
+    return _kv_path(settings)
 
 
-def _serve(modules: Sequence[str], settings: DoorSettings, *, path: Path, is_insecure: bool, as_json: bool) -> None:
+def _serve(
+    modules: Sequence[str],
+    settings: DoorSettings,
+    *,
+    path: Path,
+    is_insecure: bool,
+    as_json: bool,
+    works: bool = True,
+    api: bool = True,
+) -> None:
     from sagaloom.cli.logs import configure_logs
     from sagaloom.cli.server import PORT_HINT, Plan, announcer, listen, run
     from sagaloom.registry import load_definitions
     from sagaloom.settings import refuse_open_door
 
-    refuse_open_door(settings, is_insecure=is_insecure)
+    if api:
+        refuse_open_door(settings, is_insecure=is_insecure)
     loaded = load_definitions(modules)
-    listener = listen(settings.host, settings.port, hint=PORT_HINT)
+    listener = listen(settings.host, settings.port, hint=PORT_HINT) if api else None
     configure_logs(settings.log_level)
     names = ", ".join(definition.id for definition in loaded.definitions)
+    text = f"running {names} in {path}" if not api else f"serving {names} on {{url}}"
     run(
         Plan(
             settings=settings,
@@ -137,7 +167,8 @@ def _serve(modules: Sequence[str], settings: DoorSettings, *, path: Path, is_ins
             definitions=loaded.definitions,
             targets=loaded.targets,
             kv_path=path,
-            announce=announcer(f"serving {names} on {{url}}", as_json=as_json),
+            announce=announcer(text, as_json=as_json),
+            works=works,
         )
     )
 
@@ -183,7 +214,7 @@ def publish(
     """Publish a message."""
     from sagaloom.cli.output import print_json
 
-    body: dict[str, object] = {"type": message_type, "payload": _json_of(payload)}
+    body: dict[str, object] = {"type": message_type, "payload": json_of(payload)}
     if correlation_key is not None:
         body["correlationKey"] = correlation_key
     if idempotency_key is not None:
@@ -227,25 +258,6 @@ def _print_receipt(answer: Mapping[str, Any]) -> None:
         ],
         empty="no saga took it",
     )
-
-
-def _json_of(payload: str) -> object:
-    import msgspec
-
-    try:
-        if payload == "-":
-            content = sys.stdin.buffer.read(_PAYLOAD_BYTES_MAX)
-        elif payload.startswith("@"):
-            content = Path(payload[1:]).read_bytes()
-        else:
-            content = payload.encode()
-        return msgspec.json.decode(content)
-    except (OSError, UnicodeError) as error:
-        raise CommandFailed(f"--payload {payload:.80} cannot be read: {error}", exit_code=2) from error
-    except msgspec.DecodeError as error:
-        raise CommandFailed(
-            f'--payload is no JSON: {error}; for example --payload \'{{"orderId": "o-1"}}\'', exit_code=2
-        ) from error
 
 
 # --- Looking ---------------------------------------------------------------------------------------------------------
@@ -369,6 +381,28 @@ def instances_history(
     )
 
 
+@instances_app.command("watch")
+def instances_watch(
+    saga: Annotated[str | None, typer.Option("--saga", help="Only of this saga.")] = None,
+    key: Annotated[str | None, typer.Option("--key", help="Only of this correlation key.")] = None,
+    after: Annotated[
+        str | None,
+        typer.Option("--after", help="Begin behind the event with this id; 0 is the oldest one kept. By default now."),
+    ] = None,
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each event.")] = False,
+) -> None:
+    """Show what happens to instances as it happens, until interrupted. Comes back by itself after a cut connection."""
+    from sagaloom.cli.watching import watch
+
+    with ApiClient(url, token) as api:
+        watch(api, saga=saga, key=key, after=after, as_json=as_json)
+
+
+add_instance_commands(instances_app)
+
+
 def _effect_text(effect: Mapping[str, Any]) -> str:
     target = effect.get("target")
     return f"{effect['kind']} {target}" if target else str(effect["kind"])
@@ -388,7 +422,7 @@ def _print_next_page(answer: Mapping[str, Any]) -> None:
         print(f"more with --cursor {answer['cursor']}")
 
 
-# --- Repairing -------------------------------------------------------------------------------------------------------
+# --- Dead letters -----------------------------------------------------------------------------------------------------
 
 
 @dead_letters_app.command("list")
@@ -440,37 +474,29 @@ def dead_letters_show(
         _print_one(api.get(_letter_path(letter)), as_json=as_json)
 
 
-@dead_letters_app.command("redrive")
-def dead_letters_redrive(
-    letter: DeadLetterId, url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False
-) -> None:
-    """Try one again: a message enters anew, an effect leaves and its lane goes on."""
-    _repair(letter, "redrive", "redriven", url=url, token=token, as_json=as_json)
-
-
-@dead_letters_app.command("discard")
-def dead_letters_discard(
-    letter: DeadLetterId, url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False
-) -> None:
-    """Give one up for good: its idempotency key is free again, its lane goes on without it."""
-    _repair(letter, "discard", "discarded", url=url, token=token, as_json=as_json)
-
-
-def _repair(letter: str, verb: str, done: str, *, url: str, token: str | None, as_json: bool) -> None:
-    from sagaloom.cli.output import print_json
-
-    with ApiClient(url, token) as api:
-        answer = api.post(f"{_letter_path(letter)}/{verb}")
-    if as_json:
-        print_json(answer)
-    else:
-        print(f"{done}: {answer['type']} of {answer['sagaName']}:{answer['correlationKey']}")
+add_dead_letter_commands(dead_letters_app)
+add_timer_commands(timers_app)
+add_schedule_commands(schedules_app)
 
 
 def _letter_path(letter: str) -> str:
     from urllib.parse import quote
 
     return f"/dead-letters/{quote(letter, safe='')}"
+
+
+@app.command()
+def openapi(
+    with_token: Annotated[
+        bool, typer.Option("--with-token", help="As a server with a token describes itself.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="It is JSON anyway.")] = False,
+) -> None:
+    """Print the OpenAPI document of the HTTP API; asks no server."""
+    from sagaloom.cli.document import api_document
+    from sagaloom.cli.output import print_json
+
+    print_json(api_document(needs_token=with_token))
 
 
 @app.command()

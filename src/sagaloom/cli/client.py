@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Generator, Iterator, Mapping
 from types import TracebackType
-from typing import Any, Final, Self, cast
+from typing import Any, Final, NoReturn, Self, cast
 from urllib.parse import quote
 
 import msgspec
 
 from sagaloom.errors import SagasError
 
-__all__ = ["DEFAULT_URL", "ApiClient", "CommandFailed", "instance_path"]
+__all__ = ["DEFAULT_URL", "ApiClient", "CommandFailed", "CutOff", "instance_path"]
 
 DEFAULT_URL: Final = "http://127.0.0.1:8092"
 _PREFIX: Final = "/api/v1/sagas"
@@ -26,6 +27,14 @@ class CommandFailed(SagasError):
     def __init__(self, message: str, *, exit_code: int = 1) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class CutOff(Exception):
+    """A stream did not begin, or broke off, for a reason that may pass."""
+
+    def __init__(self, message: str, *, retry_after_seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
 
 
 class ApiClient:
@@ -59,10 +68,52 @@ class ApiClient:
     def post(self, path: str, body: object = None, **params: object) -> Any:
         return self._call("POST", path, body=body, params=params)
 
+    def patch(self, path: str, body: object) -> Any:
+        return self._call("PATCH", path, body=body)
+
+    def delete(self, path: str) -> Any:
+        return self._call("DELETE", path)
+
     def answers(self, path: str) -> tuple[int, Any]:
         """Status and body, whatever the status; for `doctor`."""
         status, _, body = self._send("GET", path)
         return status, body
+
+    @contextlib.contextmanager
+    def stream(self, path: str, **params: object) -> Generator[Iterator[str]]:
+        """The lines of an answer that goes on for ever. Raises `CutOff` when that may work later, from here or from
+        the lines, and `CommandFailed` when it is refused."""
+        import httpx2
+
+        given = {name: str(value) for name, value in params.items() if value is not None}
+        try:
+            with self._client.stream(
+                "GET", self.url + _PREFIX + path, params=given or None, headers={"Accept": "text/event-stream"}
+            ) as response:
+                if response.status_code != 200:
+                    self._refuse_stream(response.status_code, response.headers, response.read())
+                yield response.iter_lines()
+        except httpx2.ConnectError as error:
+            raise CutOff(self._nobody_there()) from error
+        except httpx2.HTTPError as error:
+            raise CutOff(f"talking to {self.url} failed: {str(error) or type(error).__name__}") from error
+
+    def _refuse_stream(self, status: int, headers: Mapping[str, str], body: bytes) -> NoReturn:
+        try:
+            answer = msgspec.json.decode(body or b"null")
+        except msgspec.DecodeError:
+            answer = None
+        explained = self._explained(status, headers, answer)
+        if status in (408, 425, 429) or status >= 500:
+            after = headers.get("retry-after", "")
+            raise CutOff(explained, retry_after_seconds=float(after) if after.isdigit() else None)
+        raise CommandFailed(explained)
+
+    def _nobody_there(self) -> str:
+        return (
+            f"no server answers at {self.url}: start one with 'sagaloom dev' or 'sagaloom serve MODULE', "
+            "or say where it is with --url or SAGALOOM_URL"
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -95,10 +146,7 @@ class ApiClient:
                 headers={"Content-Type": "application/json"} if content is not None else None,
             )
         except httpx2.ConnectError as error:
-            raise CommandFailed(
-                f"no server answers at {self.url}: start one with 'sagaloom dev' or 'sagaloom serve MODULE', "
-                "or say where it is with --url or SAGALOOM_URL"
-            ) from error
+            raise CommandFailed(self._nobody_there()) from error
         except httpx2.TimeoutException as error:
             raise CommandFailed(f"the server at {self.url} did not answer in time ({type(error).__name__})") from error
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:

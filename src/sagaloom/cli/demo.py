@@ -1,20 +1,26 @@
-"""The demo, served: the order and settings sagas on the API's port, and a payments service on one of its own."""
+"""The demo, served by two processes over one store: the sagas and their payments service, and the jobs.
+
+`serve_demo` is the supervisor of both. The process with the sagas is this module, run by itself.
+"""
 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Final
 
-from sagaloom.errors import ConfigurationError
-from sagaloom.settings import DoorSettings, refuse_open_door
+from sagaloom.cli.supervisor import Child, ChildFailed, Said, supervise
+from sagaloom.errors import ConfigurationError, SagasError
+from sagaloom.settings import DEFAULT_JOBS_PORT, DEFAULT_KV_PATH, DoorSettings, load_settings, refuse_open_door
 
 __all__ = ["serve_demo"]
 
 _PAYMENTS_PORT: Final = 8093
 
 _STORY: Final = """\
-sagaloom serves the demo sagas on {url}, and their payments service on {payments}. Try:
+sagaloom serves the demo sagas on {url}, their payments service on {payments},
+and the demo jobs on {jobs}. Try:
 
   curl -X POST '{url}/api/v1/sagas/publish?wait=5s' -H 'content-type: application/json'{auth} \\
     -d '{{"type": "OrderPlaced", "payload": {{"orderId": "o-1"}}}}'
@@ -25,12 +31,65 @@ sagaloom serves the demo sagas on {url}, and their payments service on {payments
 
   curl {url}/api/v1/sagas/instances/order-saga/o-1{auth}
 
+A job that publishes a message, and the saga that takes it up:
+
+  curl -X POST {jobs}/api/v1/workers/jobs/create-user-settings/trigger{auth} \\
+    -H 'content-type: application/json' -d '{{"payload": {{"userId": "u-1"}}}}'
+
+  curl '{url}/api/v1/sagas/instances?sagaName=user-settings-saga'{auth}
+
 What payments saw: curl {payments}/ledger      Stop with Ctrl-C; run it again, and everything is still there."""
 
 
 def serve_demo(settings: DoorSettings, *, kv_path: Path, is_insecure: bool = False, as_json: bool = False) -> None:
-    """Serves the demo until it is told to stop. The payments service is on `PAYMENTS_PORT` (8093), or on a free port
-    when that one is taken; `FAIL_FIRST=n` makes it refuse the first n attempts of each charge."""
+    """Serves the demo until it is told to stop: sagas on the port of `settings`, jobs on `JOBS_PORT` (8091). The
+    payments service is on `PAYMENTS_PORT` (8093), or on a free port when that one is taken; `FAIL_FIRST=n` makes it
+    refuse the first n attempts of each charge."""
+    from sagaloom.cli.logs import configure_logs
+    from sagaloom.cli.server import announcer
+
+    refuse_open_door(settings, is_insecure=is_insecure)
+    _number("FAIL_FIRST", 0)
+    _number("PAYMENTS_PORT", _PAYMENTS_PORT)
+    # They have to know each other before either has a listener, and keep their places when they are started again.
+    port = settings.port or _free_port(settings.host)
+    jobs_port = _number("JOBS_PORT", DEFAULT_JOBS_PORT if settings.port else 0) or _free_port(settings.host)
+    sagas_url, jobs_url = _url(settings.host, port), _url(settings.host, jobs_port)
+    shared = {
+        "NETSCRIPT_SAGA_STORE": "kv",
+        "NETSCRIPT_SAGA_KV_PATH": str(kv_path),
+        "SAGALOOM_HOST": settings.host,
+        "SAGALOOM_TOKEN": settings.bearer or "",
+        "SAGAS_API_URL": sagas_url,
+        "WORKERS_API_URL": jobs_url,
+    }
+    insecure = ["--insecure"] if is_insecure else []
+    sagas_command = [sys.executable, "-m", "sagaloom.cli.demo", *insecure]
+    jobs_command = [sys.executable, "-m", "sagaloom", "jobs", "serve", "sagaloom.demo", "--json", *insecure]
+
+    def announce(said: Said) -> None:
+        payments = str(said["sagas"]["payments"])
+        auth = ' -H "authorization: Bearer $SAGALOOM_TOKEN"' if settings.token is not None else ""
+        story = _STORY.format(url="{url}", payments=payments, jobs=jobs_url, auth=auth)
+        announcer(story, as_json=as_json, payments=payments, jobs=jobs_url)(sagas_url)
+
+    configure_logs(settings.log_level)
+    try:
+        status = supervise(
+            [
+                Child(name="sagas", command=sagas_command, env={**shared, "PORT": str(port)}),
+                Child(name="jobs", command=jobs_command, env={**shared, "PORT": str(jobs_port)}),
+            ],
+            announce=announce,
+        )
+    except ChildFailed as error:
+        sys.exit(error.status if error.status > 0 else 1)  # it has said why
+    if status:
+        sys.exit(status)
+
+
+def _serve_sagas(settings: DoorSettings, *, kv_path: Path, is_insecure: bool) -> None:
+    """One of the two processes: the sagas, and the payments service beside them."""
     from sagaloom.cli.logs import configure_logs
     from sagaloom.cli.server import PORT_HINT, Companion, Plan, address_of, announcer, listen, run
     from sagaloom.demo import sagas
@@ -46,8 +105,6 @@ def serve_demo(settings: DoorSettings, *, kv_path: Path, is_insecure: bool = Fal
     configure_logs(settings.log_level)
     ledger = Ledger(kv_path.parent / "payments.jsonl")
     address = address_of(payments)
-    auth = ' -H "authorization: Bearer $SAGALOOM_TOKEN"' if settings.token is not None else ""
-    story = _STORY.format(url="{url}", payments=address, auth=auth)
     try:
         run(
             Plan(
@@ -56,12 +113,26 @@ def serve_demo(settings: DoorSettings, *, kv_path: Path, is_insecure: bool = Fal
                 definitions=sagas,
                 services={"payments": address},
                 kv_path=kv_path,
-                announce=announcer(story, as_json=as_json, payments=address),
+                announce=announcer("", as_json=True, payments=address),
                 companions=[Companion(app=create_payments_app(ledger, fail_first=fail_first), listener=payments)],
             )
         )
     finally:
         ledger.close()
+
+
+def _free_port(host: str) -> int:
+    from sagaloom.cli.server import listen
+
+    with listen(host, 0, hint="no port is free") as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def _url(host: str, port: int) -> str:
+    if host in ("0.0.0.0", "::"):
+        host = "127.0.0.1"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _number(variable: str, default: int) -> int:
@@ -71,3 +142,11 @@ def _number(variable: str, default: int) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= 5):
         raise ConfigurationError(f"{variable} must be a small number, got {text!r:.40}")
     return int(text)
+
+
+if __name__ == "__main__":
+    try:
+        chosen = load_settings()
+        _serve_sagas(chosen, kv_path=chosen.kv_path or DEFAULT_KV_PATH, is_insecure="--insecure" in sys.argv[1:])
+    except SagasError as error:
+        sys.exit(f"error: {error.message}")

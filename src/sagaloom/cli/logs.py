@@ -4,8 +4,21 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import MutableMapping
+from typing import Any
+
+from sagaloom.telemetry import current_trace
 
 __all__ = ["configure_logs"]
+
+
+def _add_trace(logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Names the trace in which a line was written, where there is one, so that lines and spans find each other."""
+    trace = current_trace()
+    parts = trace.traceparent.split("-") if trace is not None else []
+    if len(parts) >= 4 and "trace_id" not in event:
+        event["trace_id"], event["span_id"] = parts[1], parts[2]
+    return event
 
 
 def configure_logs(level: str = "info") -> None:
@@ -17,6 +30,7 @@ def configure_logs(level: str = "info") -> None:
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.stdlib.ExtraAdder(),
+        _add_trace,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     if sys.stderr.isatty():

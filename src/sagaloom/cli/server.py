@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from sagaloom.cli.supervisor import on_supervisors_end
 from sagaloom.definitions import SagaDefinition
 from sagaloom.errors import ConfigurationError
 from sagaloom.ports.targets import EffectTarget
@@ -35,7 +36,7 @@ from sagaloom.settings import DoorSettings
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
-__all__ = ["PORT_HINT", "Companion", "Plan", "address_of", "announcer", "listen", "run"]
+__all__ = ["PORT_HINT", "Companion", "Plan", "address_of", "announcer", "listen", "run", "serving", "stop_signals"]
 
 PORT_HINT: Final = "is a server running already? 'sagaloom doctor' looks; --port or PORT chooses another"
 
@@ -117,13 +118,12 @@ async def _serve(plan: Plan) -> None:
     from sagaloom.composition import create_durable_saga_runtime
     from sagaloom.runtime import RuntimeOptions
     from sagaloom.service import create_app
-    from sagaloom.targets import ServiceTarget
+    from sagaloom.targets import JobTarget, ServiceTarget
 
     async with contextlib.AsyncExitStack() as stack:
-        stopping = stack.enter_context(_signals())
+        stopping = stack.enter_context(stop_signals())
         companions = [
-            await stack.enter_async_context(_serving(companion.app, companion.listener))
-            for companion in plan.companions
+            await stack.enter_async_context(serving(companion.app, companion.listener)) for companion in plan.companions
         ]
         targets, services = list(plan.targets), plan.services or None
         if not any(target.kind == "service" for target in targets):
@@ -132,6 +132,10 @@ async def _serve(plan: Plan) -> None:
             over_http.open()
             targets.append(over_http)
             services = None
+        if not any(target.kind == "job" for target in targets):
+            jobs = JobTarget(token=plan.settings.bearer)
+            jobs.open()
+            targets.append(jobs)
         for target in targets:
             stack.push_async_callback(target.close)
         durable = await stack.enter_async_context(
@@ -146,13 +150,12 @@ async def _serve(plan: Plan) -> None:
         )
         servers = companions
         if plan.listener is not None:
-            token = plan.settings.token
             app = create_app(
                 durable.runtime,
-                token=token.get_secret_value() if token is not None else None,
+                token=plan.settings.bearer,
                 requests_per_second=plan.settings.requests_per_second,
             )
-            servers = [await stack.enter_async_context(_serving(app, plan.listener)), *companions]
+            servers = [await stack.enter_async_context(serving(app, plan.listener)), *companions]
         # Those who watch would stay for ever, and the servers wait for them.
         stack.callback(durable.runtime.end_watches)
         calm_gc()
@@ -166,7 +169,7 @@ async def _serve(plan: Plan) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _serving(app: ASGIApp, listener: socket.socket) -> AsyncGenerator[asyncio.Task[None]]:
+async def serving(app: ASGIApp, listener: socket.socket) -> AsyncGenerator[asyncio.Task[None]]:
     """Serves `app` while inside; on the way out takes no more connections and lets open requests finish."""
     import uvicorn
 
@@ -189,23 +192,23 @@ async def _serving(app: ASGIApp, listener: socket.socket) -> AsyncGenerator[asyn
         timeout_graceful_shutdown=_REQUESTS_SECONDS,
     )
     server = Server(config)
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    task = asyncio.create_task(server.serve(sockets=[listener]))
     waiting = asyncio.create_task(answering.wait())
     try:
-        await asyncio.wait([serving, waiting], return_when=asyncio.FIRST_COMPLETED)
-        if serving.done():
-            serving.result()
+        await asyncio.wait([task, waiting], return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            task.result()
             raise RuntimeError("the HTTP server did not start")
-        yield serving
+        yield task
     finally:
         waiting.cancel()
         server.should_exit = True
-        await serving
+        await task
 
 
 @contextlib.contextmanager
-def _signals() -> Generator[asyncio.Event]:
-    """An event that the first SIGTERM or SIGINT sets; the second ends the process."""
+def stop_signals() -> Generator[asyncio.Event]:
+    """An event that the first SIGTERM or SIGINT sets, or the end of our supervisor; the second ends the process."""
     loop = asyncio.get_running_loop()
     stopping = asyncio.Event()
 
@@ -224,6 +227,7 @@ def _signals() -> Generator[asyncio.Event]:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
+    on_supervisors_end(lambda: loop.call_soon_threadsafe(on_signal, signal.SIGTERM))
     try:
         yield stopping
     finally:

@@ -30,7 +30,17 @@ import msgspec
 from sagaloom.definitions import SagaInstanceStatus
 from sagaloom.engine.ledger import end_of_child
 from sagaloom.engine.lifecycle import next_status
-from sagaloom.engine.records import Decision, Envelope, FeedEvent, HistoryEntry, Instance, Outgoing, ParentLink
+from sagaloom.engine.records import (
+    Decision,
+    Envelope,
+    FeedKind,
+    FeedMoment,
+    FeedRecord,
+    HistoryEntry,
+    Instance,
+    Outgoing,
+    ParentLink,
+)
 from sagaloom.engine.retrying import storable
 from sagaloom.errors import MessageRejected
 from sagaloom.ids import effect_key
@@ -42,9 +52,11 @@ __all__ = [
     "REASON_LENGTH_MAX",
     "RESUME",
     "ControlType",
+    "advanced",
     "apply_control",
     "control",
     "ends_pause",
+    "recorded",
     "why_in_vain",
 ]
 
@@ -68,7 +80,7 @@ class _Change(NamedTuple):
 
     status: SagaInstanceStatus
     is_paused: bool
-    event: str
+    event: FeedKind
     """The feed event that shows it."""
     detail: str | None
 
@@ -107,7 +119,7 @@ def control(
 
 def ends_pause(envelope: Envelope) -> bool:
     """Whether messages that wait for a paused run have to be asked again after this one."""
-    return envelope.origin == "operator" and envelope.type != PAUSE
+    return envelope.origin == "operator" and envelope.type in (CANCEL, RESUME)
 
 
 def why_in_vain(instance: Instance, envelope: Envelope) -> str | None:
@@ -123,51 +135,74 @@ def apply_control(instance: Instance, envelope: Envelope, now: datetime) -> Deci
     """The Decision about a live run that the control changes."""
     said = msgspec.json.decode(envelope.payload, type=_Said).reason
     change = _change(instance, envelope, said)
-    status, is_over = change.status, envelope.type == CANCEL
-    revision, entries = instance.revision + 1, instance.entries + 1
+    is_over = envelope.type == CANCEL
     reason = (said or _DEFAULT_REASON) if is_over else instance.reason
     new = msgspec.structs.replace(
-        instance,
-        status=status,
-        revision=revision,
-        updated_at=now,
-        entries=entries,
-        message_count=instance.message_count + 1,
-        last_message_type=envelope.type,
+        advanced(instance, envelope, now),
+        status=change.status,
         reason=reason,
         ended_at=now if is_over else None,
         is_paused=change.is_paused,
         steps=() if is_over else instance.steps,
         timers=() if is_over else instance.timers,
     )
-    keeps_states = instance.tier != "t1"
+    decision = recorded(
+        instance, new, envelope, reason=reason if is_over else said, event=change.event, detail=change.detail
+    )
+    if not is_over:
+        return decision
+    outgoing = () if instance.parent is None else (_end(new, envelope, instance.parent),)
+    return msgspec.structs.replace(decision, outgoing=outgoing, timers_ended=instance.timers)
+
+
+def advanced(instance: Instance, envelope: Envelope, now: datetime) -> Instance:
+    """The run one revision on, with nothing else changed."""
+    return msgspec.structs.replace(
+        instance,
+        revision=instance.revision + 1,
+        updated_at=now,
+        entries=instance.entries + 1,
+        message_count=instance.message_count + 1,
+        last_message_type=envelope.type,
+    )
+
+
+def recorded(
+    before: Instance, new: Instance, envelope: Envelope, *, reason: str | None, event: FeedKind, detail: str | None
+) -> Decision:
+    """The Decision that a control makes `new` of `before`, with its history row and the feed events that show it."""
+    keeps_states = new.tier != "t1"
     entry = HistoryEntry(
-        entries,
-        revision,
+        new.entries,
+        new.revision,
         "applied",
         envelope.type,
         envelope.id,
-        now,
-        instance.status,
-        status,
+        new.updated_at,
+        before.status,
+        new.status,
         attempt=envelope.attempt + 1,
         payload=envelope.payload,
-        reason=reason if is_over else said,
+        reason=reason,
         origin=envelope.origin,
-        before=instance.state if keeps_states else None,
-        after=instance.state if keeps_states else None,
-        def_version=instance.def_version,
+        before=before.state if keeps_states else None,
+        after=new.state if keeps_states else None,
+        def_version=new.def_version,
     )
     return Decision(
         "applied",
-        entry.reason,
+        reason,
         new,
         entry=entry,
-        outgoing=(_end(new, envelope, instance.parent),) if is_over and instance.parent is not None else (),
-        timers_ended=instance.timers if is_over else (),
-        events=(
-            _event("saga:message_received", instance.status, new, envelope, None),
-            _event(change.event, status, new, envelope, change.detail),
+        feed=FeedRecord(
+            new.updated_at,
+            new.saga_id,
+            new.key,
+            new.run,
+            new.revision,
+            envelope.type,
+            envelope.id,
+            (FeedMoment(FeedKind.MESSAGE_RECEIVED, before.status), FeedMoment(event, new.status, detail)),
         ),
     )
 
@@ -175,10 +210,10 @@ def apply_control(instance: Instance, envelope: Envelope, now: datetime) -> Deci
 def _change(instance: Instance, envelope: Envelope, said: str | None) -> _Change:
     if envelope.type == CANCEL:
         status = next_status(instance.status, "cancel")
-        return _Change(status, is_paused=False, event=f"saga:{status}", detail=said or _DEFAULT_REASON)
+        return _Change(status, is_paused=False, event=FeedKind.CANCELLED, detail=said or _DEFAULT_REASON)
     is_paused = envelope.type == PAUSE
     what = "paused" if is_paused else "resumed"
-    return _Change(instance.status, is_paused, "saga:state_changed", f"{what}: {said}" if said else what)
+    return _Change(instance.status, is_paused, FeedKind.STATE_CHANGED, f"{what}: {said}" if said else what)
 
 
 def _end(instance: Instance, envelope: Envelope, parent: ParentLink) -> Outgoing:
@@ -198,21 +233,4 @@ def _end(instance: Instance, envelope: Envelope, parent: ParentLink) -> Outgoing
         traceparent=instance.traceparent,
         tracestate=instance.tracestate,
         encoded=msgspec.json.encode(payload),
-    )
-
-
-def _event(
-    kind: str, status: SagaInstanceStatus, instance: Instance, envelope: Envelope, detail: str | None
-) -> FeedEvent:
-    return FeedEvent(
-        kind,
-        instance.updated_at,
-        instance.saga_id,
-        instance.key,
-        instance.run,
-        instance.revision,
-        status,
-        envelope.type,
-        envelope.id,
-        detail,
     )

@@ -39,7 +39,8 @@ of the run (I6). A fired timer leaves `Instance.timers` with the decision that c
 **The feed.** Each applied message shows `saga:message_received`, `saga:started` if it opened a run,
 `saga:state_changed` for each step, `saga:compensating` when a step leads there, and `saga:completed` or `saga:failed`
 at the end. What is given up shows `saga:dead_lettered`, and so does an effect; one that has left shows
-`saga:effect_dispatched`, which the dispatcher writes. A control shows `saga:message_received`, then `saga:cancelled` or what has changed.
+`saga:effect_dispatched`, which the dispatcher writes. A control shows `saga:message_received`, then `saga:cancelled` or
+what has changed.
 
 What we dislike about it: a handler that loops for ever stops the worker, for a synchronous call cannot be cut short;
 and traceback texts read the source files of the frames they show, which is the one look at the world in here.
@@ -65,13 +66,16 @@ from sagaloom.engine.records import (
     DecideContext,
     Decision,
     Envelope,
-    FeedEvent,
+    FeedKind,
+    FeedMoment,
+    FeedRecord,
     HistoryEntry,
     Instance,
     ParentLink,
     StepRecord,
 )
 from sagaloom.engine.retrying import USER_ERRORS, backoff, describe, is_retryable, storable, traceback_text
+from sagaloom.engine.timer_controls import apply_timer_control, as_shown, is_timer_control, why_no_timer
 from sagaloom.engine.transition import ASKED_NOTHING, STATE_UNREADABLE, HandlerRaised, Transition, without_fired
 from sagaloom.errors import HandlerError, InstanceNotFound, SagasError
 from sagaloom.ids import instance_id
@@ -158,10 +162,12 @@ def steer(instance: Instance | None, message: Envelope, context: DecideContext) 
         return Decision("ignored", f"there is no {named} of {message.saga_id}:{message.key}")
     if is_terminal(instance.status):
         return _ignore_terminal(instance, message, context)
-    in_vain = why_in_vain(instance, message)
+    is_about_timer = is_timer_control(message)
+    in_vain = why_no_timer(instance, message) if is_about_timer else why_in_vain(instance, message)
     if in_vain is not None:
         return _ignore(instance, message, context, in_vain)
-    return apply_control(instance, message, context.now)
+    change = apply_timer_control if is_about_timer else apply_control
+    return change(instance, message, context.now)
 
 
 def _apply(
@@ -287,35 +293,66 @@ def _written(transition: Transition, pk: int) -> Decision:
         transition.timers,
         transition.timers_ended,
         None,
-        _events(transition, steps, reason),
+        _shown(transition, steps, reason),
     )
 
 
-def _events(transition: Transition, steps: tuple[StepRecord, ...], reason: str | None) -> tuple[FeedEvent, ...]:
+def _shown(transition: Transition, steps: tuple[StepRecord, ...], reason: str | None) -> FeedRecord:
     """What the feed shows of a message that was applied."""
-    before, status = transition.status_before, transition.status
-    happened: list[tuple[str, SagaInstanceStatus, str | None]] = [("saga:message_received", before, None)]
-    if transition.instance is None:
-        happened.append(("saga:started", "running", None))
+    message, before, status = transition.envelope, transition.status_before, transition.status
+    is_new = transition.instance is None
+    if len(steps) == 1 and reason is None:
+        moments = _moments_of_one_step(before, status, is_new=is_new)
+    else:
+        undo_reason = None if transition.undo_reason is None else storable(transition.undo_reason)
+        moments = _moments(before, status, steps, reason, undo_reason, is_new=is_new)
+    return FeedRecord(
+        transition.now,
+        transition.definition.id,
+        message.key,
+        transition.run,
+        transition.revision,
+        message.type,
+        message.id,
+        moments,
+    )
+
+
+# Nearly every message takes one step, and what that shows depends on so little that it is made once.
+@lru_cache(maxsize=256)
+def _moments_of_one_step(
+    before: SagaInstanceStatus, status: SagaInstanceStatus, *, is_new: bool
+) -> tuple[FeedMoment, ...]:
+    return _moments(before, status, (StepRecord("handle", "", status),), None, None, is_new=is_new)
+
+
+def _moments(
+    before: SagaInstanceStatus,
+    status: SagaInstanceStatus,
+    steps: tuple[StepRecord, ...],
+    reason: str | None,
+    undo_reason: str | None,
+    *,
+    is_new: bool,
+) -> tuple[FeedMoment, ...]:
+    moments = [FeedMoment(FeedKind.MESSAGE_RECEIVED, before)]
+    if is_new:
+        moments.append(FeedMoment(FeedKind.STARTED, "running"))
     was_compensating = before == "compensating"
     for step in steps:
         if step.phase == "handle":
-            happened.append(("saga:state_changed", step.status, None))
+            moments.append(FeedMoment(FeedKind.STATE_CHANGED, step.status))
             continue
         if not was_compensating:
             was_compensating = True
-            why = None if transition.undo_reason is None else storable(transition.undo_reason)
-            happened.append(("saga:compensating", "compensating", why and why[:_DETAIL_MAX]))
-        happened.append(("saga:state_changed", step.status, f"compensated {step.type}"))
-    if transition.is_over:
-        happened.append((f"saga:{status}", status, reason and reason[:_DETAIL_MAX]))
-    message, now, run, revision = transition.envelope, transition.now, transition.run, transition.revision
-    saga_id, key, message_type, message_id = transition.definition.id, message.key, message.type, message.id
-    events: list[FeedEvent] = []
-    # No comprehension: it would be a closure over all these names, and cost more than the events.
-    for kind, shown, detail in happened:
-        events.append(FeedEvent(kind, now, saga_id, key, run, revision, shown, message_type, message_id, detail))
-    return tuple(events)
+            moments.append(FeedMoment(FeedKind.COMPENSATING, "compensating", undo_reason and undo_reason[:_DETAIL_MAX]))
+        moments.append(FeedMoment(FeedKind.STATE_CHANGED, step.status, f"compensated {step.type}"))
+    if is_terminal(status):
+        moments.append(FeedMoment(_END[status], status, reason and reason[:_DETAIL_MAX]))
+    return tuple(moments)
+
+
+_END: Final = {"completed": FeedKind.COMPLETED, "failed": FeedKind.FAILED, "cancelled": FeedKind.CANCELLED}
 
 
 def _with_step(transition: Transition) -> tuple[AppliedStep, ...]:
@@ -363,9 +400,11 @@ def _ignore_terminal(instance: Instance, message: Envelope, context: DecideConte
 
 
 def _ignore(instance: Instance, message: Envelope, context: DecideContext, reason: str) -> Decision:
-    entry, counted = _bystander(instance, message, context, "ignored", reason)
-    events = () if entry is None else (_event("saga:message_received", instance, message, context, reason),)
-    return Decision("ignored", reason, counted, entry=entry, events=events)
+    entry, counted = _bystander(instance, as_shown(message), context, "ignored", reason)
+    feed = None
+    if entry is not None:
+        feed = _shown_bystander(FeedKind.MESSAGE_RECEIVED, instance, message, context, reason)
+    return Decision("ignored", reason, counted, entry=entry, feed=feed)
 
 
 def _after_error(
@@ -427,10 +466,8 @@ def _give_up(
     entry = counted = None
     if instance is not None:
         entry, counted = _bystander(instance, message, context, "dead_lettered", reason)
-    event = _event("saga:dead_lettered", instance, message, context, reason)
-    return Decision(
-        "dead_lettered", reason, counted, entry=entry, dead_letter=dead_letter, events=(event,), error=reason
-    )
+    feed = _shown_bystander(FeedKind.DEAD_LETTERED, instance, message, context, reason)
+    return Decision("dead_lettered", reason, counted, entry=entry, dead_letter=dead_letter, feed=feed, error=reason)
 
 
 def _bystander(
@@ -472,18 +509,19 @@ def _bystander(
     return entry, counted
 
 
-def _event(kind: str, instance: Instance | None, message: Envelope, context: DecideContext, detail: str) -> FeedEvent:
-    return FeedEvent(
-        kind,
-        context.now,
-        message.saga_id,
-        message.key,
-        instance.run if instance is not None else 0,
-        instance.revision if instance is not None else 0,
-        instance.status if instance is not None else "pending",
-        message.type,
-        message.id,
-        detail[:_DETAIL_MAX],
+def _shown_bystander(
+    kind: FeedKind, instance: Instance | None, message: Envelope, context: DecideContext, detail: str
+) -> FeedRecord:
+    """What the feed shows of a message that changed nothing."""
+    return FeedRecord(
+        at=context.now,
+        saga_id=message.saga_id,
+        key=message.key,
+        run=instance.run if instance is not None else 0,
+        revision=instance.revision if instance is not None else 0,
+        message_type=message.type,
+        message_id=message.id,
+        moments=(FeedMoment(kind, instance.status if instance is not None else "pending", detail[:_DETAIL_MAX]),),
     )
 
 

@@ -233,7 +233,8 @@ class Ledger:
 
     def set_timeouts(self) -> tuple[EffectSummary, ...]:
         """Sets the timers that every run of the saga begins with."""
-        envelope, run, summaries = self.envelope, self.run, []
+        envelope, run = self.envelope, self.run
+        summaries: list[EffectSummary] = []
         for number, timeout in enumerate(self.definition.timeouts, 1):
             # Below zero: a saga that gets a timeout keeps the positions of everything else.
             key = effect_key(self.definition.id, envelope.key, run, self.revision, -number)

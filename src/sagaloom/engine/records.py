@@ -14,7 +14,8 @@ None of those can be part of a reference cycle, so the garbage collector need no
     ScheduleCursor how far the ticks of one saga have been handled                                     stored
     DeadLetter     a message or effect that was given up, and why                                      stored
     Mark           that a message was seen                                                             stored
-    FeedEvent      one thing that happened, for those who watch                                        stored
+    FeedRecord     what one message shows to those who watch                                           stored
+    FeedEvent      one thing that happened, as they see it
     DecideContext  what a decision may know of the world
     Decision       everything that one message asks for, as a value
 """
@@ -22,6 +23,7 @@ None of those can be part of a reference cycle, so the garbage collector need no
 from __future__ import annotations
 
 from datetime import datetime
+from enum import IntEnum
 from typing import Any, Literal
 
 import msgspec
@@ -39,6 +41,9 @@ __all__ = [
     "EffectSummary",
     "Envelope",
     "FeedEvent",
+    "FeedKind",
+    "FeedMoment",
+    "FeedRecord",
     "Head",
     "HistoryEntry",
     "Instance",
@@ -283,9 +288,71 @@ class Mark(msgspec.Struct, frozen=True, array_like=True, gc=False):
     run: int = 0
 
 
+class FeedKind(IntEnum):
+    """What can happen. The numbers are stored: none is ever given to something else."""
+
+    MESSAGE_RECEIVED = 0
+    STARTED = 1
+    STATE_CHANGED = 2
+    COMPENSATING = 3
+    COMPLETED = 4
+    FAILED = 5
+    CANCELLED = 6
+    DEAD_LETTERED = 7
+    EFFECT_DISPATCHED = 8
+
+    @property
+    def wire_name(self) -> str:
+        """What watchers call it, for example `saga:state_changed`."""
+        return f"saga:{self.name.lower()}"
+
+
+class FeedMoment(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One thing that happened in a `FeedRecord`, and the status after it, where it is known."""
+
+    kind: FeedKind
+    status: SagaInstanceStatus | None
+    detail: str | None = None
+
+
+class FeedRecord(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """All that one message, or one effect, shows to those who watch: what its events have in common, once, and what
+    sets them apart. Each moment is an event with a number of its own. With an `effect_key`, `message_type` is where the
+    effect went."""
+
+    at: datetime
+    saga_id: str
+    key: str
+    run: int
+    revision: int
+    message_type: str
+    message_id: str
+    moments: tuple[FeedMoment, ...]
+    effect_key: str | None = None
+
+    def events(self) -> tuple[FeedEvent, ...]:
+        return tuple(
+            FeedEvent(
+                type=moment.kind.wire_name,
+                at=self.at,
+                saga_id=self.saga_id,
+                key=self.key,
+                run=self.run,
+                revision=self.revision,
+                status=moment.status,
+                message_type=self.message_type,
+                message_id=self.message_id,
+                detail=moment.detail,
+                effect_key=self.effect_key,
+            )
+            for moment in self.moments
+        )
+
+
 class FeedEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One thing that happened. `type` is the wire name, for example `saga:state_changed`. With an `effect_key` it
-    happened to that effect: `message_type` is its target then, and the status of its run is not known."""
+    happened to that effect: `message_type` is its target then, and the status of its run is not known. (Stores of
+    schema 1 have them as arrays.)"""
 
     type: str
     at: datetime
@@ -356,8 +423,13 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
     timers: tuple[Timer, ...] = ()
     timers_ended: tuple[PendingTimer, ...] = ()
     dead_letter: DeadLetter | None = None
-    events: tuple[FeedEvent, ...] = ()
+    feed: FeedRecord | None = None
     retry_at: datetime | None = None
     error: str | None = None
     spends_attempt: bool = True
     """False when the attempt did not reach the handler, through no fault of the message: it is not to be counted."""
+
+    @property
+    def events(self) -> tuple[FeedEvent, ...]:
+        """What watchers will see of it."""
+        return () if self.feed is None else self.feed.events()

@@ -106,7 +106,7 @@ def due(schedule: SchedulePolicy, cursor: ScheduleCursor, now: datetime, *, limi
 
 def after_tick(cursor: ScheduleCursor, tick: datetime) -> ScheduleCursor:
     """The cursor after `tick` was fired."""
-    return msgspec.structs.replace(cursor, handled_until=max(cursor.handled_until, tick), last_tick_at=tick)
+    return msgspec.structs.replace(cursor, handled_until=tick, last_tick_at=tick)
 
 
 def next_tick(schedule: SchedulePolicy, cursor: ScheduleCursor | None, now: datetime) -> datetime | None:

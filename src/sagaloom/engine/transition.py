@@ -41,6 +41,8 @@ __all__ = [
 INVARIANT_BROKEN: Final = "SAGA_INVARIANT_BROKEN"
 STATE_UNREADABLE: Final = "SAGA_STATE_UNREADABLE"
 
+_Step = tuple[Literal["handle", "compensate"], str, tuple[EffectSummary, ...]]
+
 
 class HandlerRaised(Exception):
     """User code raised `error`: the policy says what comes of it."""
@@ -118,7 +120,7 @@ class Transition(Ledger):
         """Why the first compensation of this decision was asked for."""
         self.result: bytes | None = None
         self._timeouts = self.set_timeouts() if instance is None and definition.timeouts else ()
-        self._steps: list[tuple[Literal["handle", "compensate"], str, tuple[EffectSummary, ...]]] = []
+        self._steps: list[_Step] = []
 
     def step(self, phase: Literal["handle", "compensate"], handler: Any, message: SagaMessage[Any]) -> Asked:
         """Runs one handler on the state as it is now. Raises `HandlerRaised`, or `Refused` for what it returned."""
@@ -172,8 +174,8 @@ class Transition(Ledger):
         """The steps, each with the status after it: the last one led to where the run is now."""
         steps = self._steps
         if self._timeouts:
-            phase, message_type, effects = steps[0]
-            steps = [(phase, message_type, (*self._timeouts, *effects)), *steps[1:]]
+            opening: _Step = (*steps[0][:2], (*self._timeouts, *steps[0][2]))
+            steps = [opening, *steps[1:]]
         phase, message_type, effects = steps[-1]
         last = StepRecord(phase, message_type, self.status, effects)
         if len(steps) == 1:

@@ -50,9 +50,11 @@ _ABOVE_EVERY_TAG: Final = b"\xff"
 
 _TABLE_NAME: Final = re.compile("[a-z_]+")
 
-# Names of sagas, kinds and hot correlation keys come again and again; a hit costs a third of encoding anew.
+# Names of sagas, kinds and hot correlation keys come again and again, and so do the numbers of instances; a hit costs
+# a third of encoding anew.
 _TEXTS: Final[dict[str, bytes]] = {}
-_CACHED_TEXTS_MAX: Final = 4096
+_INTS: Final[dict[int, bytes]] = {}
+_CACHED_MAX: Final = 4096
 _CACHED_TEXT_CHARS_MAX: Final = 64
 
 _SMALL: Final = tuple(bytes((_ONE_BYTE, n)) for n in range(256))
@@ -79,14 +81,7 @@ def pack(parts: tuple[KeyPart, ...], bases: Mapping[str, int] | None = None) -> 
     packed = b""
     for part in parts:
         if type(part) is int:
-            if 0 <= part < 256:
-                packed += _SMALL[part]
-            elif 65536 <= part <= 0xFFFFFFFF:
-                packed += _pack_four(_FOUR_BYTES, part)
-            elif 0 < part < 65536:
-                packed += _pack_two(_TWO_BYTES, part)
-            else:
-                packed += _pack_int(part)
+            packed += _INTS.get(part) or _pack_int(part)
         elif type(part) is str:
             packed += _TEXTS.get(part) or _pack_text(part)
         elif type(part) is bytes:
@@ -163,16 +158,21 @@ def table_of(key: Key) -> str:
 
 def _pack_int(number: int) -> bytes:
     if 0 <= number < 256:
-        return _SMALL[number]
-    if INT_MIN <= number < 0:
-        return _pack_eight(_NEGATIVE, number + 2**63)
-    if number < 0 or number > INT_MAX:
+        packed = _SMALL[number]
+    elif INT_MIN <= number < 0:
+        packed = _pack_eight(_NEGATIVE, number + 2**63)
+    elif number < 0 or number > INT_MAX:
         raise ValueError(f"{number} does not fit a key: ints have 64 bits with sign")
-    if number < 65536:
-        return _pack_two(_TWO_BYTES, number)
-    if number <= 0xFFFFFFFF:
-        return _pack_four(_FOUR_BYTES, number)
-    return _pack_eight(_EIGHT_BYTES, number)
+    elif number < 65536:
+        packed = _pack_two(_TWO_BYTES, number)
+    elif number <= 0xFFFFFFFF:
+        packed = _pack_four(_FOUR_BYTES, number)
+    else:
+        packed = _pack_eight(_EIGHT_BYTES, number)
+    if len(_INTS) >= _CACHED_MAX:
+        _INTS.clear()
+    _INTS[number] = packed
+    return packed
 
 
 def _pack_text(text: str) -> bytes:
@@ -183,7 +183,7 @@ def _pack_text(text: str) -> bytes:
         body = text.encode("utf-8", "surrogatepass")
     packed = b"0%b\0" % (body.replace(b"\0", b"\0\xff") if 0 in body else body)
     if len(text) <= _CACHED_TEXT_CHARS_MAX:
-        if len(_TEXTS) >= _CACHED_TEXTS_MAX:
+        if len(_TEXTS) >= _CACHED_MAX:
             _TEXTS.clear()
         _TEXTS[text] = packed
     return packed

@@ -35,6 +35,7 @@ import os
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final, Literal, NoReturn, Protocol, Self, cast
 
@@ -65,7 +66,10 @@ _PAGE_CACHE_KIB: Final = 64 * 1024
 # Between two processes that commit in a loop, SQLite's own waits of up to 100 ms lose to the other one again and again:
 # the longest wait was 1 to 2 s, and with this it was 0.1 to 0.3 s.
 _LOCK_RETRY_SECONDS: Final = 0.0001
-# Four statements a table, a few for the store; a statement that falls out of the cache is compiled again.
+# So many rows are inserted or deleted by one statement: that takes two thirds of a statement a row, and more rows gain
+# nothing.
+_ROWS_A_STATEMENT: Final = 16
+# Six statements a table, a few for the store; a statement that falls out of the cache is compiled again.
 _STATEMENTS_CACHED: Final = 512
 
 _CREATE: Final = f"""
@@ -75,12 +79,14 @@ _CREATE: Final = f"""
     INSERT OR IGNORE INTO kv_meta (name, value) VALUES ('format', {FORMAT}), ('probe', 0);
     PRAGMA application_id = {_APPLICATION_ID};
 """
-_NEXT_VERSIONSTAMP: Final = "UPDATE kv_counter SET n = n + 1 WHERE name = 'versionstamp' RETURNING n"
+# Two statements each: RETURNING would put its row into a table made for it, which takes three times as long.
+_NEXT_VERSIONSTAMP: Final = "UPDATE kv_counter SET n = n + 1 WHERE name = 'versionstamp'"
+_VERSIONSTAMP: Final = "SELECT n FROM kv_counter WHERE name = 'versionstamp'"
 # Callers' counters carry a prefix, so that none of them can be the versionstamp.
 _RESERVE: Final = (
-    "INSERT INTO kv_counter (name, n) VALUES ('c:' || ?, ?)"
-    " ON CONFLICT (name) DO UPDATE SET n = n + excluded.n RETURNING n"
+    "INSERT INTO kv_counter (name, n) VALUES ('c:' || ?, ?) ON CONFLICT (name) DO UPDATE SET n = n + excluded.n"
 )
+_RESERVED: Final = "SELECT n FROM kv_counter WHERE name = 'c:' || ?"
 _PROBE: Final = "UPDATE kv_meta SET value = 1 - value WHERE name = 'probe'"
 _TABLE_EXISTS: Final = "SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = ?"
 
@@ -130,6 +136,23 @@ def _is_taken(cause: apsw.Error) -> bool:
     )
 
 
+def _write_in_halves(batches: Sequence[_Batch], on_step: Callable[[str], None]) -> None:
+    """Writes the rows of `batches` with a step after half of them, wherever in a table that is."""
+    left_of_first_half = (sum(len(rows) for _, _, rows in batches) + 1) // 2
+    reported = False
+    for write, table, rows in batches:
+        if not reported and len(rows) >= left_of_first_half:
+            write(table, rows[:left_of_first_half])
+            on_step("kv:half_written")
+            reported = True
+            write(table, rows[left_of_first_half:])
+        else:
+            write(table, rows)
+            left_of_first_half -= len(rows)
+    if not reported:
+        on_step("kv:half_written")
+
+
 def _has_slot(key: Key) -> bool:
     return any(isinstance(part, Slot) for part in key)
 
@@ -137,7 +160,20 @@ def _has_slot(key: Key) -> bool:
 class _Table:
     """The statements of one table, written once so that the statement cache always meets the same text."""
 
-    __slots__ = ("count", "create", "delete", "get", "insert", "name", "put", "scan_down", "scan_up", "stamp")
+    __slots__ = (
+        "count",
+        "create",
+        "delete",
+        "delete_many",
+        "get",
+        "insert",
+        "insert_many",
+        "name",
+        "put",
+        "scan_down",
+        "scan_up",
+        "stamp",
+    )
 
     def __init__(self, name: str) -> None:
         table = f"t_{name}"
@@ -148,15 +184,20 @@ class _Table:
         )
         self.get = f"SELECT v, s FROM {table} WHERE k = ?"
         self.stamp = f"SELECT s FROM {table} WHERE k = ?"
-        self.put = (
-            f"INSERT INTO {table} (k, v, s) VALUES (?, ?, ?)"
-            " ON CONFLICT (k) DO UPDATE SET v = excluded.v, s = excluded.s"
-        )
-        self.insert = f"INSERT INTO {table} (k, v, s) VALUES (?, ?, ?)"
+        # One row a statement: each may take the place of another, and then SQLite copies the pages that several touch.
+        self.put = f"REPLACE INTO {table} VALUES (?, ?, ?)"
+        # OR ROLLBACK, because the commit ends anyway when a row is taken: to be able to take back the statement alone,
+        # SQLite would copy those pages too.
+        self.insert = f"INSERT OR ROLLBACK INTO {table} VALUES (?, ?, ?)"
+        self.insert_many = self.insert + ", (?, ?, ?)" * (_ROWS_A_STATEMENT - 1)
         self.delete = f"DELETE FROM {table} WHERE k = ?"
+        self.delete_many = f"DELETE FROM {table} WHERE k IN (?{', ?' * (_ROWS_A_STATEMENT - 1)})"
         self.scan_up = f"SELECT k, v, s FROM {table} WHERE k > ? AND k < ? ORDER BY k LIMIT ?"
         self.scan_down = f"SELECT k, v, s FROM {table} WHERE k > ? AND k < ? ORDER BY k DESC LIMIT ?"
         self.count = f"SELECT count(*) FROM (SELECT 1 FROM {table} WHERE k > ? AND k < ? LIMIT ?)"
+
+
+_Batch = tuple[Callable[[_Table, Sequence[_Row]], None], _Table, Sequence[_Row]]
 
 
 class SqliteKeyValue:
@@ -380,26 +421,28 @@ class SqliteKeyValue:
                     execute("ROLLBACK")
                     return Conflicted(failed + self._there(inserts, deletes))
 
-                versionstamp: int = execute(_NEXT_VERSIONSTAMP).fetchall()[0][0]
+                execute(_NEXT_VERSIONSTAMP)
+                versionstamp: int = execute(_VERSIONSTAMP).fetchall()[0][0]
                 bases: dict[str, int] = {}
                 if reserve:
                     for counter, numbers in reserve.items():
                         if numbers < 0:
                             raise ValueError(f"cannot reserve {numbers} of counter {counter!r}")
-                        bases[counter] = execute(_RESERVE, (counter, numbers)).fetchall()[0][0] - numbers + 1
-                self.statements += 1 + len(bases)
+                        execute(_RESERVE, (counter, numbers))
+                        bases[counter] = execute(_RESERVED, (counter,)).fetchall()[0][0] - numbers + 1
+                self.statements += 2 + 2 * len(bases)
 
                 created: list[_Table] = []
                 dropped = self._delete(deletes) if deletes else {}
                 new_rows = self._rows_by_table(inserts, versionstamp, bases)
                 rows = self._rows_by_table(puts, versionstamp, bases)
-                batches = [(self._table(name, created).insert, table_rows) for name, table_rows in new_rows.items()]
-                batches += [(self._table(name, created).put, table_rows) for name, table_rows in rows.items()]
+                batches = [(self._insert, self._table(name, created), new) for name, new in new_rows.items()]
+                batches += [(self._put, self._table(name, created), changed) for name, changed in rows.items()]
                 if on_step is None:
-                    for statement, table_rows in batches:
-                        self._put(statement, table_rows)
+                    for write, table, table_rows in batches:
+                        write(table, table_rows)
                 else:
-                    self._put_in_halves(batches, on_step)
+                    _write_in_halves(batches, on_step)
                     on_step("kv:written")
                 self.statements += len(puts) + len(inserts)
                 at_commit = True
@@ -492,9 +535,10 @@ class SqliteKeyValue:
         return True
 
     def _refuse_foreign_file(self) -> None:
-        if self._connection.pragma("application_id") == _APPLICATION_ID:
+        if not self._execute("SELECT 1 FROM sqlite_schema LIMIT 1").fetchall():
             return
-        if self._execute("SELECT 1 FROM sqlite_schema LIMIT 1").fetchall():
+        # In this order: tables and id come in one commit, so whoever has seen a table sees the id.
+        if self._connection.pragma("application_id") != _APPLICATION_ID:
             raise ConfigurationError(
                 f"{self._path} is a SQLite database of another application, not a saga store: choose another path"
             )
@@ -584,7 +628,10 @@ class SqliteKeyValue:
         for name, keys in packed_keys.items():
             table = self._tables.get(name) or self._look_for_table(name)
             if table is not None:
-                self._cursor.executemany(table.delete, [(key,) for key in keys])
+                last_of_many = len(keys) - len(keys) % _ROWS_A_STATEMENT
+                for first in range(0, last_of_many, _ROWS_A_STATEMENT):
+                    self._execute(table.delete_many, keys[first : first + _ROWS_A_STATEMENT])
+                self._write_each(table.delete, [(key,) for key in keys[last_of_many:]])
         self.statements += len(deletes)
         return packed_keys
 
@@ -605,13 +652,9 @@ class SqliteKeyValue:
         """The rows of `puts`, grouped so that each table gets one batch, in the order of `puts` within a table."""
         rows: dict[str, list[_Row]] = {}
         for key, value in puts:
-            name = key[0] if key else None
-            if type(name) is not str:
-                name = table_of(key)
-            table_rows = rows.get(name)
+            table_rows = rows.get(key[0]) if key else None  # type: ignore[arg-type]  # a miss is looked at next
             if table_rows is None:
-                # A known name needs no second look: the look costs as much as packing the key.
-                table_rows = rows[name if name in self._tables else table_of(key)] = []
+                table_rows = rows.setdefault(table_of(key), [])
             table_rows.append((pack(key[1:], bases), value, versionstamp))
         return rows
 
@@ -630,27 +673,21 @@ class SqliteKeyValue:
             raise ValueError(f"two inserts have the same key {twice!r}")
         return Conflicted(failed)
 
-    def _put(self, statement: str, rows: Sequence[_Row]) -> None:
+    def _insert(self, table: _Table, rows: Sequence[_Row]) -> None:
+        last_of_many = len(rows) - len(rows) % _ROWS_A_STATEMENT
+        for first in range(0, last_of_many, _ROWS_A_STATEMENT):
+            many = rows[first : first + _ROWS_A_STATEMENT]
+            self._execute(table.insert_many, tuple(chain.from_iterable(many)))
+        self._write_each(table.insert, rows[last_of_many:])
+
+    def _put(self, table: _Table, rows: Sequence[_Row]) -> None:
+        self._write_each(table.put, rows)
+
+    def _write_each(self, statement: str, rows: Sequence[tuple[bytes] | _Row]) -> None:
         if len(rows) == 1:
             self._execute(statement, rows[0])  # a lone message makes six of these, and a batch of one costs more
-        else:
+        elif rows:
             self._cursor.executemany(statement, rows)
-
-    def _put_in_halves(self, batches: Sequence[tuple[str, Sequence[_Row]]], on_step: Callable[[str], None]) -> None:
-        """Puts the rows of `batches` with a step after half of them, wherever in a table that is."""
-        left_of_first_half = (sum(len(rows) for _, rows in batches) + 1) // 2
-        reported = False
-        for statement, rows in batches:
-            if not reported and len(rows) >= left_of_first_half:
-                self._put(statement, rows[:left_of_first_half])
-                on_step("kv:half_written")
-                reported = True
-                self._put(statement, rows[left_of_first_half:])
-            else:
-                self._put(statement, rows)
-                left_of_first_half -= len(rows)
-        if not reported:
-            on_step("kv:half_written")
 
     def _end_transaction(self, how: Literal["COMMIT", "ROLLBACK"]) -> None:
         if self._connection.in_transaction:

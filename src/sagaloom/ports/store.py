@@ -34,6 +34,7 @@ from sagaloom.engine.records import (
     DeadLetter,
     Envelope,
     FeedEvent,
+    FeedRecord,
     Head,
     HistoryEntry,
     Instance,
@@ -136,9 +137,14 @@ class UnitOfWork(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     dead_letter_done: str | None = None
     unmark: tuple[int, str] | None = None
     """(pk, dedupe key) of a mark to forget: a discarded dead letter frees its key."""
-    events: tuple[FeedEvent, ...] = ()
+    feed: tuple[FeedRecord, ...] = ()
     about: tuple[str, str] | None = None
     """The saga and the correlation key whose message was decided, when there is no `instance` to say so."""
+
+    @property
+    def events(self) -> tuple[FeedEvent, ...]:
+        """What the feed shows of this unit; each gets a number of its own."""
+        return tuple(event for record in self.feed for event in record.events())
 
 
 class Conflict(msgspec.Struct, frozen=True):

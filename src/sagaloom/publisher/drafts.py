@@ -7,7 +7,6 @@ idempotency key, made up if need be. So an attempt whose answer got lost can be 
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -20,6 +19,7 @@ from sagaloom.errors import MessageRejected
 from sagaloom.ids import check_key, new_message_id
 from sagaloom.messages import SagaMessage, as_message, message_type_of
 from sagaloom.publisher.payloads import payload_json
+from sagaloom.telemetry import current_trace
 
 __all__ = ["Draft", "Parts", "draft_of", "parts_of"]
 
@@ -184,20 +184,8 @@ def _trace_of(message: SagaMessage[Any]) -> tuple[str | None, str | None]:
     """The trace context of the message, else that of the current span. What is no trace context is dropped, as the W3C
     asks: tracing never breaks a publish."""
     traceparent, tracestate = message.traceparent, message.tracestate
-    if traceparent is None:
-        traceparent, tracestate = _current_trace()
+    if traceparent is None and (current := current_trace()) is not None:
+        traceparent, tracestate = current
     if traceparent is None or not _TRACEPARENT.fullmatch(traceparent):
         return None, None
     return traceparent, tracestate if tracestate and _TRACESTATE.fullmatch(tracestate) else None
-
-
-def _current_trace() -> tuple[str | None, str | None]:
-    # Without somebody who has imported it there is no span, so this package need not do so by itself.
-    if "opentelemetry.trace" not in sys.modules:
-        return None, None
-    from opentelemetry.trace import get_current_span
-
-    span = get_current_span().get_span_context()
-    if not span.is_valid:
-        return None, None
-    return f"00-{span.trace_id:032x}-{span.span_id:016x}-{span.trace_flags:02x}", span.trace_state.to_header()

@@ -12,14 +12,13 @@ from typing import Any, Final, TypedDict, cast
 
 from sagaloom.definitions import RetryPolicy
 from sagaloom.errors import ConfigurationError
-from sagaloom.outbound import checked_address, is_retryable_status, service_variables
+from sagaloom.outbound import checked_base_url, discovered_base_url, is_retryable_status
 
 __all__ = ["FetchRequest", "FetchResponse", "Fetcher", "HttpSagaPublisherKeywords", "HttpSagaPublisherOptions"]
 
 _DEV_URL: Final = "http://127.0.0.1:8092"
-_DEV_VARIABLE: Final = "SAGALOOM_DEV"
+_WHAT: Final = "the sagas API"
 _URL_VARIABLES: Final = ("SAGAS_API_URL", "NETSCRIPT_SAGAS_URL")
-_TRUE: Final = frozenset(("1", "true", "t", "yes", "y", "on"))
 _ATTEMPT_SECONDS: Final = 10.0
 _SECONDS_MAX: Final = 86_400.0
 _RETRIES_MAX: Final = 100
@@ -92,7 +91,7 @@ class HttpSagaPublisherOptions:
             if not isinstance(text, str) or not text.strip() or not text.isprintable():
                 raise ConfigurationError(f"{name}={text!r:.80} of a saga publisher must be a word, not empty")
         if self.base_url is not None:
-            _check_base_url(self.base_url, "base_url")
+            checked_base_url(self.base_url, "base_url", what=_WHAT, example=_DEV_URL)
         if "://" in self.publish_path or "#" in self.publish_path or " " in self.publish_path:
             raise ConfigurationError(
                 f"publish_path={self.publish_path!r:.200} is no path: write for example '/api/v1/sagas/publish', and "
@@ -147,16 +146,8 @@ class HttpSagaPublisherOptions:
     def _base_url(self) -> str:
         if self.base_url is not None:
             return self.base_url.strip()
-        variables = (*service_variables(self.service_name), *_URL_VARIABLES)
-        for variable in variables:
-            value = (self.read_env(variable) or "").strip()
-            if value:
-                return _check_base_url(value, variable)
-        if (self.read_env(_DEV_VARIABLE) or "").strip().lower() in _TRUE:
-            return _DEV_URL
-        raise ConfigurationError(
-            f"no address for the sagas API: neither base_url= nor {', '.join(variables)} is set, and {_DEV_VARIABLE} "
-            f"is not 1. Set {_URL_VARIABLES[0]}=http://HOST:8092, or {_DEV_VARIABLE}=1 to use {_DEV_URL}"
+        return discovered_base_url(
+            self.service_name, what=_WHAT, variables=_URL_VARIABLES, dev_url=_DEV_URL, read_env=self.read_env
         )
 
 
@@ -174,18 +165,6 @@ class HttpSagaPublisherKeywords(TypedDict, total=False):
     timeout: float | timedelta
     attempt_timeout: float | timedelta | None
     retries: int | RetryPolicy
-
-
-def _check_base_url(address: Any, source: str) -> str:
-    where = f"the address of the sagas API in {source}"
-    if not isinstance(address, str):
-        raise ConfigurationError(f"{where} is no text: {address!r:.80}; write for example {_DEV_URL}")
-    checked_address(address.strip(), where=where, example=_DEV_URL)
-    if "?" in address or "#" in address:
-        raise ConfigurationError(
-            f"{where} has a query or a fragment, which the publish path could not follow: write for example {_DEV_URL}"
-        )
-    return address.strip()
 
 
 def _checked_headers(headers: object) -> Mapping[str, str]:

@@ -10,6 +10,8 @@ from sagaloom.runtime.feed import FeedReset, FeedWatch
 from sagaloom.runtime.options import RuntimeOptions
 from sagaloom.runtime.receipts import Outcome, PublishReceipt, PublishRejected
 from sagaloom.runtime.runtime import SagaRuntime
+from sagaloom.runtime.scheduler import ScheduleStatus
+from sagaloom.runtime.timers import WaitingTimer
 
 if TYPE_CHECKING:
     from sagaloom.composition import DurableSagaRuntime, create_durable_saga_runtime, open_saga_runtime_kv
@@ -29,6 +31,8 @@ __all__ = [
     "RuntimeOptions",
     "SagaRuntime",
     "SagaStorePort",
+    "ScheduleStatus",
+    "WaitingTimer",
     "create_durable_saga_runtime",
     "create_saga_publisher",
     "create_sync_saga_publisher",

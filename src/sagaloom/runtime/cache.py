@@ -29,23 +29,26 @@ class HotInstances:
     def __init__(self, bytes_max: int) -> None:
         self._bytes_max = bytes_max
         self._bytes = 0
-        self._entries: dict[InstanceKey, Hot] = {}
+        self._entries: dict[InstanceKey, tuple[Hot, int]] = {}
+        """Each with the bytes it takes."""
 
     def get(self, key: InstanceKey) -> Hot | None:
-        return self._entries.get(key)
+        entry = self._entries.get(key)
+        return None if entry is None else entry[0]
 
     def put(self, key: InstanceKey, hot: Hot) -> None:
-        replaced = self._entries.pop(key, None)
-        self._bytes += _bytes_of(hot) - (_bytes_of(replaced) if replaced is not None else 0)
         # Insertion order is the order of use: every applied message puts its instance again.
-        self._entries[key] = hot
+        self.drop(key)
+        size = _bytes_of(hot)
+        self._bytes += size
+        self._entries[key] = (hot, size)
         if self._bytes > self._bytes_max:
             self._evict()
 
     def drop(self, key: InstanceKey) -> None:
         dropped = self._entries.pop(key, None)
         if dropped is not None:
-            self._bytes -= _bytes_of(dropped)
+            self._bytes -= dropped[1]
 
     def clear(self) -> None:
         self._entries.clear()
@@ -65,7 +68,7 @@ class HotInstances:
 
 
 def _bytes_of(hot: Hot) -> int:
-    """About what an entry takes. The parts of a frozen thing: it comes out the same when the entry goes."""
+    """About what an entry takes."""
     instance = hot.instance
     if instance is None:
         return _BYTES_PER_ENTRY

@@ -8,7 +8,18 @@ from typing import Any
 
 import msgspec
 
-from sagaloom.engine.records import DeadLetter, Decision, Envelope, FeedEvent, Head, Instance, Mark, PendingTimer
+from sagaloom.engine.records import (
+    DeadLetter,
+    Decision,
+    Envelope,
+    FeedKind,
+    FeedMoment,
+    FeedRecord,
+    Head,
+    Instance,
+    Mark,
+    PendingTimer,
+)
 from sagaloom.errors import SagasError
 from sagaloom.ids import content_digest, key_hash, partition_of
 from sagaloom.messages import SagaMessage
@@ -93,7 +104,7 @@ def unit_of_loss(delivery: Delivery, decision: Decision) -> UnitOfWork:
         inbox_done=delivery.row,
         timer_done=delivery.timer,
         dead_letters_add=(decision.dead_letter,),
-        events=decision.events,
+        feed=shown_by(decision),
     )
 
 
@@ -143,7 +154,7 @@ def unit_of_decision(
         outbox_add=decision.effects,
         timers_add=decision.timers,
         timers_remove=decision.timers_ended,
-        events=decision.events,
+        feed=shown_by(decision),
     )
     if row is not None or delivery.timer is not None:
         unit = msgspec.structs.replace(
@@ -157,22 +168,24 @@ def unit_of_decision(
     if decision.dead_letter is not None:
         unit = msgspec.structs.replace(unit, dead_letters_add=(decision.dead_letter, *dead_letters))
     elif dead_letters:
-        events = (*decision.events, *(_gave_up(letter, instance) for letter in dead_letters))
-        unit = msgspec.structs.replace(unit, dead_letters_add=tuple(dead_letters), events=events)
+        feed = (*unit.feed, *(_gave_up(letter, instance) for letter in dead_letters))
+        unit = msgspec.structs.replace(unit, dead_letters_add=tuple(dead_letters), feed=feed)
     return unit
 
 
-def _gave_up(letter: DeadLetter, sender: Instance | None) -> FeedEvent:
+def shown_by(decision: Decision) -> tuple[FeedRecord, ...]:
+    return () if decision.feed is None else (decision.feed,)
+
+
+def _gave_up(letter: DeadLetter, sender: Instance | None) -> FeedRecord:
     """What the feed shows of a message between sagas that nobody takes: it happened to the run that sent it."""
-    return FeedEvent(
-        "saga:dead_lettered",
+    return FeedRecord(
         letter.at,
         letter.saga_id,
         letter.key,
         sender.run if sender is not None else 0,
         sender.revision if sender is not None else 0,
-        sender.status if sender is not None else None,
         letter.type,
         letter.envelope.id if letter.envelope is not None else "",
-        letter.reason,
+        (FeedMoment(FeedKind.DEAD_LETTERED, sender.status if sender is not None else None, letter.reason),),
     )

@@ -21,16 +21,16 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Coroutine, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import datetime, timedelta
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import msgspec
 
 from sagaloom.clock import Clock
 from sagaloom.codec import encode_any
 from sagaloom.engine.correlation import dead_letter_id
-from sagaloom.engine.records import DeadLetter, Envelope, FeedEvent, OutboxEffect
+from sagaloom.engine.records import DeadLetter, Envelope, FeedKind, FeedMoment, FeedRecord, OutboxEffect
 from sagaloom.engine.retrying import backoff, describe, is_retryable, traceback_text
 from sagaloom.errors import DeliveryFailed, SagasError
 from sagaloom.ids import derived_id
@@ -41,12 +41,17 @@ from sagaloom.runtime.alarm import Alarm
 from sagaloom.runtime.counters import Counters
 from sagaloom.runtime.options import RuntimeOptions
 from sagaloom.runtime.receiver import Work
+from sagaloom.telemetry.trace_context import CARRIED, Trace
+
+if TYPE_CHECKING:
+    from sagaloom.telemetry.sagas import SagaTelemetry
 
 __all__ = ["Dispatcher"]
 
 _log = logging.getLogger("sagaloom.dispatcher")
 _BODIES_RESIDENT_MAX = 20_000
 _TURNS_BETWEEN_YIELDS = 64
+_DISPATCHED = FeedMoment(FeedKind.EFFECT_DISPATCHED, None)
 _GIVING_WAIT = timedelta(seconds=0.25)
 
 
@@ -122,6 +127,8 @@ class Dispatcher:
         self._resident = 0
         self._under_way = 0
         self.waiting = 0
+        self.telemetry: SagaTelemetry | None = None
+        """Who is told of deliveries, if anybody listens."""
 
     @property
     def is_idle(self) -> bool:
@@ -248,45 +255,56 @@ class Dispatcher:
                 self._next(lane)
                 return
         envelopes: tuple[Envelope, ...] = ()
+        sent, sending, carried = effect, None, None
+        if effect.traceparent is not None:
+            carried = CARRIED.set(Trace(effect.traceparent, effect.tracestate))
+        if self.telemetry is not None:
+            sending = self.telemetry.send(effect)
+            sent = sending.effect
         try:
-            target = self._targets.get(effect.target_kind)
-            if target is None:
-                raise DeliveryFailed(
-                    f"no target of kind {effect.target_kind!r} is registered for effect to "
-                    f"{effect.target_kind}:{effect.target_id}: add one with runtime.add_target(...) and redrive",
-                    retryable=False,
-                )
-            replies = await self._within_time(server, target.deliver(effect))
+            target = self._target_of(effect)
+            server.began = time.monotonic()
+            try:
+                replies = await target.deliver(sent)
+            except asyncio.CancelledError:
+                # `asyncio.timeout` says the same and costs more than handing the effect to a function of this process.
+                if not server.is_overdue:
+                    raise
+                server.is_overdue = False
+                server.task.uncancel()
+                seconds = self._options.dispatch_timeout_seconds
+                raise DeliveryFailed(f"no answer within {seconds:g} s") from None
+            finally:
+                server.began = None
             if replies:
-                envelopes = tuple([self._reply(effect, number, reply) for number, reply in enumerate(replies)])
+                envelopes = tuple([self._reply(sent, number, reply) for number, reply in enumerate(replies)])
         except Exception as error:  # noqa: BLE001 - whatever a target raises is that attempt's failure, not ours
+            if sending is not None:
+                sending.failed(error)
             self._failed(lane, effect, error)
         else:
+            if sending is not None:
+                sending.succeeded()
             self._counters.effects[effect.target_kind, "dispatched"] += 1
             self._options.on_step("dispatched")
-            happened = _event("saga:effect_dispatched", effect, self._clock.now())
-            unit = UnitOfWork(part=ref.part, outbox_done=ref, inbox_add=envelopes, events=(happened,))
+            happened = _shown(_DISPATCHED, effect, self._clock.now())
+            unit = UnitOfWork(part=ref.part, outbox_done=ref, inbox_add=envelopes, feed=(happened,))
             self._submit(_Served(unit, lane, effect, self._delivered))
-
-    async def _within_time(
-        self, server: _Server, delivery: Coroutine[Any, Any, Sequence[SagaMessage[Any]]]
-    ) -> Sequence[object]:
-        """The outcome of `delivery`, cut off by `watch` when it takes too long.
-
-        `asyncio.timeout` says the same and costs more than handing the effect to a function of this process.
-        """
-        server.began = time.monotonic()
-        try:
-            return await delivery
-        except asyncio.CancelledError:
-            if not server.is_overdue:
-                raise
-            server.is_overdue = False
-            server.task.uncancel()
-            seconds = self._options.dispatch_timeout_seconds
-            raise DeliveryFailed(f"no answer within {seconds:g} s") from None
         finally:
-            server.began = None
+            if sending is not None:
+                sending.end()
+            if carried is not None:
+                CARRIED.reset(carried)
+
+    def _target_of(self, effect: OutboxEffect) -> EffectTarget:
+        target = self._targets.get(effect.target_kind)
+        if target is None:
+            raise DeliveryFailed(
+                f"no target of kind {effect.target_kind!r} is registered for effect to "
+                f"{effect.target_kind}:{effect.target_id}: add one with runtime.add_target(...) and redrive",
+                retryable=False,
+            )
+        return target
 
     def _reply(self, effect: OutboxEffect, number: int, reply: object) -> Envelope:
         """An answer of the target, addressed to the run that sent the effect. Its id is the same after a redelivery."""
@@ -310,7 +328,10 @@ class Dispatcher:
         )
 
     def _delivered(self, lane: _Lane, effect: OutboxEffect, trouble: SagasError | Conflict | None) -> None:
-        if isinstance(trouble, Conflict) and trouble.kind == "refused":
+        if trouble is None:
+            self._under_way -= 1
+            self._next(lane)
+        elif isinstance(trouble, Conflict) and trouble.kind == "refused":
             refused = DeliveryFailed(f"its answer cannot be stored: {trouble.what}", retryable=False)
             self._failed(lane, effect, refused)
         else:
@@ -354,14 +375,14 @@ class Dispatcher:
             outbox_part=None if effect.continues_after_dead_letter else ref.part,
             outbox_seq=None if effect.continues_after_dead_letter else ref.seq,
         )
-        happened = (_event("saga:dead_lettered", effect, now, text),)
+        happened = (_shown(FeedMoment(FeedKind.DEAD_LETTERED, None, text), effect, now),)
         if effect.continues_after_dead_letter:
-            unit = UnitOfWork(part=ref.part, outbox_done=ref, dead_letters_add=(dead_letter,), events=happened)
+            unit = UnitOfWork(part=ref.part, outbox_done=ref, dead_letters_add=(dead_letter,), feed=happened)
             self._submit(_Served(unit, lane, given_up, self._settled))
         else:
             stopped = msgspec.structs.replace(given_up, dead_letter_id=dead_letter.id)
             row = OutboxRow(ref, stopped)
-            unit = UnitOfWork(part=ref.part, outbox_update=row, dead_letters_add=(dead_letter,), events=happened)
+            unit = UnitOfWork(part=ref.part, outbox_update=row, dead_letters_add=(dead_letter,), feed=happened)
             self._submit(_Served(unit, lane, stopped, self._counted))
 
     def _counted(self, lane: _Lane, effect: OutboxEffect, trouble: SagasError | Conflict | None) -> None:
@@ -446,18 +467,17 @@ class Dispatcher:
             self._next(lane)
 
 
-def _event(kind: str, effect: OutboxEffect, now: datetime, detail: str | None = None) -> FeedEvent:
-    return FeedEvent(
-        kind,
+def _shown(moment: FeedMoment, effect: OutboxEffect, now: datetime) -> FeedRecord:
+    """What the feed shows of an effect."""
+    return FeedRecord(
         now,
         effect.saga_id,
         effect.key,
         effect.run,
         effect.revision,
-        None,
         f"{effect.target_kind}:{effect.target_id}",
         effect.message_id,
-        detail,
+        (moment,),
         effect.effect_key,
     )
 

@@ -9,7 +9,7 @@ numbering; nothing is queued for anybody, so a watch that is not read costs noth
    by one. Whoever comes with the cursor of another store, of an event that is not there yet, or of one that is kept no
    longer, hears exactly one `reset` and goes on with the oldest event that is kept. A number below 10,000,000,000
    belongs to no store: it counts from the first event of this one, and is for people (0 is the beginning).
-2. Watches that are behind read pages from the store, each at its own pace.
+2. Watches that are behind read pages from the store, each at its own pace, one page at a time for all of them.
 3. Watches that have reached the head wait, and one *reader* reads for all of them. It keeps the newest events at hand,
    so that a watch which is a little late finds them there. It works only while somebody waits.
 4. The reader looks when this process has committed, and ten times a second asks the store whether another one has.
@@ -221,6 +221,7 @@ class FeedHub:
         self._recent: list[tuple[int, FeedEvent]] = []  # without a gap, and ending with event `_head`
         self._head: int | None = None
         self._commits = 0
+        self._turns = asyncio.Lock()
         self._reader: asyncio.Task[None] | None = None
         self._signal: asyncio.Future[None] | None = None
         self._closed_because: str | None = None
@@ -288,12 +289,21 @@ class FeedHub:
             recent = self._recent_after(after)
             if recent:
                 return recent
-            if after != self._head:
+            if after == self._head:
+                await self._news(watch)
+                continue
+            async with self._turns:
+                if after == self._head or self._recent_after(after):
+                    continue  # Somebody has found that out while we waited for our turn.
                 page = await self._page(after)
                 if page:
+                    # A store in this process answers without a pause, and whoever is far behind would let nobody else
+                    # run. So one page is read in each round of the loop, however many are behind.
+                    await asyncio.sleep(0)
                     return page
                 self._move_head(after)
-            await self._news(watch)
+            if after != self._head:
+                await self._news(watch)
         return ()
 
     def leave(self, watch: FeedWatch) -> None:

@@ -37,8 +37,9 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from datetime import datetime
-from itertools import chain, islice
-from typing import ClassVar, Final, Protocol
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, ClassVar, Final, Protocol
 
 import msgspec
 
@@ -47,7 +48,19 @@ from sagaloom.engine.controls import ends_pause
 from sagaloom.engine.correlation import DefinitionSet, dead_letter_id, route
 from sagaloom.engine.decide import DecideContext, decide, steer
 from sagaloom.engine.lifecycle import is_terminal
-from sagaloom.engine.records import DeadLetter, Decision, Envelope, FeedEvent, Head, Instance, Mark, OutboxEffect, Timer
+from sagaloom.engine.records import (
+    DeadLetter,
+    Decision,
+    Envelope,
+    FeedKind,
+    FeedMoment,
+    FeedRecord,
+    Head,
+    Instance,
+    Mark,
+    OutboxEffect,
+    Timer,
+)
 from sagaloom.engine.retrying import traceback_text
 from sagaloom.errors import BackendUnavailable, Fenced, IdempotencyKeyReused, SagasError, StoreCorrupt
 from sagaloom.ids import content_digest, key_hash, partition_of
@@ -60,6 +73,9 @@ from sagaloom.runtime.deliveries import Delivery, InstanceKey, unit_of_accept, u
 from sagaloom.runtime.options import RuntimeOptions, no_step
 from sagaloom.runtime.outcomes import outcome_elsewhere, outcome_of, outcome_of_duplicate
 from sagaloom.runtime.receipts import Outcome
+
+if TYPE_CHECKING:
+    from sagaloom.telemetry.sagas import SagaTelemetry
 
 __all__ = ["DISCARD", "REDRIVE", "Receiver", "Work"]
 
@@ -165,6 +181,8 @@ class Receiver:
         self._failures = 0
         self.problem: SagasError | None = None
         """Why nothing can be committed right now."""
+        self.telemetry: SagaTelemetry | None = None
+        """Who is told of decisions and commits, if anybody listens."""
 
     # ---------------------------------------------------------------- what others ask
 
@@ -294,6 +312,8 @@ class Receiver:
             _log.exception("a turn has failed")
             await self._cannot_commit(batch, works, BackendUnavailable(f"a turn has failed: {error!r}"))
             return
+        if self.telemetry is not None:
+            self.telemetry.committed(planned, works, result.conflicts)
         self._on_commit(result.feed_base)
         await self._follow_up(planned, works, result)
 
@@ -346,7 +366,13 @@ class Receiver:
                 if envelope.run is not None and envelope.run != head.run:
                     # Rare: a reply, timer or child of a run that is not the newest. Such runs are read each time.
                     addressed = await self._store.load_run(envelope.saga_id, envelope.key, envelope.run)
-                decision = self._decide(delivery, addressed, head, definitions, now, corrupt.get(key))
+                if self.telemetry is None:
+                    decision = self._decide(delivery, addressed, head, definitions, now, corrupt.get(key), envelope)
+                else:
+                    definition = definitions.get(envelope.saga_id)
+                    tier = None if definition is None else definition.durability
+                    run = partial(self._decide, delivery, addressed, head, definitions, now, corrupt.get(key))
+                    decision = self.telemetry.decide(delivery, addressed, tier, run)
                 if delivery.is_offer and decision.disposition == "pending":
                     self._put_aside(delivery)
                     continue
@@ -377,14 +403,17 @@ class Receiver:
         definitions: DefinitionSet,
         now: datetime,
         corrupt: StoreCorrupt | None,
+        envelope: Envelope,
     ) -> Decision:
-        envelope = delivery.envelope
+        """The decision about `envelope`, which is that of the delivery, or the same in the trace of its decision."""
         definition = definitions.get(envelope.saga_id)
         if definition is None and corrupt is None and envelope.origin == "operator":
             return steer(addressed, envelope, DecideContext(now, head, self._options.limits))
         if definition is None or corrupt is not None or delivery.refusal is not None:
             return _give_up(envelope, now, corrupt or delivery.refusal or _vanished(envelope.saga_id))
         typed, delivery.typed = delivery.typed, None
+        if typed is not None and envelope is not delivery.envelope:
+            typed = msgspec.structs.replace(typed, traceparent=envelope.traceparent, tracestate=envelope.tracestate)
         return decide(definition, addressed, envelope, DecideContext(now, head, self._options.limits, typed))
 
     def _plan_decision(
@@ -448,7 +477,7 @@ class Receiver:
             # The first one is in this very batch: its commit has to come before anybody hears of it.
             self._backlog.add(delivery)
         else:
-            self._counters.decided[envelope.saga_id]["duplicate"] += 1
+            self._counters.decided[envelope.saga_id, "duplicate"] += 1
             _answer(delivery, outcome_of_duplicate(envelope, mark, instance))
 
     # ---------------------------------------------------------------- what is ours
@@ -532,8 +561,10 @@ class Receiver:
             raise
 
     async def _look_abroad(self) -> None:
-        waiting = {ref: each for ref, each in self._abroad.items() if each.settled is not None}
-        self._abroad = {ref: each for ref, each in waiting.items() if each.settled and not each.settled.done()}
+        # Those who have stopped waiting have cancelled what they waited for.
+        self._abroad = {
+            ref: each for ref, each in self._abroad.items() if each.settled is not None and not each.settled.done()
+        }
         refs = list(self._abroad)
         for ref, envelope in zip(refs, await self._store.inbox_rows(refs), strict=True):
             if envelope is None:
@@ -575,7 +606,7 @@ class Receiver:
                 # Marks of partitions that others hold may be taken back without our hearing of it.
                 self._remember(unit.mark_pk, unit.mark)
             (decided if each.decision is not None else accepted).append(each)
-        self._counters.committed(chain(accepted, decided), conflicts=len(conflicts))
+        self._counters.committed([*accepted, *decided], conflicts=len(conflicts))
         for number, work in enumerate(works, len(planned)):
             if number not in conflicts and (work.unit.inbox_add or work.unit.outbox_add):
                 rows.take(work.unit)
@@ -681,6 +712,8 @@ class Receiver:
 
     async def _cannot_commit(self, batch: list[Delivery], works: list[Work], error: SagasError) -> None:
         self._counters.commits_failed += 1
+        if self.telemetry is not None:
+            self.telemetry.not_committed(error)
         self._hot.clear()
         self._marks.clear()
         if isinstance(error, Fenced) and self._store.is_shareable:
@@ -719,6 +752,7 @@ class Receiver:
         self._giving, self._give_up_at = frozenset(), None
         self._found = []
         await self._hold(frozenset())
+        self.attend(standing=True)
 
     # ---------------------------------------------------------------- small things
 
@@ -899,18 +933,14 @@ def _give_up(envelope: Envelope, now: datetime, error: SagasError) -> Decision:
             traceback=traceback_text(error),
             envelope=envelope,
         ),
-        events=(
-            FeedEvent(
-                "saga:dead_lettered",
-                now,
-                envelope.saga_id,
-                envelope.key,
-                envelope.run or 0,
-                0,
-                None,
-                envelope.type,
-                envelope.id,
-                error.message,
-            ),
+        feed=FeedRecord(
+            now,
+            envelope.saga_id,
+            envelope.key,
+            envelope.run or 0,
+            0,
+            envelope.type,
+            envelope.id,
+            (FeedMoment(FeedKind.DEAD_LETTERED, None, error.message),),
         ),
     )

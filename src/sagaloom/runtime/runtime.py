@@ -2,7 +2,8 @@
 
     publish ──► receiver ──(commit)──► dispatcher ──► targets
                    ▲                        │ replies
-    timekeeper ────┴────────────────────────┘
+    timekeeper ────┤────────────────────────┘
+    scheduler  ────┘
 
 Everything that changes an instance goes through the receiver, and everything the receiver does is one atomic commit of
 the store. Several processes may run on one store: each holds some of its partitions, and the lifeline notices when
@@ -19,8 +20,8 @@ import secrets
 import socket
 from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
-from typing import Any, TypeVar, cast
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import msgspec
 
@@ -30,8 +31,9 @@ from sagaloom.definitions import SagaDefinition
 from sagaloom.describe import describe
 from sagaloom.engine.controls import CANCEL, PAUSE, RESUME, ControlType, control
 from sagaloom.engine.correlation import DefinitionSet, address
-from sagaloom.engine.records import DeadLetter, HistoryEntry, Instance, OutboxEffect, Timer
+from sagaloom.engine.records import DeadLetter, Envelope, HistoryEntry, Instance, OutboxEffect, Timer
 from sagaloom.engine.schedules import tick_message
+from sagaloom.engine.timer_controls import timer_control
 from sagaloom.errors import (
     BackendUnavailable,
     DefinitionError,
@@ -40,8 +42,9 @@ from sagaloom.errors import (
     SagaNotFound,
     SagasError,
     ScheduleNotFound,
+    TimerNotFound,
 )
-from sagaloom.ids import check_key, key_hash, new_message_id, partition_of
+from sagaloom.ids import check_key, key_hash, new_message_id, new_traceparent, partition_of
 from sagaloom.messages import RESERVED_PREFIX, SagaMessage, as_message
 from sagaloom.ports.store import (
     InstanceFilter,
@@ -64,6 +67,11 @@ from sagaloom.runtime.receiver import Receiver
 from sagaloom.runtime.repairs import Repairs, in_time
 from sagaloom.runtime.scheduler import Scheduler, ScheduleStatus
 from sagaloom.runtime.timekeeper import Timekeeper
+from sagaloom.runtime.timers import WaitingTimer, waiting_timers
+from sagaloom.telemetry import TelemetryProviders, carried_trace, current_trace, find_providers
+
+if TYPE_CHECKING:
+    from sagaloom.telemetry.sagas import SagaTelemetry
 
 __all__ = ["RuntimeHealth", "SagaRuntime"]
 
@@ -97,7 +105,10 @@ class SagaRuntime:
         targets: Iterable[EffectTarget] = (),
         clock: Clock | None = None,
         options: RuntimeOptions | None = None,
+        telemetry: TelemetryProviders | None = None,
     ) -> None:
+        """`telemetry` says where spans and metrics go; without it they go to the providers that the process has set
+        before `start`, if it has."""
         self.store = store
         self.clock: Clock = clock if clock is not None else SystemClock()
         self.options = options if options is not None else RuntimeOptions()
@@ -105,6 +116,9 @@ class SagaRuntime:
         self._registry_ids: frozenset[str] = frozenset()
         self._registry_types: frozenset[str] = frozenset()
         self.counters = Counters()
+        self.telemetry: SagaTelemetry | None = None
+        """Who is told of what happens, while the runtime runs and if anybody listens."""
+        self._providers = telemetry
         self._targets: dict[str, EffectTarget] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -196,6 +210,7 @@ class SagaRuntime:
         if self._state != "new":
             raise DefinitionError(f"a runtime starts once; this one is {self._state}: make another")
         self._state = "starting"
+        self._listen()
         try:
             await self._write_registry()
             await self._receiver.start()
@@ -282,16 +297,26 @@ class SagaRuntime:
             message_type = received.type
             if options or overrides:
                 received = _changed(received, {**(options or {}), **overrides})
-            deliveries = self._address(received, waits=wait is not None)
-            outcomes: list[Outcome] = []
-            for delivery in deliveries:
-                assert delivery.answered is not None
-                outcomes.append(await delivery.answered)
-            if wait is not None:
-                await self._await_ends(deliveries, outcomes, wait)
-            return _receipt(received.type, outcomes)
+            if received.traceparent is None and (trace := carried_trace()) is not None:
+                received = msgspec.structs.replace(received, traceparent=trace.traceparent, tracestate=trace.tracestate)
+            if self.telemetry is None:
+                return await self._take_in(received, wait)
+            with self.telemetry.publish(received) as publishing:
+                receipt = await self._take_in(publishing.message, wait)
+                publishing.took(receipt)
+                return receipt
         except SagasError as error:
             return PublishRejected(message_type=message_type, error=error)
+
+    async def _take_in(self, message: SagaMessage[Any], wait: float | timedelta | None) -> PublishReceipt:
+        deliveries = self._address(message, waits=wait is not None)
+        outcomes: list[Outcome] = []
+        for delivery in deliveries:
+            assert delivery.answered is not None
+            outcomes.append(await delivery.answered)
+        if wait is not None:
+            await self._await_ends(deliveries, outcomes, wait)
+        return _receipt(message.type, outcomes)
 
     async def publish_many(self, messages: Sequence[object]) -> list[PublishReceipt | PublishRejected]:
         """Takes many messages in together, in their order, and answers each alone."""
@@ -350,7 +375,11 @@ class SagaRuntime:
         waiting = [delivery.settled for delivery in deliveries if delivery.settled is not None]
         await asyncio.wait(waiting, timeout=min(max(seconds, 0.0), self.options.wait_seconds_max))
         for number, delivery in enumerate(deliveries):
-            if delivery.settled is not None and delivery.settled.done() and not delivery.settled.exception():
+            if delivery.settled is None:
+                continue
+            if not delivery.settled.done():
+                delivery.settled.cancel()  # Nobody waits for it any more, so nobody need look for it.
+            elif not delivery.settled.exception():
                 outcomes[number] = delivery.settled.result()
 
     def _payload(self, message: SagaMessage[Any]) -> bytes:
@@ -486,15 +515,54 @@ class SagaRuntime:
         except SagasError as error:
             return PublishRejected(message_type=tick.type, error=error)
 
+    async def timers(
+        self, saga_id: str | None = None, key: str | None = None, *, after: str | None = None, limit: int = 50
+    ) -> list[WaitingTimer]:
+        """The timers that wait, by due time: of one saga, of one correlation key, or all. `after` is the `cursor` of
+        the last one of the page before."""
+        return await waiting_timers(self.store, saga_id=saga_id, key=key, after=after, limit=limit)
+
+    async def cancel_timer(self, timer_id: str) -> Outcome:
+        """Takes a timer back, as the run's own `cancel_scheduled` would; it stands in the run's history. Returns when
+        that is committed; raises `TimerNotFound` for one that does not wait (any more)."""
+        return await self._control_timer(timer_id, None)
+
+    async def move_timer(self, timer_id: str, due_at: datetime) -> Outcome:
+        """Has a timer fire at `due_at` instead; at once when that is in the past. It keeps its id and its message.
+        Raises what `cancel_timer` raises, and `MessageRejected` for a moment without a time zone."""
+        return await self._control_timer(timer_id, due_at)
+
+    async def _control_timer(self, timer_id: str, due_at: datetime | None) -> Outcome:
+        self._refuse_if_not_running()
+        timer = await self.store.timer(timer_id)
+        if timer is None:
+            raise TimerNotFound(f"no timer {timer_id!r:.80} waits: it has fired, was taken back, or never was")
+        now = self.clock.now()
+        envelope = timer_control(timer, message_id=new_message_id(now), accepted_at=now, due_at=due_at)
+        outcome = await self._steered(envelope)
+        if outcome.disposition != "applied":
+            raise TimerNotFound(f"timer {timer_id} has just fired, or was taken back: {outcome.reason}")
+        return outcome
+
     async def _accept_tick(self, definition: SagaDefinition[Any], tick: SagaMessage[Any]) -> Outcome:
-        """Takes a tick in, for the saga whose it is alone: another one that handles the type has its own."""
+        """Takes a tick in, for the saga whose it is alone: another one that handles the type has its own. It begins a
+        trace: time has none to go on with."""
+        if self.telemetry is None or not self.telemetry.makes_spans:
+            return await self._take_tick(definition, msgspec.structs.replace(tick, traceparent=new_traceparent()))
+        with self.telemetry.publish(tick, begins_trace=True) as publishing:
+            outcome = await self._take_tick(definition, publishing.message)
+            publishing.took(_receipt(tick.type, [outcome]))
+            return outcome
+
+    async def _take_tick(self, definition: SagaDefinition[Any], tick: SagaMessage[Any]) -> Outcome:
         (delivery,) = self._address(tick, waits=False, only=definition)
         assert delivery.answered is not None
         return await delivery.answered
 
     async def _give_up_tick(self, letter: DeadLetter) -> None:
-        part = partition_of(key_hash(letter.saga_id, letter.key))
-        await self._submit(UnitOfWork(part=part, dead_letters_add=(letter,)))
+        # The partition of the schedule, which is ours; the tick never found one of its own.
+        part = partition_of(key_hash(letter.saga_id, letter.saga_id))
+        await self._repairs.submit(UnitOfWork(part=part, dead_letters_add=(letter,)))
 
     # ---------------------------------------------------------------- operators
 
@@ -532,14 +600,21 @@ class SagaRuntime:
                 code="SAGA_INSTANCE_PENDING",
                 retryable=True,
             )
-        settled: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        # Not when it is accepted: another process may hold the instance, and applies it a moment later.
-        self._receiver.offer(Delivery(envelope, (saga_id, key), settled=settled))
-        outcome = await in_time(settled)
-        if outcome.disposition == "dead_lettered":
-            raise SagasError(outcome.reason or f"{kind} was given up")
+        outcome = await self._steered(envelope)
         if outcome.status is None:
             raise _no_instance(saga_id, key, run)
+        return outcome
+
+    async def _steered(self, envelope: Envelope) -> Outcome:
+        """What became of a control. It goes on in the trace of whoever asks for it."""
+        if (trace := current_trace()) is not None:
+            envelope = msgspec.structs.replace(envelope, traceparent=trace.traceparent, tracestate=trace.tracestate)
+        settled: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        # Not when it is accepted: another process may hold the instance, and applies it a moment later.
+        self._receiver.offer(Delivery(envelope, (envelope.saga_id, envelope.key), settled=settled))
+        outcome = await in_time(settled)
+        if outcome.disposition == "dead_lettered":
+            raise SagasError(outcome.reason or f"{envelope.type} was given up")
         return outcome
 
     async def redrive(self, dead_letter_id: str) -> DeadLetter:
@@ -634,6 +709,18 @@ class SagaRuntime:
     def _timers_committed(self, timers: Sequence[Timer]) -> None:
         self._timekeeper.added(timers)
 
+    def _listen(self) -> None:
+        """Finds out whether anybody wants to hear what happens here."""
+        providers = self._providers if self._providers is not None else find_providers()
+        if providers is None:
+            return
+        from sagaloom.telemetry.sagas import SagaTelemetry  # and with it OpenTelemetry, which nobody else needs
+
+        self.telemetry = SagaTelemetry(
+            providers, counts=self.counters, health=self.health, partitions=lambda: len(self._receiver.parts)
+        )
+        self._receiver.telemetry = self._dispatcher.telemetry = self.telemetry
+
     async def _write_registry(self) -> None:
         now = self.clock.now()
         await self.store.put_definitions(
@@ -685,6 +772,8 @@ class SagaRuntime:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if self.telemetry is not None:
+            self.telemetry.close()
         closing = BackendUnavailable(f"the runtime is {state}: publish again, under the same message id")
         self._timekeeper.close()
         self._scheduler.close()

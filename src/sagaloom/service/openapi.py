@@ -1,42 +1,25 @@
-"""The OpenAPI 3.1 document: parameters as FastAPI knows them, shapes as msgspec encodes them, and examples.
-
-`POST /publish` is no FastAPI route, and no route has a pydantic response model, so what a body or an answer looks like
-is written down here from the very classes that encode it.
-"""
+"""The OpenAPI document of the saga API: its examples, and `POST /publish`, which is no FastAPI route."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from typing import Any, Final
 
-import msgspec
-from fastapi.openapi.utils import get_openapi
 from starlette.routing import BaseRoute
 
 from sagaloom.service import shapes
-from sagaloom.service.problems import STATUS_OF_CODE, Problem
-from sagaloom.service.reading import API_PREFIX, Route
+from sagaloom.service.addressing import API_PREFIX
+from sagaloom.service.streaming import FeedEventView
+from sagaloom.web.health import LiveView, ReadyView
+from sagaloom.web.openapi import ShapeBook, header_parameter, make_document
+from sagaloom.web.routes import Route
 
 __all__ = ["EXAMPLES", "openapi_document"]
 
-_JSON: Final = "application/json"
-_SCHEMAS: Final = "#/components/schemas/"
 _SUMMARY: Final = "Durable sagas over HTTP: publish messages, and look at what they did."
-_REASONS: Final[Mapping[int, str]] = {
-    401: "The bearer token is missing or wrong.",
-    403: "A browser may not send this, or the host name is not this machine's.",
-    404: "There is no such thing.",
-    408: "The body did not arrive in time.",
-    409: "Somebody else was first; try again.",
-    413: "The body or the payload is too large.",
-    415: "The body is called something else than JSON.",
-    422: "The request is not what it should be; `data` says where.",
-    429: "Too many requests; `Retry-After` says when to come back.",
-    500: "Nobody expected this; the log knows more under `traceId`.",
-    503: "The store or the runtime does not work right now; `Retry-After` says when to come back.",
-}
+_TAGS: Final = ("publishing", "instances", "sagas", "dead letters", "time", "health")
 _PUBLISH_ERRORS: Final = (404, 408, 409, 413, 415, 422, 429, 503)
+_BATCH_ERRORS: Final = (408, 413, 415, 422, 429, 503)
 
 _INSTANCE_EXAMPLE: Final[Mapping[str, Any]] = {
     "sagaName": "order",
@@ -70,6 +53,23 @@ _DEAD_LETTER_EXAMPLE: Final[Mapping[str, Any]] = {
     "reason": "KeyError: 'orderId'",
     "attempts": 5,
 }
+_RECEIPT_EXAMPLE: Final[Mapping[str, Any]] = {
+    "published": True,
+    "messageType": "OrderPlaced",
+    "messageId": "019a0c2e4f6b3d1c9e8f7a6b5c4d3e2f",
+    "duplicate": False,
+    "instances": [
+        {
+            "sagaName": "order",
+            "instanceId": "order:o-1",
+            "correlationId": "o-1",
+            "correlationKey": "o-1",
+            "run": 1,
+        }
+    ],
+    "correlationId": "o-1",
+    "correlationKey": "o-1",
+}
 EXAMPLES: Final[Mapping[type, Any]] = {
     shapes.PublishBody: {
         "type": "OrderPlaced",
@@ -77,25 +77,34 @@ EXAMPLES: Final[Mapping[type, Any]] = {
         "correlationId": "o-1",
         "idempotencyKey": "web-7f3a",
     },
-    shapes.PublishAnswer: {
-        "published": True,
-        "messageType": "OrderPlaced",
-        "messageId": "019a0c2e4f6b3d1c9e8f7a6b5c4d3e2f",
-        "duplicate": False,
-        "instances": [
+    shapes.PublishAnswer: _RECEIPT_EXAMPLE,
+    shapes.PublishBatchBody: {"messages": [{"type": "OrderPlaced", "correlationId": "o-1"}, {"type": "OrderPlaecd"}]},
+    shapes.PublishBatchAnswer: {
+        "accepted": 1,
+        "refused": 1,
+        "results": [
+            {"status": 202, "receipt": _RECEIPT_EXAMPLE},
             {
-                "sagaName": "order",
-                "instanceId": "order:o-1",
-                "correlationId": "o-1",
-                "correlationKey": "o-1",
-                "run": 1,
-            }
+                "status": 404,
+                "error": {
+                    "code": "SAGA_NOT_FOUND",
+                    "message": "no saga handles message type 'OrderPlaecd': known types are OrderPlaced",
+                    "retryable": False,
+                    "traceId": "4bf92f3577b34da6a3ce929d0e0e4736",
+                },
+            },
         ],
-        "correlationId": "o-1",
-        "correlationKey": "o-1",
     },
     shapes.InstanceView: _INSTANCE_EXAMPLE,
-    shapes.InstanceList: {"instances": [_INSTANCE_EXAMPLE], "total": 1, "limit": 50, "offset": 0, "cursor": None},
+    shapes.ControlBody: {"reason": "ordered twice"},
+    shapes.InstanceList: {
+        "instances": [_INSTANCE_EXAMPLE],
+        "total": 1,
+        "totalIsEstimate": False,
+        "limit": 50,
+        "offset": 0,
+        "cursor": None,
+    },
     shapes.HistoryList: {
         "history": [
             {
@@ -131,7 +140,79 @@ EXAMPLES: Final[Mapping[type, Any]] = {
         "cursor": None,
     },
     shapes.DeadLetterView: {**_DEAD_LETTER_EXAMPLE, "payload": {"orderId": "o-1"}, "traceback": "Traceback ..."},
+    shapes.BulkBody: {"sagaName": "order", "limit": 100},
+    shapes.BulkAnswer: {
+        "done": 1,
+        "failed": 1,
+        "hasMore": False,
+        "ids": ["dl019a0c2e4f6b8f14e45fceea167a"],
+        "troubles": [
+            {
+                "id": "dl019a0c2e4f6b8f14e45fceea167b",
+                "code": "DEAD_LETTER_NOT_FOUND",
+                "message": "it was redriven or discarded a moment ago",
+                "retryable": False,
+            }
+        ],
+    },
+    FeedEventView: {
+        "type": "saga:completed",
+        "timestamp": "2026-01-31T12:00:00.000Z",
+        "sagaName": "order",
+        "sagaId": "order",
+        "instanceId": "order:o-1",
+        "correlationId": "o-1",
+        "correlationKey": "o-1",
+        "run": 1,
+        "status": "completed",
+        "revision": 3,
+        "messageType": "OrderShipped",
+        "messageId": "019a0c2e4f6b3d1c9e8f7a6b5c4d3e2f",
+    },
     shapes.DeadLetterList: {"deadLetters": [_DEAD_LETTER_EXAMPLE], "limit": 50, "cursor": None},
+    shapes.TimerList: {
+        "timers": [
+            {
+                "id": "tm8f14e45fceea167a5a36dedd4bea2543",
+                "dueAt": "2026-01-31T13:00:00.000Z",
+                "sagaName": "order",
+                "sagaId": "order",
+                "instanceId": "order:o-1",
+                "correlationId": "o-1",
+                "correlationKey": "o-1",
+                "run": 1,
+                "messageType": "PaymentOverdue",
+                "name": "overdue",
+            }
+        ],
+        "limit": 50,
+        "cursor": None,
+    },
+    shapes.MoveTimerBody: {"dueAt": "2026-01-31T12:00:00Z"},
+    shapes.TimerChange: {
+        "id": "tm8f14e45fceea167a5a36dedd4bea2543",
+        "sagaName": "order",
+        "instanceId": "order:o-1",
+        "correlationId": "o-1",
+        "correlationKey": "o-1",
+        "run": 1,
+        "version": 2,
+        "reason": "timer overdue was cancelled",
+    },
+    shapes.ScheduleList: {
+        "schedules": [
+            {
+                "sagaName": "report",
+                "sagaId": "report",
+                "cron": "0 3 * * *",
+                "timezone": "UTC",
+                "catchUp": "latest",
+                "messageType": "report:tick",
+                "lastTickAt": "2026-01-31T03:00:00.000Z",
+                "nextTickAt": "2026-02-01T03:00:00.000Z",
+            }
+        ]
+    },
     shapes.HealthView: {
         "status": "healthy",
         "timestamp": "2026-01-31T12:00:00.000Z",
@@ -142,47 +223,23 @@ EXAMPLES: Final[Mapping[type, Any]] = {
         "stalledLanes": 0,
         "oldestWaitingSeconds": 0.0,
     },
-    shapes.LiveView: {"status": "ok"},
-    shapes.ReadyView: {"ready": True, "checks": {"store": "ok", "receiver": "ok"}},
+    LiveView: {"status": "ok"},
+    ReadyView: {"ready": True, "checks": {"store": "ok", "receiver": "ok"}},
 }
 
 
 def openapi_document(routes: Sequence[BaseRoute], answers: Sequence[Route], *, needs_token: bool) -> dict[str, Any]:
     """The document for the FastAPI `routes`, which answer as `answers` says, and for `POST /publish`."""
-    document = get_openapi(
-        title="sagaloom",
-        version=version("sagaloom"),
-        openapi_version="3.1.0",
-        summary=_SUMMARY,
-        description="Errors have one shape, `Problem`; its `code` is one of " + ", ".join(sorted(STATUS_OF_CODE)) + ".",
-        routes=routes,
-        tags=[{"name": name} for name in ("publishing", "instances", "sagas", "dead letters", "health")],
-    )
-    shown = {route.answer for route in answers} | {shapes.PublishBody, shapes.PublishAnswer, Problem}
-    ordered = sorted(shown, key=lambda shape: shape.__name__)
-    references, schemas = msgspec.json.schema_components(ordered, ref_template=_SCHEMAS + "{name}")
-    refs = dict(zip(ordered, references, strict=True))
-    for schema in schemas.values():
-        if "description" in schema:
-            schema["description"] = " ".join(schema["description"].split())
-    # Its own schemas for validation errors are shapes that this service never answers with.
-    document["components"] = {"schemas": dict(sorted(schemas.items()))}
-    always = (401,) if needs_token else (403,)
-    for route in answers:
-        operation = document["paths"][route.path][route.method.lower()]
-        responses = {str(route.status): _response("OK", route.answer, refs)}
-        if route.refused_with_answer is not None:
-            responses[str(route.refused_with_answer)] = _response("Not ready.", route.answer, refs)
-        operation["responses"] = {**responses, **_errors((*route.errors, *always, 500), refs)}
-    document["paths"][f"{API_PREFIX}/publish"] = {"post": _publish_operation(refs, always)}
-    if needs_token:
-        document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
-        document["security"] = [{"token": []}]
-        document["paths"]["/health/live"]["get"]["security"] = []
+    shown = {route.answer for route in answers} | {route.body for route in answers if route.body is not None}
+    shown |= {shapes.PublishBody, shapes.PublishAnswer, shapes.PublishBatchBody, shapes.PublishBatchAnswer}
+    book = ShapeBook(shown, EXAMPLES, needs_token=needs_token)
+    document = make_document(routes, answers, book, summary=_SUMMARY, tags=_TAGS, needs_token=needs_token)
+    document["paths"][f"{API_PREFIX}/publish"] = {"post": _publish_operation(book)}
+    document["paths"][f"{API_PREFIX}/publish/batch"] = {"post": _batch_operation(book)}
     return document
 
 
-def _publish_operation(refs: Mapping[type, Any], always: tuple[int, ...]) -> dict[str, Any]:
+def _publish_operation(book: ShapeBook) -> dict[str, Any]:
     return {
         "tags": ["publishing"],
         "summary": "Publish",
@@ -195,52 +252,34 @@ def _publish_operation(refs: Mapping[type, Any], always: tuple[int, ...]) -> dic
                 "in": "query",
                 "description": "Also wait, at most this long, until each saga is done with the message, and answer "
                 "with `outcomes`: seconds, or a duration such as `500ms` or `5s`.",
-                "schema": {"type": "string"},
+                "schema": {"type": "string", "pattern": "^([0-9]+(\\.[0-9]+)?|[0-9]+(ms|s|m|h|d))$"},
                 "example": "5s",
             },
-            _header("Idempotency-Key", "The same as `idempotencyKey` in the body."),
-            _header("traceparent", "W3C trace context, when the body has none."),
-            _header("tracestate", "Goes with `traceparent`."),
+            header_parameter("Idempotency-Key", "The same as `idempotencyKey` in the body."),
+            header_parameter("traceparent", "W3C trace context, when the body has none."),
+            header_parameter("tracestate", "Goes with `traceparent`."),
         ],
-        "requestBody": {"required": True, "content": _content(shapes.PublishBody, refs)},
+        "requestBody": {"required": True, "content": book.content(shapes.PublishBody)},
+        "responses": {"202": book.response("Durable.", shapes.PublishAnswer), **book.errors(_PUBLISH_ERRORS)},
+    }
+
+
+def _batch_operation(book: ShapeBook) -> dict[str, Any]:
+    return {
+        "tags": ["publishing"],
+        "summary": "Publish batch",
+        "description": "Takes many messages in, together and in their order, and answers each by itself: one that is "
+        "refused keeps no other from being accepted. 202 when all of them are durable, 200 when at least one was "
+        "refused.",
+        "operationId": "publishBatch",
+        "parameters": [
+            header_parameter("traceparent", "W3C trace context, for messages that have none."),
+            header_parameter("tracestate", "Goes with `traceparent`."),
+        ],
+        "requestBody": {"required": True, "content": book.content(shapes.PublishBatchBody)},
         "responses": {
-            "202": _response("Durable.", shapes.PublishAnswer, refs),
-            **_errors((*_PUBLISH_ERRORS, *always, 500), refs),
+            "200": book.response("At least one was refused.", shapes.PublishBatchAnswer),
+            "202": book.response("All of them are durable.", shapes.PublishBatchAnswer),
+            **book.errors(_BATCH_ERRORS),
         },
     }
-
-
-def _header(name: str, description: str) -> dict[str, Any]:
-    return {"name": name, "in": "header", "description": description, "schema": {"type": "string"}}
-
-
-def _content(shape: type, refs: Mapping[type, Any]) -> dict[str, Any]:
-    content: dict[str, Any] = {"schema": refs[shape]}
-    if shape in EXAMPLES:
-        content["example"] = EXAMPLES[shape]
-    return {_JSON: content}
-
-
-def _response(description: str, shape: type, refs: Mapping[type, Any]) -> dict[str, Any]:
-    return {"description": description, "content": _content(shape, refs)}
-
-
-def _errors(statuses: Sequence[int], refs: Mapping[type, Any]) -> dict[str, Any]:
-    return {str(status): _error(status, refs) for status in sorted(statuses)}
-
-
-def _error(status: int, refs: Mapping[type, Any]) -> dict[str, Any]:
-    code = next(code for code, known in STATUS_OF_CODE.items() if known == status)
-    example = {
-        "code": code,
-        "message": _REASONS[status],
-        "retryable": status in (408, 409, 429, 503),
-        "traceId": "4bf92f3577b34da6a3ce929d0e0e4736",
-    }
-    response: dict[str, Any] = {
-        "description": _REASONS[status],
-        "content": {_JSON: {"schema": refs[Problem], "example": example}},
-    }
-    if status in (429, 503):
-        response["headers"] = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
-    return response

@@ -9,20 +9,30 @@ are passed through as the JSON they are stored as, byte for byte, and nothing is
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Annotated, Any, Literal, TypeVar
 
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from sagaloom.definitions import SagaDefinition, SagaDurabilityTier, SagaInstanceStatus
 from sagaloom.describe import describe
+from sagaloom.engine.controls import REASON_LENGTH_MAX
 from sagaloom.engine.records import DeadLetter, Disposition, EffectSummary, HistoryEntry, Instance, Origin, StepRecord
 from sagaloom.ids import instance_id
+from sagaloom.runtime.bulk import BulkResult
 from sagaloom.runtime.receipts import Outcome, PublishReceipt
+from sagaloom.runtime.scheduler import ScheduleStatus
+from sagaloom.runtime.timers import WaitingTimer
+from sagaloom.web.problems import Problem
+from sagaloom.web.routes import wire_time
 
 __all__ = [
+    "BatchItem",
+    "BulkAnswer",
+    "BulkBody",
     "CompensationView",
     "ConcurrencyView",
+    "ControlBody",
     "DeadLetterList",
     "DeadLetterView",
     "Description",
@@ -35,34 +45,41 @@ __all__ = [
     "HistoryList",
     "InstanceList",
     "InstanceView",
-    "LiveView",
+    "MoveTimerBody",
     "OutcomeView",
     "ParentView",
     "PublishAnswer",
+    "PublishBatchAnswer",
+    "PublishBatchBody",
     "PublishBody",
-    "ReadyView",
     "RetryView",
     "SagaGraph",
     "SagaList",
     "SagaView",
+    "ScheduleList",
+    "ScheduleStatusView",
+    "ScheduleView",
     "StepView",
     "StoreView",
     "TakenBy",
+    "TimeoutView",
+    "TimerChange",
+    "TimerList",
+    "TimerView",
+    "TroubleView",
+    "bulk_answer",
     "dead_letter_view",
     "history_entry_view",
     "instance_view",
     "publish_answer",
     "saga_view",
-    "wire_time",
+    "schedule_view",
+    "timer_change",
+    "timer_view",
 ]
 
 Time = Annotated[str, Meta(extra_json_schema={"format": "date-time"})]
 T = TypeVar("T")
-
-
-def wire_time(moment: datetime) -> str:
-    """`moment` as `2026-01-31T12:00:00.000Z`."""
-    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _wire_time_if(moment: datetime | None) -> str | UnsetType:
@@ -200,6 +217,30 @@ def _outcome_view(outcome: Outcome) -> OutcomeView:
     )
 
 
+class PublishBatchBody(_Shape, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Many messages, which are taken in together and in this order."""
+
+    messages: Annotated[Sequence[PublishBody], Meta(description="At most 1000.", max_length=1000)]
+
+
+class BatchItem(_Shape, frozen=True, kw_only=True):
+    """What became of one message: a receipt with status 202, or an error with the status that it would have had
+    alone."""
+
+    status: int
+    receipt: PublishAnswer | UnsetType = UNSET
+    error: Problem | UnsetType = UNSET
+
+
+class PublishBatchAnswer(_Shape, frozen=True, kw_only=True):
+    """What became of each message, in the order in which they were sent. Those that were accepted are durable,
+    whatever happened to the others."""
+
+    accepted: int
+    refused: int
+    results: Sequence[BatchItem]
+
+
 # --- Instances and their history -------------------------------------------------------------------------------------
 
 
@@ -236,6 +277,9 @@ class InstanceView(_Shape, frozen=True, kw_only=True):
     result: Annotated[Raw | UnsetType, Meta(description="What the saga completed with.")] = UNSET
     reason: str | UnsetType = UNSET
     last_message_type: str | UnsetType = UNSET
+    traceparent: Annotated[
+        str | UnsetType, Meta(description="W3C trace context of the message that started the run.")
+    ] = UNSET
     parent: ParentView | UnsetType = UNSET
 
 
@@ -243,7 +287,8 @@ class InstanceList(_Shape, frozen=True, kw_only=True):
     """A page of runs, newest first. `cursor` asks for the next page and is null on the last one."""
 
     instances: Sequence[InstanceView]
-    total: Annotated[int, Meta(description="Exact up to 10000.")]
+    total: Annotated[int, Meta(description="Exact up to 10000; there are at least so many when it is an estimate.")]
+    total_is_estimate: bool
     limit: int
     offset: int
     cursor: str | None
@@ -272,6 +317,7 @@ def instance_view(instance: Instance) -> InstanceView:
         result=_json_if(instance.result),
         reason=_if_known(instance.reason),
         last_message_type=_if_known(instance.last_message_type),
+        traceparent=_if_known(instance.traceparent),
         parent=UNSET
         if parent is None
         else ParentView(
@@ -282,6 +328,12 @@ def instance_view(instance: Instance) -> InstanceView:
             run=parent.run,
         ),
     )
+
+
+class ControlBody(_Shape, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Why an operator does it: for the history, and for whoever watches."""
+
+    reason: Annotated[str, Meta(max_length=REASON_LENGTH_MAX)] | None = None
 
 
 class EffectView(_Shape, frozen=True, kw_only=True, omit_defaults=True):
@@ -434,6 +486,52 @@ class DeadLetterView(_Shape, frozen=True, kw_only=True):
     state_after: Annotated[Raw | UnsetType, Meta(description="Of a broken invariant: the state it refused.")] = UNSET
 
 
+class BulkBody(_Shape, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which dead letters: those of `ids`, or the oldest `limit` of a saga, of a key, or of `all`."""
+
+    ids: Annotated[Sequence[str], Meta(max_length=1000)] | None = None
+    saga_name: str | None = None
+    saga_id: Annotated[str | None, Meta(description="Another spelling of `sagaName`.")] = None
+    correlation_id: str | None = None
+    correlation_key: Annotated[str | None, Meta(description="Another spelling of `correlationId`.")] = None
+    all: Annotated[bool, Meta(description="Every one; has to be said, so that an empty body does nothing.")] = False
+    limit: Annotated[int, Meta(ge=1, le=1000)] = 100
+
+
+class TroubleView(_Shape, frozen=True, kw_only=True):
+    """A dead letter that was left as it is, and why."""
+
+    id: str
+    code: str
+    message: str
+    retryable: bool
+
+
+class BulkAnswer(_Shape, frozen=True, kw_only=True):
+    """What became of many dead letters: how many were redriven or discarded, which, and what stood against the others.
+    `hasMore`: further ones match."""
+
+    done: int
+    failed: int
+    has_more: bool
+    ids: Sequence[str]
+    troubles: Sequence[TroubleView]
+
+
+def bulk_answer(result: BulkResult) -> BulkAnswer:
+    """What an operator gets for many dead letters."""
+    return BulkAnswer(
+        done=len(result.done),
+        failed=len(result.troubles),
+        has_more=result.has_more,
+        ids=result.done,
+        troubles=[
+            TroubleView(id=one.id, code=one.error.code, message=one.error.message, retryable=one.error.retryable)
+            for one in result.troubles
+        ],
+    )
+
+
 class DeadLetterList(_Shape, frozen=True, kw_only=True):
     """A page of dead letters, newest first. `cursor` asks for the next page and is null on the last one."""
 
@@ -468,6 +566,115 @@ def dead_letter_view(letter: DeadLetter, *, with_content: bool) -> DeadLetterVie
         traceback=_if_known(letter.traceback) if with_content else UNSET,
         state_before=_json_if(letter.state_before) if with_content else UNSET,
         state_after=_json_if(letter.state_after) if with_content else UNSET,
+    )
+
+
+# --- Time ------------------------------------------------------------------------------------------------------------
+
+
+class TimerView(_Shape, frozen=True, kw_only=True):
+    """A message that a run gets at `dueAt`. `name` is what its saga calls it, if anything."""
+
+    id: str
+    due_at: Time
+    saga_name: str
+    saga_id: str
+    instance_id: str
+    correlation_id: str
+    correlation_key: str
+    run: int
+    message_type: str
+    name: str | UnsetType = UNSET
+
+
+class TimerList(_Shape, frozen=True, kw_only=True):
+    """A page of timers, the next one first. `cursor` asks for the next page and is null on the last one."""
+
+    timers: Sequence[TimerView]
+    limit: int
+    cursor: str | None
+
+
+class MoveTimerBody(_Shape, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """When the timer is to fire."""
+
+    due_at: Annotated[datetime, Meta(tz=True, description="A moment with a zone; at once when it is in the past.")]
+
+
+class TimerChange(_Shape, frozen=True, kw_only=True):
+    """A timer that was cancelled or moved, and the run whose it is; `version` is its revision now."""
+
+    id: str
+    saga_name: str
+    instance_id: str
+    correlation_id: str
+    correlation_key: str
+    run: int
+    version: int
+    reason: Annotated[str, Meta(description="What was done, as the history says it.")]
+
+
+def timer_view(timer: WaitingTimer) -> TimerView:
+    """One timer, as the wire shows it."""
+    return TimerView(
+        id=timer.id,
+        due_at=wire_time(timer.due_at),
+        saga_name=timer.saga_id,
+        saga_id=timer.saga_id,
+        instance_id=instance_id(timer.saga_id, timer.key, timer.run),
+        correlation_id=timer.key,
+        correlation_key=timer.key,
+        run=timer.run,
+        message_type=timer.message_type,
+        name=_if_known(timer.name),
+    )
+
+
+def timer_change(timer_id: str, outcome: Outcome) -> TimerChange:
+    """What an operator gets for a timer."""
+    return TimerChange(
+        id=timer_id,
+        saga_name=outcome.saga_id,
+        instance_id=outcome.instance_id,
+        correlation_id=outcome.correlation_key,
+        correlation_key=outcome.correlation_key,
+        run=outcome.run,
+        version=outcome.revision or 0,
+        reason=outcome.reason or "",
+    )
+
+
+class ScheduleStatusView(_Shape, frozen=True, kw_only=True):
+    """A saga's schedule, and how far it has come. `lastTickAt` is the moment for which the newest tick was
+    scheduled."""
+
+    saga_name: str
+    saga_id: str
+    cron: str
+    timezone: str
+    catch_up: str
+    message_type: str
+    last_tick_at: Time | UnsetType = UNSET
+    next_tick_at: Time | UnsetType = UNSET
+
+
+class ScheduleList(_Shape, frozen=True, kw_only=True):
+    """The schedules of the loaded sagas, by saga id."""
+
+    schedules: Sequence[ScheduleStatusView]
+
+
+def schedule_view(status: ScheduleStatus) -> ScheduleStatusView:
+    """One schedule, as the wire shows it."""
+    return ScheduleStatusView(
+        saga_name=status.saga_id,
+        saga_id=status.saga_id,
+        cron=status.cron,
+        timezone=status.timezone,
+        catch_up=status.catch_up,
+        message_type=status.message_type,
+        last_tick_at=_wire_time_if(status.last_tick_at),
+        next_tick_at=_wire_time_if(status.next_tick_at),
     )
 
 
@@ -508,15 +715,33 @@ class ConcurrencyView(_Shape, frozen=True, kw_only=True):
     on_limit: str
 
 
+class ScheduleView(_Shape, frozen=True, kw_only=True):
+    """When a saga ticks, in which time zone, what becomes of ticks that were missed, and the type of a tick."""
+
+    cron: str
+    timezone: str
+    catch_up: Literal["latest", "all", "none"]
+    message_type: str
+
+
+class TimeoutView(_Shape, frozen=True, kw_only=True):
+    """A message that a run gets when it is still live `delay` milliseconds after it was opened."""
+
+    name: str
+    delay: int
+    message_type: str
+
+
 class GraphNode(_Shape, frozen=True, kw_only=True):
-    """A node: `start`, `instance`, a message type or a compensation."""
+    """A node: `start`, `instance`, a message type, a compensation, a schedule or a timeout."""
 
     id: str
     kind: str
 
 
 class GraphEdge(Struct, frozen=True, kw_only=True, rename={"from_": "from"}):
-    """An edge of the graph: which types start an instance, which continue one, which compensations undo them."""
+    """An edge of the graph: which types start an instance, which continue one, which compensations undo them, which a
+    schedule or a timeout sends."""
 
     from_: str
     to: str
@@ -549,7 +774,8 @@ class SagaView(_Shape, frozen=True, kw_only=True):
     queries: Sequence[str]
     retry: RetryView
     concurrency: ConcurrencyView | None
-    schedule: str | None
+    schedule: ScheduleView | None
+    timeouts: Sequence[TimeoutView]
     reuse: str
     singleton: bool
     invariants: Sequence[str]
@@ -612,16 +838,3 @@ class HealthView(_Shape, frozen=True, kw_only=True):
     outbox: Annotated[int, Meta(description="Effects waiting to leave.")]
     stalled_lanes: Annotated[int, Meta(description="Lanes that stand still behind a dead letter.")]
     oldest_waiting_seconds: float
-
-
-class ReadyView(_Shape, frozen=True, kw_only=True):
-    """Whether messages are taken and applied."""
-
-    ready: bool
-    checks: Mapping[str, str]
-
-
-class LiveView(_Shape, frozen=True, kw_only=True):
-    """The process answers."""
-
-    status: Literal["ok"]

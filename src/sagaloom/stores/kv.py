@@ -12,7 +12,7 @@ The rows (the first part of a key names its table; times are microseconds since 
     timer           due, id                             Timer
     schedule        saga id                             ScheduleCursor
     dead_letter     id                                  DeadLetter; found by saga and by key through dead_letter_index
-    feed            number of its first event           the events of one commit, unit by unit
+    feed            number of its first event           the FeedRecords of one commit, unit by unit
     member, lease, arrivals                             who may write what: see `sagaloom.stores.tenure`
     definition, saga("registry", id)                    RegisteredDefinition, and its document as JSON for everybody
     saga_seen       saga id                             empty: which sagas have rows
@@ -124,7 +124,8 @@ from sagaloom.stores.tenure import Presence, Tenure, member_key
 
 __all__ = ["ROW_BYTES_MAX", "SCHEMA", "KvSagaStore"]
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
+"""Since 2 a feed row has a record for each message; before, it had every event. Rows of both are read."""
 
 _TIERS: Final[frozenset[SagaDurabilityTier]] = frozenset({"t1", "t2"})
 _ROUNDS_MAX: Final = 16
@@ -208,6 +209,11 @@ class KvSagaStore:
                 f"{self._kv.name} was written with schema {int(schema.value)}, this version reads up to {SCHEMA}: "
                 "upgrade sagaloom, or choose another store"
             )
+        if int(schema.value) < SCHEMA:
+            # From here on rows may come that an older program cannot read. When somebody else was faster, it is done.
+            await self._commit_kv(
+                checks=[Check(_SCHEMA_KEY, schema.versionstamp)], puts=[(_SCHEMA_KEY, str(SCHEMA).encode())]
+            )
         self._store_id = store_id.value.decode()
 
     async def close(self) -> None:
@@ -277,9 +283,7 @@ class KvSagaStore:
         await self.open()
         done = await self._commit_kv(reserve={"pk": count})
         assert isinstance(done, Committed)  # without checks there is nothing to conflict with
-        first = done.bases["pk"]
-        self._beliefs.reserved(first, count)
-        return first
+        return done.bases["pk"]
 
     async def probe(self) -> None:
         await self.open()
@@ -420,9 +424,9 @@ class KvSagaStore:
             reserve["outbox"] = len(plan.outbox)
         if plan.feed_count:
             reserve["feed"] = plan.feed_count
-            events = encode(plan.events)
-            check_size(len(events))
-            inserts.append((FEED_KEY, events))
+            feed = encode(plan.feed)
+            check_size(len(feed))
+            inserts.append((FEED_KEY, feed))
         done = await self._commit_kv(
             checks=[Check(member, tenure.stamp), *plan.checks],
             inserts=inserts,
@@ -501,10 +505,10 @@ class KvSagaStore:
     async def outbox_page(
         self, *, after: RowRef | None, limit: int, parts: Collection[int] | None = None
     ) -> list[OutboxRow]:
+        rows: list[Entry] = []
         if parts is None:
             rows = await self._waiting(("outbox",), after, limit)
         else:
-            rows = []
             for part in sorted(parts):
                 if len(rows) < limit and (after is None or part >= after.part):
                     rows += await self._waiting(("outbox", part), after, limit - len(rows))
@@ -557,7 +561,8 @@ class KvSagaStore:
         await self.open()
         generation = self._beliefs.generation
         # A bound outside the prefix is no bound: a partition behind that of `after` is read from its beginning.
-        past = None if after is None or (len(prefix) > 1 and prefix[1] != after.part) else (prefix[0], *after)
+        is_elsewhere = after is None or prefix[1:2] not in ((), (after.part,))
+        past: Key | None = None if after is None or is_elsewhere else (*prefix[:1], *after)
         rows = await self._kv.scan(prefix, after=past, limit=limit)
         self._beliefs.learn_rows(rows, generation)
         return rows
@@ -633,11 +638,10 @@ class KvSagaStore:
         found: list[tuple[int, FeedEvent]] = []
         for row in rows:
             number = number_of(row)
-            for events in decoded(self._kv, row, decode_events):
-                for event in events:
-                    if number > after and len(found) < limit:
-                        found.append((number, event))
-                    number += 1
+            for event in decoded(self._kv, row, decode_events):
+                if number > after and len(found) < limit:
+                    found.append((number, event))
+                number += 1
         if not found and limit > 0:
             # Nothing in the whole page: the feed has ended, or what came next has been pruned.
             kept = await self._kv.scan(("feed",), after=("feed", after), limit=1)
@@ -650,7 +654,7 @@ class KvSagaStore:
         newest = await self._kv.scan(("feed",), limit=1, reverse=True)
         if not oldest or not newest:
             return 1, 0
-        events = sum(map(len, decoded(self._kv, newest[0], decode_events)))
+        events = len(decoded(self._kv, newest[0], decode_events))
         return number_of(oldest[0]), number_of(newest[0]) + events - 1
 
     async def prune_feed(self, *, before: int, limit: int) -> int:
@@ -683,7 +687,3 @@ class KvSagaStore:
             found += rows
             if len(rows) < _PAGE:
                 return found
-
-
-def _held_by(lease: Lease) -> tuple[str, int]:
-    return lease.holder, lease.epoch

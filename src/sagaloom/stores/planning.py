@@ -14,7 +14,7 @@ from typing import Final, TypeVar, cast
 import msgspec
 
 from sagaloom.definitions import SagaInstanceStatus
-from sagaloom.engine.records import DeadLetter, Head, Instance
+from sagaloom.engine.records import DeadLetter, FeedRecord, Head, Instance
 from sagaloom.ids import instance_id
 from sagaloom.ports.keyvalue import Check, Committed, Entry, Key, KeyValue
 from sagaloom.ports.store import Conflict, RowRef, UnitOfWork
@@ -52,7 +52,6 @@ ROW_BYTES_MAX: Final = 256 << 20
 _RUNS_KNOWN_MAX: Final = 65_536
 _HEADS_KNOWN_MAX: Final = 65_536
 _ROWS_KNOWN_MAX: Final = 262_144
-_FRESH_PKS_MAX: Final = 65_536
 
 _RunKey = tuple[int, int]
 _RunFacts = tuple[int, int, SagaInstanceStatus, datetime]
@@ -73,7 +72,6 @@ class Beliefs:
         self.heads: dict[Key, tuple[int, Head]] = {}
         self.rows: dict[Key, None] = {}
         """Inbox, outbox and timer rows that are there."""
-        self.fresh_pks: set[int] = set()
         self.sagas_seen: set[str] = set()
 
     def forget(self) -> None:
@@ -81,7 +79,6 @@ class Beliefs:
         self.runs.clear()
         self.heads.clear()
         self.rows.clear()
-        self.fresh_pks.clear()
         self.sagas_seen.clear()
 
     def learn(self, plan: Plan, done: Committed) -> None:
@@ -103,14 +100,8 @@ class Beliefs:
             rows["outbox", part, base + offset] = None
         for key in plan.timers:
             rows[key] = None
-        self.fresh_pks -= plan.pks
         self.sagas_seen |= plan.sagas
         self.bound()
-
-    def reserved(self, first: int, count: int) -> None:
-        """Remembers that no row carries these numbers."""
-        if len(self.fresh_pks) + count <= _FRESH_PKS_MAX:
-            self.fresh_pks.update(range(first, first + count))
 
     def bound(self) -> None:
         # Forgetting is always right: what is not remembered is looked up.
@@ -200,6 +191,20 @@ class Beliefs:
         return dead_letters
 
 
+class _Beside:
+    """The rows of one unit that most units do without, and what they will have changed."""
+
+    __slots__ = ("checks", "consumed", "inbox_parts", "inserts", "rows", "timers_added")
+
+    def __init__(self) -> None:
+        self.checks: list[Check] = []
+        self.rows: list[tuple[Key, bytes | None]] = []
+        self.inserts: list[tuple[Key, bytes]] = []
+        self.consumed: list[Key] = []
+        self.inbox_parts: list[int] = []
+        self.timers_added: list[Key] = []
+
+
 class Plan:
     """What a batch will write, unit by unit, and what it will have changed."""
 
@@ -209,7 +214,7 @@ class Plan:
         "conflicts",
         "consumed",
         "dead_letters",
-        "events",
+        "feed",
         "feed_count",
         "heads",
         "inbox",
@@ -217,7 +222,6 @@ class Plan:
         "lost",
         "marks",
         "outbox",
-        "pks",
         "runs",
         "sagas",
         "timers",
@@ -232,7 +236,8 @@ class Plan:
         self.writes: dict[Key, bytes | None] = {}
         """The last word on each key; None deletes."""
         self.inserts: list[tuple[Key, bytes]] = []
-        """Rows that must be new: history, marks, and those whose number the commit gives."""
+        """Rows that must be new: first states of runs, history, marks, and those whose number the commit gives. Only a
+        mark is ever deleted by the commit that inserts it."""
         self.runs: dict[_RunKey, _RunFacts] = {}
         self.heads: dict[Key, Head] = {}
         self.marks: dict[Key, bool] = {}
@@ -244,31 +249,31 @@ class Plan:
         self.inbox: list[int] = []
         """The partition of each new row, in the order of their numbers."""
         self.outbox: list[int] = []
-        self.events: list[msgspec.Raw] = []
+        self.feed: list[msgspec.Raw] = []
         self.feed_count = 0
-        self.pks: set[int] = set()
+        """How many events are in `feed`."""
         self.sagas: set[str] = set()
 
     def place(
         self, unit: UnitOfWork, beliefs: Beliefs, marks_there: set[Key], dead_letters: dict[str, tuple[DeadLetter, int]]
     ) -> Conflict | None:
         """Adds `unit`, whole; or says why not, and leaves the plan as it was."""
-        if unit.outbox_done is not None and unit == UnitOfWork(
-            part=unit.part, outbox_done=unit.outbox_done, events=unit.events
-        ):
+        instance, entry, head, mark, feed = unit.instance, unit.entry, unit.head, unit.mark, unit.feed
+        done = unit.outbox_done
+        if done is not None and unit == UnitOfWork(part=unit.part, outbox_done=done, feed=feed):
             # Every effect ends as such a unit, so half of all units are.
-            row: Key = ("outbox", *unit.outbox_done)
+            row: Key = ("outbox", *done)
             if row not in beliefs.rows or row in self.consumed:
-                return Conflict("gone", f"outbox row {unit.outbox_done}")
-            if unit.events:
-                self.events.append(msgspec.Raw(encode(unit.events)))
-                self.feed_count += len(unit.events)
+                return Conflict("gone", f"outbox row {done}")
+            if feed:
+                self._show(feed, [msgspec.Raw(encode(record)) for record in feed])
             self.writes[row] = None
             self.consumed.add(row)
             return None
-        shape = _misshapen(unit)
-        if shape is not None:
-            return Conflict("refused", shape)
+        if instance is not None or entry is not None:
+            shape = _misshapen(unit)
+            if shape is not None:
+                return Conflict("refused", shape)
         pk = pk_of(unit)
         if pk and pk in self.lost:
             return Conflict("revision", "an earlier unit of the same instance in this batch was not written")
@@ -276,35 +281,33 @@ class Plan:
         rows: list[tuple[Key, bytes | None]] = []
         inserts: list[tuple[Key, bytes]] = []
 
-        instance = unit.instance
         run_key = (0, 0)
         if instance is not None:
-            run_key = (pk, instance.run)
-            run_row: Key = ("state", pk, instance.run)
+            run = instance.run
+            run_key = (pk, run)
+            run_row: Key = ("state", pk, run)
             facts = self.runs.get(run_key)
             if facts is None:
                 known = beliefs.runs.get(run_key)
                 if known is not None:
                     facts = known[1]
-                elif pk not in beliefs.fresh_pks:
-                    checks.append(_check((run_row, None)))
             if unit.revision_before is None:
                 if facts is not None:
                     return _wrong_revision(instance, facts)
-            elif facts is None or facts[0] != unit.revision_before or facts[1] != unit.entries_before:
-                return _wrong_revision(instance, facts)
-            rows.append((run_row, encode(instance)))
+                inserts.append((run_row, encode(instance)))
+            else:
+                if facts is None or facts[0] != unit.revision_before or facts[1] != unit.entries_before:
+                    return _wrong_revision(instance, facts)
+                rows.append((run_row, encode(instance)))
             status = instance.status
             if facts is None or facts[2] != status or facts[3] != instance.created_at:
                 if facts is not None:
-                    rows.append((("instance_index", instance.saga_id, facts[2], micros(facts[3]), *run_key), None))
-                rows.append((("instance_index", instance.saga_id, status, micros(instance.created_at), *run_key), b""))
-            entry = unit.entry
+                    rows.append((("instance_index", instance.saga_id, facts[2], micros(facts[3]), pk, run), None))
+                rows.append((("instance_index", instance.saga_id, status, micros(instance.created_at), pk, run), b""))
             if entry is not None:
                 # The second belt: whoever else has written this run has written this entry.
-                inserts.append((("transition", pk, instance.run, entry.entry_no), encode(entry)))
+                inserts.append((("transition", pk, run, entry.entry_no), encode(entry)))
 
-        head = unit.head
         head_row: Key = ()
         if head is not None:
             head_row = head_key(head.saga_id, head.key)
@@ -321,8 +324,8 @@ class Plan:
                 inserts.append((head_row, encoded))
             else:
                 rows.append((head_row, encoded))
-            if stored is not None and stored.awaits_start and stored.run == 0:
-                rows.append((pending_key(stored), None))
+                if stored.awaits_start and stored.run == 0:
+                    rows.append((pending_key(stored), None))
             if head.awaits_start and head.run == 0:
                 rows.append((pending_key(head), encoded))
 
@@ -330,22 +333,80 @@ class Plan:
         if unit.unmark is not None:
             unmarked_row = mark_key(*unit.unmark)
             rows.append((unmarked_row, None))
-        mark = unit.mark
         mark_row: Key = ()
+        is_assumed_new = False
         if mark is not None:
             mark_row = mark_key(unit.mark_pk, mark.dedupe_key)
             if mark_row != unmarked_row:
                 is_marked = self.marks.get(mark_row)
-                if is_marked or (is_marked is None and mark_row in marks_there):
+                is_assumed_new = is_marked is None
+                if is_marked or (is_assumed_new and marks_there and mark_row in marks_there):
                     return Conflict("mark", f"{mark.dedupe_key!r} was seen before")
             inserts.append((mark_row, encode(mark)))
 
-        # Rows that the unit consumes or replaces must be there. Updates come first: a unit may do both.
+        if unit.outbox_add:
+            number = len(self.outbox)
+            for effect in unit.outbox_add:
+                inserts.append((("outbox", unit.part, slot("outbox", number)), encode(effect)))
+                number += 1
+        shown = [msgspec.Raw(encode(record)) for record in feed]
+        beside: _Beside | None = None
+        if (
+            done is not None
+            or unit.inbox_add
+            or unit.inbox_done is not None
+            or unit.inbox_update is not None
+            or unit.outbox_update is not None
+            or unit.timers_add
+            or unit.timers_remove
+            or unit.timer_done is not None
+            or unit.dead_letters_add
+            or unit.dead_letter_done is not None
+        ):
+            found = self._beside(unit, beliefs, dead_letters)
+            if isinstance(found, Conflict):
+                return found
+            beside = found
+            checks += beside.checks
+            rows += beside.rows
+            inserts += beside.inserts
+        _check_sizes(rows, inserts)
+
+        # From here on nothing is refused.
+        self.writes.update(rows)
+        if unmarked_row:
+            self._unmark(unmarked_row)
+        self.inserts += inserts
+        self.checks += checks
+        if instance is not None:
+            self.runs[run_key] = (instance.revision, instance.entries, instance.status, instance.created_at)
+            if unit.revision_before is None:
+                self.sagas.add(instance.saga_id)
+        if head is not None:
+            self.heads[head_row] = head
+            self.sagas.add(head.saga_id)
+        if mark_row:
+            if is_assumed_new:
+                self.assumed_new.add(mark_row)
+            self.marks[mark_row] = True
+        if unit.outbox_add:
+            self.outbox += [unit.part] * len(unit.outbox_add)
+        if feed:
+            self._show(feed, shown)
+        if beside is not None:
+            self._learn(unit, beside)
+        return None
+
+    def _beside(
+        self, unit: UnitOfWork, beliefs: Beliefs, dead_letters: dict[str, tuple[DeadLetter, int]]
+    ) -> _Beside | Conflict:
+        """What `unit` writes beside a run, its mark and its effects; or why it cannot. Changes nothing yet."""
         there = beliefs.rows
-        consumed: list[Key] = []
-        key: Key
+        beside = _Beside()
+        rows, consumed = beside.rows, beside.consumed
+        # Rows that the unit consumes or replaces must be there. Updates come first: a unit may do both.
         if unit.inbox_update is not None:
-            key = ("inbox", *unit.inbox_update.ref)
+            key: Key = ("inbox", *unit.inbox_update.ref)
             if key not in there or key in self.consumed:
                 return Conflict("gone", f"inbox row {unit.inbox_update.ref}")
             rows.append((key, encode(unit.inbox_update.envelope)))
@@ -372,95 +433,60 @@ class Plan:
                 return Conflict("gone", f"timer {unit.timer_done.id}")
             rows.append((key, None))
             consumed.append(key)
-        dead_letter: DeadLetter | None = None
         if unit.dead_letter_done is not None:
-            dead_letter = self.dead_letters.get(unit.dead_letter_done)
-            if dead_letter is None and ("dead_letter", unit.dead_letter_done) not in self.consumed:
+            letter = self.dead_letters.get(unit.dead_letter_done)
+            if letter is None and ("dead_letter", unit.dead_letter_done) not in self.consumed:
                 found = dead_letters.get(unit.dead_letter_done)
                 if found is not None:
-                    dead_letter = found[0]
-                    checks.append(_check((("dead_letter", dead_letter.id), found[1])))
-            if dead_letter is None:
+                    letter = found[0]
+                    beside.checks.append(_check((("dead_letter", letter.id), found[1])))
+            if letter is None:
                 return Conflict("gone", f"dead letter {unit.dead_letter_done}")
-            rows += [(row, None) for row in dead_letter_keys(dead_letter)]
+            rows += [(row, None) for row in dead_letter_keys(letter)]
 
-        inbox_parts: list[int] = []
-        if unit.inbox_add:
-            number = len(self.inbox)
-            for envelope in unit.inbox_add:
-                part = placed(envelope.saga_id, envelope.key)[1]
-                inserts.append((("inbox", part, slot("inbox", number)), encode(envelope)))
-                inbox_parts.append(part)
-                number += 1
-        if unit.outbox_add:
-            number = len(self.outbox)
-            for effect in unit.outbox_add:
-                inserts.append((("outbox", unit.part, slot("outbox", number)), encode(effect)))
-                number += 1
-        if unit.timers_remove:
-            for pending in unit.timers_remove:
-                key = timer_key(pending)
-                rows.append((key, None))
-                consumed.append(key)
-        timers_added: list[Key] = []
-        if unit.timers_add:
-            for timer in unit.timers_add:
-                key = ("timer", micros(timer.due_at), timer.id)
-                rows.append((key, encode(timer)))
-                timers_added.append(key)
-        if unit.dead_letters_add:
-            for letter in unit.dead_letters_add:
-                keys = dead_letter_keys(letter)
-                rows += [(keys[0], encode(letter)), (keys[1], b""), (keys[2], b"")]
-        events = encode(unit.events) if unit.events else b""
+        number = len(self.inbox)
+        for envelope in unit.inbox_add:
+            part = placed(envelope.saga_id, envelope.key)[1]
+            beside.inserts.append((("inbox", part, slot("inbox", number)), encode(envelope)))
+            beside.inbox_parts.append(part)
+            number += 1
+        for pending in unit.timers_remove:
+            key = timer_key(pending)
+            rows.append((key, None))
+            consumed.append(key)
+        for timer in unit.timers_add:
+            key = ("timer", micros(timer.due_at), timer.id)
+            rows.append((key, encode(timer)))
+            beside.timers_added.append(key)
+        for letter in unit.dead_letters_add:
+            keys = dead_letter_keys(letter)
+            rows += [(keys[0], encode(letter)), (keys[1], b""), (keys[2], b"")]
+        return beside
 
-        check_size(max([len(row[1]) for row in rows if row[1]] + [len(row[1]) for row in inserts], default=0))
+    def _learn(self, unit: UnitOfWork, beside: _Beside) -> None:
+        self.inbox += beside.inbox_parts
+        self.consumed.update(beside.consumed)
+        self.timers.difference_update(beside.consumed)
+        self.timers.update(beside.timers_added)
+        if unit.dead_letter_done is not None:
+            self.consumed.add(("dead_letter", unit.dead_letter_done))
+            self.dead_letters.pop(unit.dead_letter_done, None)
+        for letter in unit.dead_letters_add:
+            self.dead_letters[letter.id] = letter
 
-        # From here on nothing is refused.
-        self.writes.update(rows)
-        if unmarked_row and self.marks.get(unmarked_row):
-            self.inserts = [row for row in self.inserts if row[0] != unmarked_row]
-            if unmarked_row in self.assumed_new:
+    def _unmark(self, row: Key) -> None:
+        if self.marks.get(row):
+            self.inserts = [insert for insert in self.inserts if insert[0] != row]
+            if row in self.assumed_new:
                 # The delete comes before every insert: it would hide that the first of the two was a duplicate.
-                self.checks.append(_check((unmarked_row, None)))
-                self.assumed_new.discard(unmarked_row)
-        self.inserts += inserts
-        if checks:
-            self.checks += checks
-        if inbox_parts:
-            self.inbox += inbox_parts
-        if unit.outbox_add:
-            self.outbox += [unit.part] * len(unit.outbox_add)
-        if events:
-            self.events.append(msgspec.Raw(events))
-            self.feed_count += len(unit.events)
-        if instance is not None:
-            self.runs[run_key] = (instance.revision, instance.entries, instance.status, instance.created_at)
-            self.pks.add(pk)
-            self.sagas.add(instance.saga_id)
-        if head is not None:
-            self.heads[head_row] = head
-            self.pks.add(head.pk)
-            self.sagas.add(head.saga_id)
-        if unmarked_row:
-            self.marks[unmarked_row] = False
-        if mark_row:
-            if mark_row not in self.marks:
-                self.assumed_new.add(mark_row)
-            self.marks[mark_row] = True
-            self.pks.add(unit.mark_pk)
-        if consumed:
-            self.consumed.update(consumed)
-            self.timers.difference_update(consumed)
-        if timers_added:
-            self.timers.update(timers_added)
-        if dead_letter is not None:
-            self.consumed.add(("dead_letter", dead_letter.id))
-            self.dead_letters.pop(dead_letter.id, None)
-        if unit.dead_letters_add:
-            for letter in unit.dead_letters_add:
-                self.dead_letters[letter.id] = letter
-        return None
+                self.checks.append(_check((row, None)))
+                self.assumed_new.discard(row)
+        self.marks[row] = False
+
+    def _show(self, records: tuple[FeedRecord, ...], encoded: list[msgspec.Raw]) -> None:
+        self.feed += encoded
+        for record in records:
+            self.feed_count += len(record.moments)
 
 
 def brings_only(unit: UnitOfWork) -> bool:
@@ -502,6 +528,15 @@ def doubt(unit: UnitOfWork) -> list[Key]:
         keys.append(mark_key(unit.mark_pk, unit.mark.dedupe_key))
     keys += _consumed_rows(unit)
     return keys
+
+
+def _check_sizes(rows: list[tuple[Key, bytes | None]], inserts: list[tuple[Key, bytes]]) -> None:
+    for _, value in rows:
+        if value is not None and len(value) > ROW_BYTES_MAX:
+            check_size(len(value))
+    for _, value in inserts:
+        if len(value) > ROW_BYTES_MAX:
+            check_size(len(value))
 
 
 def check_size(size: int) -> None:

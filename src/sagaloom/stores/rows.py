@@ -14,6 +14,7 @@ from sagaloom.engine.records import (
     DeadLetter,
     Envelope,
     FeedEvent,
+    FeedRecord,
     Head,
     HistoryEntry,
     Instance,
@@ -41,7 +42,8 @@ decode_effect = msgspec.msgpack.Decoder(OutboxEffect).decode
 decode_timer = msgspec.msgpack.Decoder(Timer).decode
 decode_cursor = msgspec.msgpack.Decoder(ScheduleCursor).decode
 decode_dead_letter = msgspec.msgpack.Decoder(DeadLetter).decode
-decode_events = msgspec.msgpack.Decoder(tuple[tuple[FeedEvent, ...], ...]).decode
+_decode_feed = msgspec.msgpack.Decoder(tuple[FeedRecord, ...]).decode
+_decode_feed_1 = msgspec.msgpack.Decoder(tuple[tuple[FeedEvent, ...], ...]).decode
 decode_lease = msgspec.msgpack.Decoder(tuple[str, int]).decode
 decode_definition = msgspec.msgpack.Decoder(RegisteredDefinition).decode
 
@@ -122,6 +124,15 @@ def ref_of(row: Entry) -> RowRef:
     assert isinstance(part, int)
     assert isinstance(seq, int)
     return RowRef(part, seq)
+
+
+def decode_events(value: bytes) -> list[FeedEvent]:
+    """The events of a feed row, in their order."""
+    try:
+        return [event for record in _decode_feed(value) for event in record.events()]
+    except msgspec.ValidationError:
+        # Schema 1 spelled the events out, unit by unit.
+        return [event for events in _decode_feed_1(value) for event in events]
 
 
 def number_of(row: Entry) -> int:

@@ -17,7 +17,6 @@ can tell.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -27,18 +26,12 @@ from urllib.parse import quote
 
 import msgspec
 
-from sagaloom.clock import Clock, SystemClock
+from sagaloom.clock import Clock
 from sagaloom.engine.records import OutboxEffect
 from sagaloom.errors import ConfigurationError, DeliveryFailed
 from sagaloom.messages import SagaMessage
-from sagaloom.outbound import (
-    LOOPBACK_PATTERNS,
-    checked_address,
-    is_retryable_status,
-    retry_after_seconds,
-    service_variables,
-    without_credentials,
-)
+from sagaloom.outbound import checked_address, service_variables, without_credentials
+from sagaloom.targets.posting import Poster
 
 if TYPE_CHECKING:
     import httpx2
@@ -87,67 +80,33 @@ class ServiceTarget:
         self._services = dict(services or {})
         self._read_env = read_env
         self._headers = headers
-        self._timeout_seconds = timeout_seconds
-        self._response_bytes_max = response_bytes_max
-        self._connections_max = connections_max
-        self._clock = clock or SystemClock()
-        self._transport = transport
-        self._client: httpx2.AsyncClient | None = None
+        self._poster = Poster(
+            timeout_seconds=timeout_seconds,
+            response_bytes_max=response_bytes_max,
+            connections_max=connections_max,
+            clock=clock,
+            transport=transport,
+        )
 
     async def deliver(self, effect: OutboxEffect) -> Sequence[SagaMessage[Any]]:
-        import httpx2
-
         name = effect.target_id
         address = self._address_of(name)
-        client = self._client or self.open()
-        shown = without_credentials(address)
-        try:
-            async with asyncio.timeout(self._timeout_seconds):
-                async with client.stream(
-                    "POST", address, content=effect.payload, headers=self._headers_of(effect)
-                ) as response:
-                    body, is_whole = await self._read(response)
-        except TimeoutError as error:
-            raise DeliveryFailed(
-                f"service {name!r} at {shown} did not answer within {self._timeout_seconds:g} s"
-            ) from error
-        except httpx2.TimeoutException as error:
-            raise DeliveryFailed(f"service {name!r} at {shown} did not answer: {type(error).__name__}") from error
-        except httpx2.InvalidURL as error:
-            raise DeliveryFailed(f"service {name!r}: {shown} is no address: {error}", retryable=False) from error
-        except (httpx2.HTTPError, OSError) as error:
-            cause = str(error) or type(error).__name__
-            raise DeliveryFailed(f"service {name!r} at {shown} could not be reached: {cause}") from error
-        if not 200 <= response.status_code < 300:
-            raise self._refusal(name, shown, response, body)
-        if not is_whole:
-            raise DeliveryFailed(
-                f"service {name!r} at {shown} answered with more than {self._response_bytes_max} bytes: "
-                "answers are messages; send large data another way",
-                retryable=False,
-                data={"status": response.status_code},
-            )
-        return _replies(body, f"service {name!r} at {shown}")
+        receiver = f"service {name!r}"
+        body = await self._poster.post(
+            address,
+            effect.payload,
+            self._headers_of(effect),
+            receiver=receiver,
+            variable=service_variables(name)[1],
+        )
+        return _replies(body, f"{receiver} at {without_credentials(address)}")
 
     async def close(self) -> None:
-        client, self._client = self._client, None
-        if client is not None:
-            await client.aclose()
+        await self._poster.close()
 
-    def open(self) -> httpx2.AsyncClient:
+    def open(self) -> None:
         """Loads the HTTP client now. Otherwise the first effect does, and everybody waits for it meanwhile."""
-        import httpx2
-
-        self._client = httpx2.AsyncClient(
-            follow_redirects=False,
-            timeout=httpx2.Timeout(self._timeout_seconds, connect=min(5.0, self._timeout_seconds)),
-            limits=httpx2.Limits(
-                max_connections=self._connections_max, max_keepalive_connections=self._connections_max // 2
-            ),
-            transport=self._transport,
-            mounts=dict.fromkeys(LOOPBACK_PATTERNS) if self._transport is None else None,
-        )
-        return self._client
+        self._poster.open()
 
     def _address_of(self, name: str) -> str:
         try:
@@ -180,39 +139,6 @@ class ServiceTarget:
             if effect.tracestate is not None:
                 headers["tracestate"] = _header_text(effect.tracestate, quoted=False)
         return headers
-
-    async def _read(self, response: httpx2.Response) -> tuple[bytes, bool]:
-        """The body up to its bound, and whether that was all of it."""
-        chunks: list[bytes] = []
-        size = 0
-        async for chunk in response.aiter_bytes():
-            size += len(chunk)
-            if size > self._response_bytes_max:
-                return b"".join(chunks), False
-            chunks.append(chunk)
-        return b"".join(chunks), True
-
-    def _refusal(self, name: str, shown: str, response: httpx2.Response, body: bytes) -> DeliveryFailed:
-        status = response.status_code
-        data: dict[str, object] = {"status": status}
-        if 300 <= status < 400:
-            return DeliveryFailed(
-                f"service {name!r} at {shown} answered {status}, to {response.headers.get('location', '?')!r:.200}: "
-                f"redirects are not followed; give the final address in {service_variables(name)[1]}",
-                retryable=False,
-                data=data,
-            )
-        is_retryable = is_retryable_status(status)
-        if is_retryable:
-            seconds = retry_after_seconds(response.headers.get("retry-after"), self._clock.now())
-            if seconds is not None:
-                data["retryAfterSeconds"] = seconds
-        said = body[:200].decode("utf-8", "replace").strip()
-        return DeliveryFailed(
-            f"service {name!r} at {shown} answered {status}" + (f": {said}" if said else ""),
-            retryable=is_retryable,
-            data=data,
-        )
 
 
 class _Reply(msgspec.Struct, rename="camel"):

@@ -16,7 +16,8 @@ until `advance`. Rules:
    instance as it is now; everything that differs is shown at once.
 5. `cancel`, `pause` and `resume` are what an operator does. What comes while the run is paused waits, in order, and
    comes in with `resume`.
-6. Messages between sagas are effects here like any other: they are seen, not delivered.
+6. Messages between sagas are effects here like any other: they are seen, not delivered. Nor does a schedule tick by
+   itself: give the saga its tick.
 """
 
 from __future__ import annotations

@@ -39,6 +39,9 @@ from sagaloom.engine.records import (
     DeadLetter,
     Envelope,
     FeedEvent,
+    FeedKind,
+    FeedMoment,
+    FeedRecord,
     Head,
     HistoryEntry,
     Instance,
@@ -70,7 +73,7 @@ __all__ = [
     "dead_letter_of",
     "effect_of",
     "envelope_of",
-    "event_of",
+    "feed_of",
     "head_of",
     "mark_of",
     "next_of",
@@ -109,18 +112,11 @@ def mark_of(message_id: str, **more: Any) -> Mark:
     return Mark(dedupe_key=message_id, message_id=message_id, digest=b"d" * 16, at=NOW, **more)
 
 
-def event_of(instance: Instance, type: str = "saga:state_changed") -> FeedEvent:
-    return FeedEvent(
-        type,
-        NOW,
-        instance.saga_id,
-        instance.key,
-        instance.run,
-        instance.revision,
-        instance.status,
-        "OrderPlaced",
-        "m-1",
-    )
+def feed_of(instance: Instance, *details: str) -> tuple[FeedRecord, ...]:
+    """A record of the feed with one event for each of `details`."""
+    moments = tuple(FeedMoment(FeedKind.STATE_CHANGED, instance.status, detail) for detail in details)
+    saga_id, key, run, revision = instance.saga_id, instance.key, instance.run, instance.revision
+    return (FeedRecord(NOW, saga_id, key, run, revision, "OrderPlaced", "m-1", moments),)
 
 
 def effect_of(instance: Instance, position: int = 0, **more: Any) -> OutboxEffect:
@@ -367,7 +363,7 @@ class SagaStoreContract:
             outbox_add=(effect_of(instance),),
             timers_add=(timer_of("o-1", "t-1", 60, name="remind"),),
             dead_letters_add=(dead_letter_of("d-1"),),
-            events=(event_of(instance),),
+            feed=feed_of(instance, "a"),
         )
 
         result = await write(store, lease, unit)
@@ -398,7 +394,7 @@ class SagaStoreContract:
             outbox_add=(effect_of(after),),
             timers_add=(timer_of("o-1", "t-1", 60),),
             dead_letters_add=(dead_letter_of("d-1"),),
-            events=(event_of(after),),
+            feed=feed_of(after, "a"),
         )
 
         result = await store.commit([unit], lease=lease)
@@ -760,12 +756,12 @@ class SagaStoreContract:
         batch = [
             UnitOfWork(part=1, inbox_add=(envelope_of("o-1", "m-1"), envelope_of("o-2", "m-2"))),
             UnitOfWork(part=1, inbox_add=(envelope_of("o-3", "m-3"),), inbox_done=RowRef(0, 99)),
-            UnitOfWork(part=1, outbox_add=(effect_of(instance, 0),), events=(event_of(instance, "a"),)),
+            UnitOfWork(part=1, outbox_add=(effect_of(instance, 0),), feed=feed_of(instance, "a")),
             UnitOfWork(
                 part=2,
                 inbox_add=(envelope_of("o-4", "m-4"),),
                 outbox_add=(effect_of(instance, 1), effect_of(instance, 2)),
-                events=(event_of(instance, "b"), event_of(instance, "c")),
+                feed=feed_of(instance, "b", "c"),
             ),
         ]
 
@@ -782,7 +778,7 @@ class SagaStoreContract:
             (RowRef(2, result.outbox_base + 1), 1),
             (RowRef(2, result.outbox_base + 2), 2),
         ]
-        assert [(number, event.type) for number, event in await store.feed(after=0, limit=10)] == [
+        assert [(number, event.detail) for number, event in await store.feed(after=0, limit=10)] == [
             (result.feed_base, "a"),
             (result.feed_base + 1, "b"),
             (result.feed_base + 2, "c"),
@@ -1257,15 +1253,14 @@ class SagaStoreContract:
         instance = await started(store, lease, "o-1")
         for commit in range(5):
             units = [
-                UnitOfWork(part=0, events=tuple(event_of(instance, f"{commit}.{n}.{i}") for i in range(n)))
-                for n in range(3)
+                UnitOfWork(part=0, feed=feed_of(instance, *[f"{commit}.{n}.{i}" for i in range(n)])) for n in range(3)
             ]
             await write(store, lease, *units)
 
         everything = await store.feed(after=0, limit=100)
 
         assert [number for number, _ in everything] == list(range(1, 16))
-        assert [event.type for _, event in everything][:3] == ["0.1.0", "0.2.0", "0.2.1"]
+        assert [event.detail for _, event in everything][:3] == ["0.1.0", "0.2.0", "0.2.1"]
         assert await store.feed_bounds() == (1, 15)
         for after in range(16):
             for limit in (1, 2, 5, 100):
@@ -1273,15 +1268,15 @@ class SagaStoreContract:
 
     async def test_a_commit_without_events_leaves_no_gap_in_the_feed(self, store: SagaStore, lease: Lease) -> None:
         instance = await started(store, lease, "o-1")
-        await write(store, lease, UnitOfWork(part=0, events=(event_of(instance, "a"),)))
+        await write(store, lease, UnitOfWork(part=0, feed=feed_of(instance, "a")))
         await accepted(store, lease, envelope_of("o-1", "m-1"))
-        await write(store, lease, UnitOfWork(part=0, events=(event_of(instance, "b"),)))
+        await write(store, lease, UnitOfWork(part=0, feed=feed_of(instance, "b")))
 
-        assert [(number, event.type) for number, event in await store.feed(after=0, limit=10)] == [(1, "a"), (2, "b")]
+        assert [(number, event.detail) for number, event in await store.feed(after=0, limit=10)] == [(1, "a"), (2, "b")]
 
     async def test_a_reader_ahead_of_the_feed_gets_nothing(self, store: SagaStore, lease: Lease) -> None:
         instance = await started(store, lease, "o-1")
-        await write(store, lease, UnitOfWork(part=0, events=(event_of(instance),)))
+        await write(store, lease, UnitOfWork(part=0, feed=feed_of(instance, "a")))
 
         assert await store.feed(after=1, limit=10) == []
         assert await store.feed(after=99, limit=10) == []
@@ -1290,8 +1285,8 @@ class SagaStoreContract:
         """A feed of three commits: events 1 and 2, 3 to 5, and 6."""
         instance = await started(store, lease, "o-1")
         for commit, size in enumerate((2, 3, 1)):
-            events = tuple(event_of(instance, f"{commit}.{n}") for n in range(size))
-            await write(store, lease, UnitOfWork(part=0, events=events))
+            shown = feed_of(instance, *(f"{commit}.{n}" for n in range(size)))
+            await write(store, lease, UnitOfWork(part=0, feed=shown))
         return await store.feed(after=0, limit=100)
 
     @pytest.mark.parametrize(
@@ -1327,7 +1322,7 @@ class SagaStoreContract:
         await store.prune_feed(before=99, limit=10)
         instance = await started(store, lease, "o-2")
 
-        result = await write(store, lease, UnitOfWork(part=0, events=(event_of(instance, "next"),)))
+        result = await write(store, lease, UnitOfWork(part=0, feed=feed_of(instance, "next")))
 
         assert result.feed_base == 7
         assert [number for number, _ in await store.feed(after=0, limit=10)] == [6, 7]

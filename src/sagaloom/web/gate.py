@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 from starlette.types import Scope
 
 from sagaloom.errors import ConfigurationError, MessageRejected
+from sagaloom.web.limits import RateLimit
 
 __all__ = ["Gate"]
 
@@ -29,17 +30,27 @@ _SAFE_METHODS: Final = frozenset(("GET", "HEAD", "OPTIONS"))
 
 
 class Gate:
-    """Lets a request pass, or says why not."""
+    """Lets a request pass, or says why not. A `rate_limit` is asked first: it also slows down who guesses tokens."""
 
-    def __init__(self, token: str | None, *, allowed_hosts: Iterable[str] = (), open_paths: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        token: str | None,
+        *,
+        allowed_hosts: Iterable[str] = (),
+        open_paths: Iterable[str] = (),
+        rate_limit: RateLimit | None = None,
+    ) -> None:
         if token is not None and not token.strip():
             raise ConfigurationError("the API token is empty: give at least one character, or None for no token")
         self._token = token.encode() if token is not None else None
         self._allowed_hosts = frozenset(host.lower() for host in allowed_hosts)
         self._open_paths = frozenset(open_paths)
+        self._rate_limit = rate_limit
 
     def refusal(self, scope: Scope, path: str) -> MessageRejected | None:
         """Why this request may not pass, or None."""
+        if self._rate_limit is not None and (refused := self._rate_limit.refusal(scope, path)) is not None:
+            return refused
         if self._token is not None:
             return None if path in self._open_paths else self._check_token(scope, self._token)
         host = origin = b""

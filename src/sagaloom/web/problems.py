@@ -39,7 +39,7 @@ Headers = Iterable[Header]
 Answer = tuple[int, list[Header], bytes]
 """Status, headers and body, ready to be sent."""
 
-_log = logging.getLogger("sagaloom.service")
+_log = logging.getLogger("sagaloom.web")
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
 _RETRY_AFTER_SECONDS: Final = 1
 
@@ -50,15 +50,21 @@ STATUS_OF_CODE: Final[Mapping[str, int]] = {
     "SAGA_NOT_FOUND": 404,
     "SAGA_INSTANCE_NOT_FOUND": 404,
     "DEAD_LETTER_NOT_FOUND": 404,
+    "SCHEDULE_NOT_FOUND": 404,
+    "TIMER_NOT_FOUND": 404,
+    "JOB_NOT_FOUND": 404,
+    "JOB_RUN_NOT_FOUND": 404,
     "METHOD_NOT_ALLOWED": 405,
     "REQUEST_TIMEOUT": 408,
     "SAGA_RETRYABLE": 409,
+    "SAGA_INSTANCE_PENDING": 409,
     "PAYLOAD_TOO_LARGE": 413,
     "UNSUPPORTED_MEDIA_TYPE": 415,
     "VALIDATION_ERROR": 422,
     "SAGA_VALIDATION_FAILED": 422,
     "CORRELATION_REQUIRED": 422,
     "IDEMPOTENCY_KEY_REUSED": 422,
+    "MESSAGE_TYPE_RESERVED": 422,
     "RATE_LIMITED": 429,
     "INTERNAL": 500,
     "STORE_CORRUPT": 500,
@@ -110,10 +116,12 @@ def answer_error(error: SagasError, request_headers: Headers) -> Answer:
     status = status_of(error)
     trace_id = trace_id_of(request_headers)
     if status == 500:
-        _log.error("%s: %s (trace %s)", error.code, error.message, trace_id, exc_info=error)
+        text = "%s: %s (trace %s)"
+        _log.error(text, error.code, error.message, trace_id, exc_info=error, extra={"trace_id": trace_id})
     extra: list[Header] = []
     if status in (429, 503):
-        extra.append((b"retry-after", str(_RETRY_AFTER_SECONDS).encode()))
+        seconds = error.data.get("retryAfterSeconds", _RETRY_AFTER_SECONDS)
+        extra.append((b"retry-after", str(seconds).encode()))
     elif status == 401:
         extra.append((b"www-authenticate", b"Bearer"))
     return _answer(status, Problem(error.code, error.message, error.retryable, trace_id, error.data), extra)
@@ -131,7 +139,7 @@ def answer_refusal(
 def answer_surprise(error: Exception, request_headers: Headers, *, where: str) -> Answer:
     """The answer to what nobody expected; the traceback goes to the log, under the trace id of the answer."""
     trace_id = trace_id_of(request_headers)
-    _log.error("unexpected error at %s (trace %s)", where, trace_id, exc_info=error)
+    _log.error("unexpected error at %s (trace %s)", where, trace_id, exc_info=error, extra={"trace_id": trace_id})
     # Not retryable: whether the request was carried out is unknown, so repeating it is the caller's decision.
     message = f"unexpected {type(error).__name__} at {where}: the log of the service tells more under this trace id"
     return _answer(500, Problem("INTERNAL", message, retryable=False, trace_id=trace_id), [])

@@ -1,0 +1,78 @@
+"""The rows of the key-value store of job runs: their keys, and how their values are read and written."""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import UTC, datetime, timedelta
+from typing import Final, NamedTuple
+
+import msgspec
+
+from sagaloom.ports.jobs import PRIORITY_MAX, JobRun
+from sagaloom.ports.keyvalue import Entry, Key
+from sagaloom.stores.rows import encode, micros
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class ClaimRow(NamedTuple):
+    holder: str
+    epoch: int
+    expires: int
+
+
+class LaterRow(NamedTuple):
+    job_id: str
+    priority: int
+
+
+class DedupeRow(NamedTuple):
+    run_id: str
+    digest: bytes
+
+
+decode_run = msgspec.msgpack.Decoder(JobRun).decode
+decode_claim = msgspec.msgpack.Decoder(ClaimRow).decode
+decode_later = msgspec.msgpack.Decoder(LaterRow).decode
+decode_dedupe = msgspec.msgpack.Decoder(DedupeRow).decode
+
+
+def canonical(payload: bytes) -> bytes:
+    """The same bytes for the same JSON value, however its keys are ordered and its text is laid out."""
+    return msgspec.json.encode(msgspec.json.decode(payload), order="deterministic")
+
+
+def run_key(run_id: str) -> Key:
+    return "job_run", run_id
+
+
+def index_key(run: JobRun) -> Key:
+    return "job_index", run.job_id, run.status, run.run_id
+
+
+def ready_key(job_id: str, priority: int, due: int, run_id: str) -> Key:
+    return "job_ready", job_id, PRIORITY_MAX - priority, due, run_id
+
+
+def later_row(run: JobRun) -> tuple[Key, bytes]:
+    return ("job_later", micros(run.due_at), run.run_id), encode(LaterRow(run.job_id, run.priority))
+
+
+def dedupe_key(job_id: str, idempotency_key: str) -> Key:
+    return "job_dedupe", job_id, hashlib.blake2b(idempotency_key.encode(), digest_size=16).digest()
+
+
+def moment_of(since_1970: int | None) -> datetime | None:
+    return None if since_1970 is None else _EPOCH + timedelta(microseconds=since_1970)
+
+
+def number_at(row: Entry, position: int) -> int:
+    part = row.key[position]
+    assert isinstance(part, int)
+    return part
+
+
+def text_at(row: Entry, position: int) -> str:
+    part = row.key[position]
+    assert isinstance(part, str)
+    return part

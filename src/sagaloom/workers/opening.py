@@ -1,0 +1,62 @@
+"""Putting a job runtime together: its store, and who closes it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from sagaloom.clock import Clock
+from sagaloom.composition import open_saga_runtime_kv
+from sagaloom.ports.jobs import JobRunStore
+from sagaloom.workers.handlers import JobDefinition
+from sagaloom.workers.options import JobOptions
+from sagaloom.workers.runtime import JobRuntime
+
+__all__ = ["open_job_store", "start_jobs"]
+
+
+async def open_job_store(
+    path: str | os.PathLike[str] | None = None, *, lease_seconds: float | None = None
+) -> JobRunStore:
+    """The store of job runs in the file of the saga store: at `path`, else at `NETSCRIPT_SAGA_KV_PATH`, else at
+    `.sagaloom/sagas.db`. A saga service and several job processes may have it open at once."""
+    from sagaloom.kv.presence import FilePresence
+    from sagaloom.stores.kv_jobs import KvJobRunStore
+
+    kv = await open_saga_runtime_kv(path)
+    seconds = lease_seconds if lease_seconds is not None else JobOptions().lease_seconds
+    # A name of their own: who runs jobs takes no share of the sagas.
+    presence = FilePresence(f"{kv.name.removeprefix('kv:')}.jobs", lease_seconds=seconds)
+    store = KvJobRunStore(kv, presence=presence)
+    try:
+        await store.open()
+    except BaseException:
+        await store.close()
+        raise
+    return store
+
+
+@asynccontextmanager
+async def start_jobs(
+    jobs: Iterable[JobDefinition[Any]],
+    *,
+    path: str | os.PathLike[str] | None = None,
+    store: JobRunStore | None = None,
+    clock: Clock | None = None,
+    options: JobOptions | None = None,
+) -> AsyncGenerator[JobRuntime]:
+    """A running job runtime, over `store` or over the file that `open_job_store` opens, which is closed in the end.
+
+    async with start_jobs([create_user_settings]) as runtime:
+        await runtime.trigger("create-user-settings", {"userId": "u-1"})
+    """
+    chosen = options if options is not None else JobOptions()
+    opened = store if store is not None else await open_job_store(path, lease_seconds=chosen.lease_seconds)
+    try:
+        async with JobRuntime(opened, jobs=jobs, clock=clock, options=chosen) as runtime:
+            yield runtime
+    finally:
+        if store is None:
+            await opened.close()

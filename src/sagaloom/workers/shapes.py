@@ -1,0 +1,208 @@
+"""What goes over the wire of the jobs API, and how records become it.
+
+Names are camelCase, times ISO 8601 in UTC with milliseconds, what is not known is left out. Payloads and results are
+passed through as the JSON they are stored as.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Annotated, Any, Literal, TypeVar
+
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType
+
+from sagaloom.ports.jobs import JobFailure, JobRun, JobRunStatus
+from sagaloom.web.routes import wire_time
+from sagaloom.workers.handlers import JobDefinition
+
+__all__ = [
+    "FailureView",
+    "JobList",
+    "JobView",
+    "JobsHealthView",
+    "RetryView",
+    "RunList",
+    "RunView",
+    "TriggerAnswer",
+    "TriggerBody",
+    "job_view",
+    "run_view",
+]
+
+Time = Annotated[str, Meta(extra_json_schema={"format": "date-time"})]
+T = TypeVar("T")
+
+
+class _Shape(Struct, frozen=True, kw_only=True, rename="camel"):
+    pass
+
+
+class TriggerBody(_Shape, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a run is to be. Unknown fields are refused: a misspelt `idempotencyKey` would otherwise make every retry a
+    run of its own."""
+
+    payload: Annotated[
+        Raw | UnsetType, Meta(description="What the job is about, of the type that it declares; by default `{}`.")
+    ] = UNSET
+    priority: Annotated[
+        int | Literal["low", "normal", "high", "critical"] | None,
+        Meta(description="0 to 100, or a word for 25, 50, 75, 100; higher goes first. By default 50."),
+    ] = None
+    delay: Annotated[
+        int | float | str | None,
+        Meta(description="How long the run waits: milliseconds, or a duration such as `30s`, `5m`, `2h`, `1d`."),
+    ] = None
+    correlation_id: Annotated[str | None, Meta(description="Kept with the run, for whoever looks for it.")] = None
+    idempotency_key: Annotated[
+        str | None, Meta(description="Makes a repeat a duplicate; the Idempotency-Key header says the same.")
+    ] = None
+    traceparent: Annotated[
+        str | None, Meta(description="W3C trace context; the traceparent header says the same. Made up without one.")
+    ] = None
+    tracestate: str | None = None
+
+
+class TriggerAnswer(_Shape, frozen=True, kw_only=True):
+    """The run is durable. `duplicate`: it was before, under the same idempotency key."""
+
+    job_id: str
+    run_id: str
+    triggered: bool
+    duplicate: bool
+
+
+class RetryView(_Shape, frozen=True, kw_only=True):
+    """When a failed attempt is made again."""
+
+    max_attempts: int
+    initial_interval_ms: int
+    maximum_interval_ms: int
+    backoff_coefficient: float
+
+
+class JobView(_Shape, frozen=True, kw_only=True):
+    """A job that is loaded."""
+
+    id: str
+    payload_type: str
+    payload_schema: Annotated[Mapping[str, Any], Meta(description="JSON Schema of the payload.")]
+    retry: RetryView
+    timeout_seconds: float
+
+
+class JobList(_Shape, frozen=True, kw_only=True):
+    """The loaded jobs, by id."""
+
+    jobs: Sequence[JobView]
+    total: int
+
+
+def job_view(job: JobDefinition[Any]) -> JobView:
+    """One job, as the wire shows it."""
+    return JobView(
+        id=job.id,
+        payload_type=job.payload_type,
+        payload_schema={"type": "object"} if job.takes_objects_only else job.codec.json_schema(),
+        retry=RetryView(
+            max_attempts=job.retry.maximum_attempts,
+            initial_interval_ms=job.retry.initial_interval_ms,
+            maximum_interval_ms=job.retry.maximum_interval_ms,
+            backoff_coefficient=job.retry.backoff_coefficient,
+        ),
+        timeout_seconds=job.timeout.total_seconds(),
+    )
+
+
+class FailureView(_Shape, frozen=True, kw_only=True):
+    """Why the newest failed attempt failed."""
+
+    code: str
+    message: str
+    attempt: int
+    at: Time
+    data: Raw | UnsetType = UNSET
+    traceback: str | UnsetType = UNSET
+
+
+class RunView(_Shape, frozen=True, kw_only=True):
+    """One run. `pending` with an attempt above 0 waits to be tried again. `worker` has it while it is running."""
+
+    run_id: str
+    job_id: str
+    status: JobRunStatus
+    attempt: Annotated[int, Meta(description="Attempts begun so far.")]
+    priority: int
+    payload: Raw
+    created_at: Time
+    due_at: Time
+    started_at: Annotated[Time | UnsetType, Meta(description="When the newest attempt began.")] = UNSET
+    ended_at: Time | UnsetType = UNSET
+    result: Annotated[Raw | UnsetType, Meta(description="What the job returned.")] = UNSET
+    failure: FailureView | UnsetType = UNSET
+    correlation_id: str | UnsetType = UNSET
+    idempotency_key: str | UnsetType = UNSET
+    traceparent: str | UnsetType = UNSET
+    tracestate: str | UnsetType = UNSET
+    worker: str | UnsetType = UNSET
+
+
+class RunList(_Shape, frozen=True, kw_only=True):
+    """A page of runs, newest first. `cursor` asks for the next page and is null on the last one."""
+
+    runs: Sequence[RunView]
+    limit: int
+    cursor: str | None
+
+
+def run_view(run: JobRun, *, with_traceback: bool) -> RunView:
+    """One run, as the wire shows it."""
+    return RunView(
+        run_id=run.run_id,
+        job_id=run.job_id,
+        status=run.status,
+        attempt=run.attempt,
+        priority=run.priority,
+        payload=Raw(run.payload),
+        created_at=wire_time(run.created_at),
+        due_at=wire_time(run.due_at),
+        started_at=_time_if(run.started_at),
+        ended_at=_time_if(run.ended_at),
+        result=UNSET if run.result is None else Raw(run.result),
+        failure=UNSET if run.failure is None else _failure_view(run.failure, with_traceback=with_traceback),
+        correlation_id=_if_known(run.correlation_id),
+        idempotency_key=_if_known(run.idempotency_key),
+        traceparent=_if_known(run.traceparent),
+        tracestate=_if_known(run.tracestate),
+        worker=_if_known(run.holder),
+    )
+
+
+def _failure_view(failure: JobFailure, *, with_traceback: bool) -> FailureView:
+    return FailureView(
+        code=failure.code,
+        message=failure.message,
+        attempt=failure.attempt,
+        at=wire_time(failure.at),
+        data=UNSET if failure.data is None else Raw(failure.data),
+        traceback=_if_known(failure.traceback) if with_traceback else UNSET,
+    )
+
+
+class JobsHealthView(_Shape, frozen=True, kw_only=True):
+    """How the service is. A check says `ok`, or what is wrong."""
+
+    status: Literal["healthy", "unhealthy"]
+    timestamp: Time
+    version: str
+    checks: Mapping[str, str]
+    running: Annotated[int, Meta(description="Runs under way in this process.")]
+    concurrency: Annotated[int, Meta(description="How many may be.")]
+
+
+def _time_if(moment: datetime | None) -> str | UnsetType:
+    return UNSET if moment is None else wire_time(moment)
+
+
+def _if_known(value: T | None) -> T | UnsetType:
+    return UNSET if value is None else value
