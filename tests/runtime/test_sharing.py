@@ -13,6 +13,7 @@ from sagaloom.errors import BackendUnavailable, DeliveryFailed
 from sagaloom.ids import key_hash, partition_of
 from sagaloom.kv.presence import FilePresence
 from sagaloom.ports.store import Holding, Lease
+from sagaloom.runtime.deliveries import Delivery
 from sagaloom.stores.kv import KvSagaStore
 from tests.runtime.conftest import Bench, Life
 
@@ -440,3 +441,19 @@ async def test_rows_that_could_not_be_queued_at_once_are_queued_later(
     await bench.advance("1m")
 
     assert (await second.instance("late", key)).revision == 1
+
+
+async def test_a_row_of_a_partition_that_another_process_holds_is_not_brought_there_again(bench: Bench) -> None:
+    def failing(saga: Any, event: Any, context: Any) -> list[Any]:
+        raise ConnectionError("not yet")
+
+    holder, other = await both(bench, define_saga("late").state({}).on("Note", failing).build())
+    (key,) = keys_held_by(holder, "late", 1)
+    await holder.publish("Note", {}, key=key)
+    (row,) = await holder.runtime.store.inbox_page(after=None, limit=10)
+
+    stray = Delivery(row.envelope, (row.envelope.saga_id, row.envelope.key), row.ref)
+    other.runtime._receiver.offer(stray)
+    await other.runtime.settled()
+
+    assert await holder.runtime.store.inbox_page(after=None, limit=10) == [row]

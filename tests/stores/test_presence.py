@@ -176,6 +176,22 @@ def test_one_who_cannot_look_takes_nobody_for_dead(path: Path, monkeypatch: pyte
     two.leave()
 
 
+def test_where_there_are_no_pipes_one_is_seen_and_cannot_be_nudged(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "mkfifo", fail)
+    one, two = FilePresence(path), FilePresence(path)
+    one.enter("one")
+    two.enter("two")
+    one.nudge()
+
+    assert two.others() == {"one"}
+    assert not two.listen(lambda: None)
+    one.leave()
+    two.leave()
+
+
 def test_a_directory_that_cannot_be_made_is_named(path: Path) -> None:
     Path(f"{path}.workers").write_text("in the way")
 

@@ -232,10 +232,13 @@ def _pipe_of(file: Path) -> Path:
 def _open_pipe(path: Path) -> int | None:
     if sys.platform == "win32":
         return None
-    with contextlib.suppress(FileExistsError):
-        os.mkfifo(path, 0o644)
-    # For writing, too: a pipe that only others write to would end whenever the last of them closes it.
-    return os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(FileExistsError):
+            os.mkfifo(path, 0o644)
+        # For writing, too: a pipe that only others write to would end whenever the last of them closes it.
+        return os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None  # Some file systems have no pipes. Then we look now and then.
 
 
 def _put_byte(path: Path) -> None:

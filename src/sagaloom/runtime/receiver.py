@@ -345,6 +345,8 @@ class Receiver:
                     self._answer_duplicate(delivery, mark, known.instance, is_in_batch=where in seen)
                     continue
             if head.part not in self.parts:
+                if not delivery.enters:
+                    continue  # Its holder has it. To bring it once more would be to apply it twice.
                 unit = unit_of_accept(delivery, head, known.head)
                 newest[key] = Hot(head, known.instance)
                 step = _Planned(delivery, unit, None, None)
