@@ -28,6 +28,7 @@ from collections.abc import Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 from typing import Any, Final
 
 import msgspec
@@ -45,7 +46,7 @@ from tests.crash.story import Order
 from tests.crash.verdict import Verdict, judge, refuses_a_stale_lease
 from tests.crash.wire import Client
 from tests.crash.witness import Witness
-from tests.crash.worker import Waiting
+from tests.crash.worker import LEASE_SECONDS, Waiting
 
 __all__ = ["ALL_AT_ONCE", "RANDOM", "STOPS", "CrashRun", "Report", "plan_kills", "plan_stops"]
 
@@ -60,6 +61,8 @@ _PLANNED_AGAIN_MAX: Final = 3
 _SETTLE_SECONDS_MAX: Final = 60.0
 _SHARED_SECONDS_MAX: Final = 10.0
 _TAKEOVER_SECONDS_MAX: Final = 10.0
+_AFTER_KILL_SECONDS_MAX: Final = LEASE_SECONDS / 2
+"""Clearly less than the lease: the dead are told by their lock, and not by their silence."""
 _LOOK_SECONDS: Final = 0.005
 _REFUSED_SECONDS_MAX: Final = 5.0
 _BACK_SECONDS_MAX: Final = 0.4
@@ -115,6 +118,22 @@ class Report:
     cut_answers: int = 0
     duplicates_sent: int = 0
     refused_retryably: Counter[str] = field(default_factory=Counter)
+
+    def too_slow(self) -> list[str]:
+        """What several workers did not do as they should: take over in time, and share the work."""
+        found: list[str] = []
+        for what, seconds, most in (
+            ("kill -9", self.after_kill_seconds, _AFTER_KILL_SECONDS_MAX),
+            ("SIGSTOP", self.after_stop_seconds, _TAKEOVER_SECONDS_MAX),
+        ):
+            if seconds and median(seconds) > most:
+                found.append(
+                    f"takeover after {what} took {median(seconds):.2f} s (median), at most {most:g} s are allowed"
+                )
+        if self.shares and min(self.shares) < _FAIR / len(self.shares):
+            shares = " ".join(f"{share:.0%}" for share in self.shares)
+            found.append(f"the work was not shared: {shares} of {self.shared_messages} messages")
+        return found
 
 
 class CrashRun:
@@ -444,9 +463,7 @@ class CrashRun:
             await store.release(lease)
         finally:
             await store.close()
-        if self._report.shares and min(self._report.shares) < _FAIR / self._size:
-            shares = " ".join(f"{share:.0%}" for share in self._report.shares)
-            verdict.stuck.append(f"the work was not shared: {shares} of {self._report.shared_messages} messages")
+        verdict.stuck += self._report.too_slow()
         return verdict
 
     # ------------------------------------------------------------------ what runs beside
