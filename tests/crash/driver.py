@@ -349,9 +349,10 @@ class CrashRun:
         worker = slot.worker
         assert worker is not None
         if how == STOPPED_DECIDED:
+            heard = len(worker.notes)
             await worker.signal(signal.SIGUSR1)
             async with asyncio.timeout(BOOT_SECONDS_MAX):
-                stopping = asyncio.create_task(worker.hears("stopping", after=0))
+                stopping = asyncio.create_task(worker.hears("stopping", after=heard))
                 while not stopping.done():
                     await asyncio.wait([stopping], timeout=0.1)
                     if clients.are_idle:
