@@ -34,7 +34,12 @@ def main() -> int:
     processes = _number("PROCESSES", 1)
     try:
         with tempfile.TemporaryDirectory(prefix="sagaloom-crash-") as directory:
-            return asyncio.run(_run(Path(directory), kills=kills, messages=messages, processes=processes, seed=seed))
+            run = _run(Path(directory), kills=kills, messages=messages, processes=processes, seed=seed)
+            try:
+                return asyncio.run(run)
+            except Exception:
+                _keep(Path(directory))
+                raise
     except asyncio.CancelledError:
         print("interrupted; every process was ended", file=sys.stderr)
         return 130

@@ -27,7 +27,7 @@ _RESENT_LATER: Final = 0.05
 
 
 class Clients:
-    """Publishes `orders`, as far as they are let out."""
+    """Publishes `orders`, as far as they are let out; more may be added to them meanwhile."""
 
     def __init__(self, orders: Sequence[Order], *, fleet: Fleet, ledger: Ledger, rng: random.Random) -> None:
         self._orders = orders
@@ -37,6 +37,7 @@ class Clients:
         self._tasks: list[asyncio.Task[None]] = []
         self._more = asyncio.Condition()
         self._next = 0
+        self._is_closing = False
         self._acknowledged: list[tuple[Order, dict[str, Any]]] = []
         self.let_out = 0
         self.done = 0
@@ -51,6 +52,7 @@ class Clients:
 
     async def finish(self, seconds: float) -> None:
         """Lets everything out and returns when it is acknowledged; raises `TimeoutError` after `seconds`."""
+        self._is_closing = True
         await self.let_out_up_to(len(self._orders))
         async with asyncio.timeout(seconds):
             await asyncio.gather(*self._tasks)
@@ -88,8 +90,8 @@ class Clients:
 
     async def _take_order(self) -> Order | None:
         async with self._more:
-            await self._more.wait_for(lambda: self._next < self.let_out or self._next >= len(self._orders))
-            if self._next >= len(self._orders):
+            await self._more.wait_for(lambda: self._next < self.let_out or self._is_closing)
+            if self._next >= self.let_out:
                 return None
             order = self._orders[self._next]
             self._next += 1

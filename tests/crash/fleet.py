@@ -118,6 +118,7 @@ class Fleet:
             said = await asyncio.shield(worker.ready)
         if not said:
             raise RuntimeError(f"a worker did not start (status {await worker.died}): see {self._log}")
+        await asyncio.sleep(0)  # `_is_up` is told by the same future, and may have its turn after us
 
     def _is_up(self, slot: Slot, worker: Worker, said: list[str], born: float) -> None:
         if not said or slot.worker is not worker or worker.died.done():
@@ -165,6 +166,9 @@ class Fleet:
         connection = Client()
         try:
             _, answer = await connection.request(slot.port, "POST" if body else "GET", path, body)
+        except (OSError, EOFError):
+            self.raise_trouble()
+            raise
         finally:
             connection.close()
         return answer

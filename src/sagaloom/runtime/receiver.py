@@ -346,7 +346,9 @@ class Receiver:
                     continue
                 unit = unit_of_accept(delivery, head, known.head)
                 step = _Planned(delivery, unit, None, Hot(head, known.instance))
-            elif delivery.yielded > (delivery.timer is not None) or (delivery.enters and key in placing):
+            elif (delivery.yielded or placing) and (
+                delivery.yielded > (delivery.timer is not None) or (delivery.enters and key in placing)
+            ):
                 placing.add(key)
                 unit = unit_of_accept(delivery, head, known.head)
                 step = _Planned(delivery, unit, None, Hot(head, known.instance), is_next=True)
