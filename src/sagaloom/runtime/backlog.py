@@ -104,6 +104,11 @@ class Backlog:
         queue = self._rows or self._doors
         return queue[0] if queue else None
 
+    @property
+    def holds_some(self) -> bool:
+        """Whether any key is held at all; if not, none need be asked for."""
+        return bool(self._starters)
+
     def is_held(self, delivery: Delivery) -> bool:
         """Whether a failing starter of its key stands before this delivery."""
         starter = self._starters.get(delivery.key)

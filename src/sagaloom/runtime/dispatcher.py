@@ -51,7 +51,7 @@ __all__ = ["Dispatcher"]
 _log = logging.getLogger("sagaloom.dispatcher")
 _BODIES_RESIDENT_MAX = 20_000
 _TURNS_BETWEEN_YIELDS = 64
-_DISPATCHED = FeedMoment(FeedKind.EFFECT_DISPATCHED, None)
+_DISPATCHED = (FeedMoment(FeedKind.EFFECT_DISPATCHED, None),)
 _GIVING_WAIT = timedelta(seconds=0.25)
 
 
@@ -375,7 +375,7 @@ class Dispatcher:
             outbox_part=None if effect.continues_after_dead_letter else ref.part,
             outbox_seq=None if effect.continues_after_dead_letter else ref.seq,
         )
-        happened = (_shown(FeedMoment(FeedKind.DEAD_LETTERED, None, text), effect, now),)
+        happened = (_shown((FeedMoment(FeedKind.DEAD_LETTERED, None, text),), effect, now),)
         if effect.continues_after_dead_letter:
             unit = UnitOfWork(part=ref.part, outbox_done=ref, dead_letters_add=(dead_letter,), feed=happened)
             self._submit(_Served(unit, lane, given_up, self._settled))
@@ -467,7 +467,7 @@ class Dispatcher:
             self._next(lane)
 
 
-def _shown(moment: FeedMoment, effect: OutboxEffect, now: datetime) -> FeedRecord:
+def _shown(moments: tuple[FeedMoment, ...], effect: OutboxEffect, now: datetime) -> FeedRecord:
     """What the feed shows of an effect."""
     return FeedRecord(
         now,
@@ -477,7 +477,7 @@ def _shown(moment: FeedMoment, effect: OutboxEffect, now: datetime) -> FeedRecor
         effect.revision,
         f"{effect.target_kind}:{effect.target_id}",
         effect.message_id,
-        (moment,),
+        moments,
         effect.effect_key,
     )
 

@@ -320,6 +320,7 @@ class Receiver:
         seen: dict[tuple[int, str], Mark] = {}
         holding: set[InstanceKey] = set()  # The keys whose next messages of this batch have to wait.
         placing: set[InstanceKey] = set()  # The keys whose next messages have to get a place first, as one before did.
+        parts, holds_some = self.share.parts, self._backlog.holds_some
         planned: list[_Planned] = []
         for delivery in batch:
             key, envelope = delivery.key, delivery.envelope
@@ -331,7 +332,7 @@ class Receiver:
                 if mark is not None:
                     self._answer_duplicate(delivery, mark, known.instance, is_in_batch=where in seen)
                     continue
-            if head.part not in self.share.parts:
+            if head.part not in parts:
                 if not delivery.enters:
                     continue  # Its holder has it. To bring it once more would be to apply it twice.
                 unit = unit_of_accept(delivery, head, known.head)
@@ -340,7 +341,7 @@ class Receiver:
             elif envelope.origin == "operator" and envelope.type in _REPAIRS:
                 self._on_repair(delivery)
                 continue
-            elif self._backlog.is_held(delivery) or (key in holding and not delivery.passes):
+            elif (holds_some and self._backlog.is_held(delivery)) or (key in holding and not delivery.passes):
                 if not delivery.enters:
                     self._backlog.wait_behind(delivery)
                     continue
