@@ -45,7 +45,7 @@ crash: install  ## Kill workers and count what was lost (shorter: KILLS=12 MESSA
 bench: install  ## Measure throughput and latency on this machine
 	$(BIN)/python -m bench
 
-docs: .venv/.installed-docs  ## Build the documentation into build/docs/index.html; a warning is an error
+docs: install  ## Build the documentation into build/docs/index.html; a warning is an error
 	$(BIN)/python docs/generate.py
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -d build/doctrees docs build/docs
 
@@ -64,12 +64,8 @@ clean:  ## Remove the environment, the caches and what the demo wrote
 	@touch $@
 
 .venv/.installed-dev: pyproject.toml uv.lock | $(BIN)/uv
-	$(BIN)/uv sync --frozen --all-extras
+	$(BIN)/uv sync --frozen --all-extras --all-groups
 	@touch .venv/.installed $@
-
-.venv/.installed-docs: .venv/.installed-dev
-	$(BIN)/uv sync --frozen --all-extras --group docs
-	@touch $@
 
 $(BIN)/uv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sagaloom needs Python 3.11 or newer; choose one with: make PYTHON=python3.12 install")'

@@ -23,7 +23,10 @@ CONTRACT = """
     CascadedMessage SignalDefinition QueryDefinition RetryPolicy SagasError
     SAGA_DURABILITY_TIERS CASCADED_MESSAGE_KINDS SAGA_INSTANCE_STATUSES
 """
-HEAVY = "asyncio attrs fastapi httpx2 opentelemetry pydantic redis sqlalchemy sqlite3 apsw starlette structlog uvicorn typer rich"
+HEAVY = (
+    "asyncio attrs fastapi httpx2 opentelemetry pydantic redis sqlalchemy "
+    "sqlite3 apsw starlette structlog uvicorn typer rich"
+)
 
 
 def test_every_promised_name_is_public() -> None:

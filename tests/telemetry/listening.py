@@ -91,7 +91,8 @@ def parent_id(span: ReadableSpan) -> str | None:
 
 def traceparent(span: ReadableSpan) -> str:
     """The context that what `span` made goes on in."""
-    return f"00-{trace_id(span)}-{span_id(span)}-01"
+    assert span.context is not None
+    return f"00-{trace_id(span)}-{span_id(span)}-{span.context.trace_flags:02x}"
 
 
 def statuses(span: ReadableSpan) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def _handle(saga: Any, event: Any, context: Any) -> Sequence[Any]:
         case "send":
             return [send("service:mail", {}, {"retry": RetryPolicy(maximum_attempts=2, jitter=0.0)})]
         case "lose":
-            return [send("nobody", SagaMessage("Nobody", {}))]
+            return [send("Nobody", {})]
         case "undo":
             return [saga_compensate(SagaMessage("Do", {}), "no stock"), saga_fail("no stock")]
         case "end":

@@ -52,7 +52,7 @@ Modules = Annotated[
     typer.Argument(
         metavar="[MODULE]...",
         help="Saga modules: dotted names, package.module:attribute, or files. "
-        "By default SAGAS_REGISTRY_MODULE, else [tool.sagaloom] sagas in pyproject.toml.",
+        "By default SAGAS_REGISTRY_MODULE, else \\[tool.sagaloom] sagas in pyproject.toml.",
         show_default=False,
     ),
 ]

@@ -24,7 +24,7 @@ Modules = Annotated[
     typer.Argument(
         metavar="[MODULE]...",
         help="Job modules: dotted names, package.module:attribute, or files. "
-        "By default JOBS_REGISTRY_MODULE, else [tool.sagaloom] jobs in pyproject.toml.",
+        "By default JOBS_REGISTRY_MODULE, else \\[tool.sagaloom] jobs in pyproject.toml.",
         show_default=False,
     ),
 ]

@@ -39,7 +39,6 @@ HAPPENINGS: Final[tuple[Happening, ...]] = ("start", "advance", "compensate", "c
 
 _NEXT: Final[dict[tuple[SagaInstanceStatus, Happening], SagaInstanceStatus]] = {
     ("pending", "start"): "running",
-    ("pending", "cancel"): "cancelled",
     ("running", "advance"): "running",
     ("running", "compensate"): "compensating",
     ("running", "complete"): "completed",

@@ -26,7 +26,16 @@ from sagaloom.messages import SagaMessage
 from sagaloom.ports.store import InboxRow, RowRef, UnitOfWork
 from sagaloom.runtime.receipts import Outcome
 
-__all__ = ["Delivery", "InstanceKey", "mark_for", "unit_of_accept", "unit_of_decision", "unit_of_loss"]
+__all__ = [
+    "Delivery",
+    "InstanceKey",
+    "answer",
+    "mark_for",
+    "refuse",
+    "unit_of_accept",
+    "unit_of_decision",
+    "unit_of_loss",
+]
 
 InstanceKey = tuple[str, str]
 
@@ -189,3 +198,18 @@ def _gave_up(letter: DeadLetter, sender: Instance | None) -> FeedRecord:
         letter.envelope.id if letter.envelope is not None else "",
         (FeedMoment(FeedKind.DEAD_LETTERED, sender.status if sender is not None else None, letter.reason),),
     )
+
+
+def answer(delivery: Delivery, outcome: Outcome) -> None:
+    answered, settled = delivery.answered, delivery.settled
+    if answered is not None and not answered.done():
+        answered.set_result(outcome)
+    if settled is not None and not settled.done():
+        settled.set_result(outcome)
+
+
+def refuse(delivery: Delivery, error: SagasError) -> None:
+    for future in (delivery.answered, delivery.settled):
+        if future is not None and not future.done():
+            future.set_exception(error)
+            future.exception()  # The one who waits may have gone; that is no reason for a warning at exit.

@@ -35,28 +35,28 @@ class Lifeline:
     async def run(self) -> None:
         """Watches until cancelled."""
         loop = asyncio.get_running_loop()
-        receiver = self._receiver
+        share = self._receiver.share
         look_at_standing = 0.0
         lease = None
         is_told = False
         while True:
-            if receiver.lease is not lease:
-                lease = receiver.lease
+            if share.lease is not lease:
+                lease = share.lease
                 is_told = self._store.listen(self._nudged)
-            if receiver.looks_abroad:
+            if share.looks_abroad:
                 pause = _WAITING_NEWS_SECONDS
-            elif receiver.is_shared and not is_told:
+            elif share.is_shared and not is_told:
                 pause = _NEWS_SECONDS
             else:
                 pause = _STANDING_SECONDS
             await asyncio.sleep(pause)
             try:
-                if (receiver.is_shared or receiver.looks_abroad) and self._store.has_news():
-                    receiver.attend(standing=False)
+                if (share.is_shared or share.looks_abroad) and self._store.has_news():
+                    self._receiver.attend(standing=False)
                 if loop.time() >= look_at_standing:
                     look_at_standing = loop.time() + _STANDING_SECONDS
-                    if receiver.giving or not self._store.stands():
-                        receiver.attend(standing=True)
+                    if share.giving or not self._store.stands():
+                        self._receiver.attend(standing=True)
             except SagasError as error:
                 _log.debug("the store cannot be watched: %s", error.message)
 

@@ -37,7 +37,6 @@ class RuntimeOptions:
     cache_bytes_max: int = 64 << 20
     works: bool = True
     lease_seconds: float = 6.0
-    idempotency_days: float = 7.0
     wait_seconds_max: float = 30.0
     feed_retention_hours: float = 24.0
     feed_retention_events: int = 1_000_000

@@ -16,15 +16,12 @@ under way new messages gather, so batches grow with the load by themselves: that
    attempt and writes nothing.
 5. A unit that conflicts drops what is remembered of its instance, and its message goes back in front, in order.
 6. Messages to a partition that another process holds are only accepted: their holder finds them. While somebody else
-   writes to the store, what they bring is read between turns, and it goes before everything that is not accepted yet.
-   A message from a door that turns out to be *behind* something that was not read yet is accepted first: so it has its
-   place in the order, and never has to yield twice. A timer yields once, for only its row can be cancelled.
+   writes to the store, what they bring is read between turns (`sagaloom.runtime.share`), and it goes before everything
+   that is not accepted yet. A message from a door that turns out to be *behind* something that was not read yet is
+   accepted first: so it has its place in the order, and never has to yield twice. A timer yields once, for only its row
+   can be cancelled.
 7. When the store does not answer, the outcome of a commit is unknown: everything remembered is dropped, publishers
    are told to try again under the same id, rows are decided again, and nothing is accepted until a probe succeeds.
-
-Partitions come and go between turns, never within one. What comes is loaded whole; of what goes, everything that was
-remembered is dropped, for the store has it. A lease that is over (another process thought us dead) is all partitions
-gone at once, and a new start.
 
 What we dislike about it: one commit is under way at a time, so a store with a slow round trip is not kept busy.
 """
@@ -64,15 +61,23 @@ from sagaloom.engine.records import (
 from sagaloom.engine.retrying import traceback_text
 from sagaloom.errors import BackendUnavailable, Fenced, IdempotencyKeyReused, SagasError, StoreCorrupt
 from sagaloom.ids import content_digest, key_hash, partition_of
-from sagaloom.ports.store import CommitResult, Conflict, InboxRow, Lease, Loaded, RowRef, SagaStore, UnitOfWork
+from sagaloom.ports.store import CommitResult, Conflict, InboxRow, Loaded, RowRef, SagaStore, UnitOfWork
 from sagaloom.runtime.alarm import Alarm
 from sagaloom.runtime.backlog import Backlog
 from sagaloom.runtime.cache import Hot, HotInstances
 from sagaloom.runtime.counters import Counters
-from sagaloom.runtime.deliveries import Delivery, InstanceKey, unit_of_accept, unit_of_decision, unit_of_loss
+from sagaloom.runtime.deliveries import (
+    Delivery,
+    InstanceKey,
+    answer,
+    refuse,
+    unit_of_accept,
+    unit_of_decision,
+    unit_of_loss,
+)
 from sagaloom.runtime.options import RuntimeOptions, no_step
-from sagaloom.runtime.outcomes import outcome_elsewhere, outcome_of, outcome_of_duplicate
-from sagaloom.runtime.receipts import Outcome
+from sagaloom.runtime.outcomes import outcome_of, outcome_of_duplicate
+from sagaloom.runtime.share import Share
 
 if TYPE_CHECKING:
     from sagaloom.telemetry.sagas import SagaTelemetry
@@ -88,9 +93,7 @@ _PKS_AT_ONCE = 1_000
 _MARKS_REMEMBERED = 50_000
 _PAUSE_SECONDS_MAX = 1.0
 _MOMENT_SECONDS = 0.0005
-_GIVE_UP_SECONDS = 1.0
 _STARTS_MAX = 10
-_ROWS_AT_ONCE = 1_000
 _UNSEEN = Hot(None, None)
 
 
@@ -149,10 +152,7 @@ class Receiver:
         self._clock = clock
         self._options = options
         self._counters = counters
-        self._holder = holder
         self._definitions = definitions
-        self._on_holding = on_holding
-        self._is_quiet = is_quiet
         self._on_repair = on_repair
         self._on_effects = on_effects
         self._on_timers = on_timers
@@ -163,19 +163,15 @@ class Receiver:
         self._hot = HotInstances(options.cache_bytes_max)
         self._marks: dict[tuple[int, str], Mark] = {}
         self._pks: list[int] = []
-        self._lease: Lease | None = None
-        self.parts: frozenset[int] = frozenset()
-        """The partitions that are ours; the messages of all others we only accept."""
-        self.is_shared = False
-        """Whether somebody else writes to the store."""
-        self._giving: frozenset[int] = frozenset()
-        self._give_up_at: float | None = None
-        self._must_tend = False
-        self._must_look = False
-        self._found: list[InboxRow] = []
-        """What the store has handed out to us, and is not queued yet."""
-        self._abroad: dict[RowRef, Delivery] = {}
-        """Accepted messages of partitions that others hold, for whose end somebody waits here."""
+        self.share = Share(
+            store,
+            holder=holder,
+            works=options.works,
+            queue=self._add_rows,
+            drop=self._drop,
+            on_holding=on_holding,
+            is_quiet=is_quiet,
+        )
         self._wake: asyncio.Future[None] | None = None
         self._is_turning = False
         self._failures = 0
@@ -206,7 +202,7 @@ class Receiver:
     @property
     def is_idle(self) -> bool:
         """Whether nothing is waiting that could be done now (messages between two attempts are not)."""
-        return not (self._backlog or self._work or self._is_turning or self._must_look)
+        return not (self._backlog or self._work or self._is_turning or self.share.needs_attention)
 
     def oldest_waiting(self) -> datetime | None:
         """When the message whose turn is next was accepted."""
@@ -219,24 +215,19 @@ class Receiver:
         """Enters among those who write to the store, and takes and loads its share of it."""
         for _ in range(_STARTS_MAX):
             try:
-                return await self._tend()
+                return await self.share.look_after()
             except Fenced as error:
                 # On a busy machine the others may have thought us dead before we had even begun.
                 if not self._store.is_shareable:
                     raise
                 await self._start_over([], [], error)
-        raise BackendUnavailable(f"others took {self._holder} for dead {_STARTS_MAX} times while it started")
-
-    async def leave(self) -> None:
-        """Gives everything up, so that others need not find out."""
-        lease, self._lease = self._lease, None
-        if lease is not None:
-            await self._store.release(lease)
+        raise BackendUnavailable(
+            f"others took us for dead {_STARTS_MAX} times while we started: is the machine asleep?"
+        )
 
     def attend(self, *, standing: bool) -> None:
         """Has the next turn read what others have brought, and with `standing` also see who holds what."""
-        self._must_look = True
-        self._must_tend = self._must_tend or standing
+        self.share.attend(standing=standing)
         self._rouse()
 
     async def run(self) -> None:
@@ -244,7 +235,7 @@ class Receiver:
         loop = asyncio.get_running_loop()
         while True:
             # While the store is in trouble nothing new is let in, so nobody but us would ever try it again.
-            if not (self._backlog or self._work or self._must_look or self.problem is not None):
+            if not (self._backlog or self._work or self.share.needs_attention or self.problem is not None):
                 self._wake = loop.create_future()
                 await self._wake
                 self._wake = None
@@ -255,19 +246,17 @@ class Receiver:
                 self._is_turning = False
             # Publishers that were just answered get to offer their next message before the next batch is taken. And of
             # two processes that commit in a loop one starves, unless each gives the other a moment.
-            await asyncio.sleep(_MOMENT_SECONDS if self.is_shared else 0)
+            await asyncio.sleep(_MOMENT_SECONDS if self.share.is_shared else 0)
 
     def close(self, error: SagasError) -> None:
         """Answers everybody who still waits. What has a row stays in the store; what has none was never accepted."""
         self._alarm.clear()
         for delivery in self._backlog.clear():
-            _refuse(delivery, error)
+            refuse(delivery, error)
         for work in self._work:
             work.done(error)
         self._work.clear()
-        for delivery in self._abroad.values():
-            _refuse(delivery, error)
-        self._abroad.clear()
+        self.share.close(error)
         self._hot.clear()
 
     def _rouse(self) -> None:
@@ -286,10 +275,8 @@ class Receiver:
         batch: list[Delivery] = []
         works: list[Work] = []
         try:
-            if self._must_tend or self._lease is None:
-                await self._tend()
-            elif self._must_look:
-                await self._look()
+            if self.share.needs_attention:
+                await self.share.look_after()
             batch = self._backlog.take(self._options.batch_max)
             works = self._take_works()
             self._options.on_step("claimed")
@@ -302,8 +289,8 @@ class Receiver:
             if not units:
                 return
             self._options.on_step("decided")
-            assert self._lease is not None
-            result = await self._store.commit(units, lease=self._lease)
+            assert self.share.lease is not None
+            result = await self._store.commit(units, lease=self.share.lease)
         except SagasError as error:
             await self._cannot_commit(batch, works, error)
             return
@@ -344,7 +331,7 @@ class Receiver:
                 if mark is not None:
                     self._answer_duplicate(delivery, mark, known.instance, is_in_batch=where in seen)
                     continue
-            if head.part not in self.parts:
+            if head.part not in self.share.parts:
                 if not delivery.enters:
                     continue  # Its holder has it. To bring it once more would be to apply it twice.
                 unit = unit_of_accept(delivery, head, known.head)
@@ -469,7 +456,7 @@ class Receiver:
         """Answers a message that was seen before. Most are found here; the rest the commit itself finds."""
         envelope = delivery.envelope
         if mark.digest != content_digest(envelope.type, envelope.payload):
-            _refuse(
+            refuse(
                 delivery,
                 IdempotencyKeyReused(
                     f"idempotency key {mark.dedupe_key!r:.80} of saga {envelope.saga_id!r} was used before for message "
@@ -482,117 +469,12 @@ class Receiver:
             self._backlog.add(delivery)
         else:
             self._counters.decided[envelope.saga_id, "duplicate"] += 1
-            _answer(delivery, outcome_of_duplicate(envelope, mark, instance))
-
-    # ---------------------------------------------------------------- what is ours
-
-    async def _tend(self) -> None:
-        """Enters if we have to, and takes and gives partitions."""
-        self._must_tend = False
-        try:
-            if self._lease is None:
-                self._lease = await self._store.join(self._holder, works=self._options.works)
-            if self._options.works:
-                excess = await self._take_share()
-                if excess and not self._giving:
-                    self._giving = frozenset(sorted(self.parts)[-excess:])
-                    self._give_up_at = asyncio.get_running_loop().time() + _GIVE_UP_SECONDS
-                    if self._is_quiet(self._giving):
-                        await self._take_share()
-            await self._look()
-        except BaseException:
-            self._must_tend = True
-            raise
-
-    async def _take_share(self) -> int:
-        """Takes what is free and gives up what is ready to go; returns how many partitions we hold too many."""
-        assert self._lease is not None
-        given = self._giving if self._may_give_up() else frozenset[int]()
-        holding = await self._store.tend(self._lease, give_up=given)
-        self.is_shared = holding.is_shared
-        await self._hold(holding.parts)
-        if given or not holding.excess:
-            self._giving, self._give_up_at = frozenset(), None
-        return holding.excess
-
-    def _may_give_up(self) -> bool:
-        """Whether nothing is under way in the partitions that are to go, or has been for long enough."""
-        if self._give_up_at is None:
-            return False
-        return self._is_quiet(self._giving) or asyncio.get_running_loop().time() >= self._give_up_at
-
-    @property
-    def giving(self) -> frozenset[int]:
-        """Partitions that others shall have when what is under way in them has ended: nothing new begins there."""
-        return self._giving
-
-    async def _hold(self, parts: frozenset[int]) -> None:
-        """Makes `parts` what is ours: drops what is remembered of others."""
-        gained, lost = parts - self.parts, self.parts - parts
-        self.parts = parts
-        if not gained and not lost:
-            return
-        # Of a partition that comes back, what was remembered when it went may not be true any more.
-        self._hot.clear()
-        self._marks.clear()
-        self._found = [row for row in self._found if row.ref.part not in lost]
-        for delivery in self._backlog.drop(lost):
-            if delivery.row is not None and delivery.settled is not None:
-                self._abroad[delivery.row] = delivery
-        _log.info("%s holds %d partitions (%d new, %d gone)", self._holder, len(parts), len(gained), len(lost))
-        try:
-            await self._on_holding(gained, lost)
-        except BaseException:
-            self.parts -= gained  # They are as good as not ours until all that waits there is known.
-            raise
-
-    async def _look(self) -> None:
-        """Reads what others have brought for us, and how messages ended that we brought to others."""
-        self._must_look = False
-        assert self._lease is not None
-        try:
-            is_all = False
-            while not is_all:
-                self._found = self._found or await self._store.arrivals(self._lease, limit=_ROWS_AT_ONCE)
-                is_all = len(self._found) < _ROWS_AT_ONCE
-                await self._add_rows(self._found)
-                self._found = []
-                await asyncio.sleep(0)
-            if self._abroad:
-                await self._look_abroad()
-        except BaseException:
-            self._must_look = True
-            raise
-
-    async def _look_abroad(self) -> None:
-        # Those who have stopped waiting have cancelled what they waited for.
-        self._abroad = {
-            ref: each for ref, each in self._abroad.items() if each.settled is not None and not each.settled.done()
-        }
-        refs = list(self._abroad)
-        for ref, envelope in zip(refs, await self._store.inbox_rows(refs), strict=True):
-            if envelope is None:
-                try:
-                    outcome = await outcome_elsewhere(self._store, self._abroad[ref].envelope)
-                except StoreCorrupt as error:
-                    _refuse(self._abroad.pop(ref), error)
-                else:
-                    _answer(self._abroad.pop(ref), outcome)
-
-    @property
-    def lease(self) -> Lease | None:
-        """Under what lease we write; None while we have none."""
-        return self._lease
-
-    @property
-    def looks_abroad(self) -> bool:
-        """Whether somebody here waits for what another process does."""
-        return bool(self._abroad)
+            answer(delivery, outcome_of_duplicate(envelope, mark, instance))
 
     # ---------------------------------------------------------------- after the commit
 
     async def _follow_up(self, planned: list[_Planned], works: list[Work], result: CommitResult) -> None:
-        rows = _NewRows(result, self._backlog, self.parts)
+        rows = _NewRows(result, self._backlog, self.share.parts)
         conflicts = result.conflicts
         accepted: list[_Planned] = []
         decided: list[_Planned] = []
@@ -606,7 +488,7 @@ class Receiver:
                 self._on_timers(unit.timers_add)
             if each.hot is not None:
                 self._hot.put(each.delivery.key, each.hot)
-            if unit.mark is not None and unit.part in self.parts:
+            if unit.mark is not None and unit.part in self.share.parts:
                 # Marks of partitions that others hold may be taken back without our hearing of it.
                 self._remember(unit.mark_pk, unit.mark)
             (decided if each.decision is not None else accepted).append(each)
@@ -638,7 +520,7 @@ class Receiver:
         delivery, decision = each.delivery, each.decision
         assert decision is not None
         if delivery.answered is not None or delivery.settled is not None:
-            _answer(delivery, outcome_of(delivery, decision, each.unit, detailed=delivery.settled is not None))
+            answer(delivery, outcome_of(delivery, decision, each.unit, detailed=delivery.settled is not None))
         if delivery.envelope.origin == "operator" and ends_pause(delivery.envelope):
             self._backlog.put_back(self._backlog.release([delivery.key]))
         if decision.disposition == "applied":
@@ -657,9 +539,8 @@ class Receiver:
             successor.settled = delivery.settled
         if delivery.answered is not None and not delivery.answered.done():
             delivery.answered.set_result(outcome_of(delivery, each.decision, each.unit, detailed=False))
-        if successor.row is not None and successor.row.part not in self.parts:
-            if successor.settled is not None:
-                self._abroad[successor.row] = successor
+        if successor.row is not None and successor.row.part not in self.share.parts:
+            self.share.wait_abroad(successor)
         elif each.is_next:
             self._backlog.add_in_order([successor])
         elif each.decision is None:
@@ -687,12 +568,12 @@ class Receiver:
                 if delivery.enters or conflict.kind == "behind":
                     delivery.yielded += conflict.kind == "behind" and delivery.row is None
                     again.append(delivery)
-                elif delivery.row is not None and delivery.settled is not None:
-                    self._abroad[delivery.row] = delivery
+                else:
+                    self.share.wait_abroad(delivery)
                 continue
             if conflict.kind == "gone":
                 # Somebody else consumed its row: whatever it asked for has been done there.
-                _refuse(delivery, BackendUnavailable(f"message {delivery.envelope.id} was taken over elsewhere"))
+                refuse(delivery, BackendUnavailable(f"message {delivery.envelope.id} was taken over elsewhere"))
                 continue
             if conflict.kind == "refused":
                 delivery.refusal = SagasError(
@@ -726,7 +607,7 @@ class Receiver:
         rows = [each for each in batch if not (each.enters or each.is_aside or each.is_lined_up)]
         for delivery in batch:
             if delivery.enters:
-                _refuse(delivery, error)
+                refuse(delivery, error)
         self._backlog.put_back(rows + self._backlog.release(delivery.key for delivery in batch))
         for work in works:
             if not work.is_patient:
@@ -752,11 +633,14 @@ class Receiver:
         self._work = deque(work for work in self._work if not work.is_patient)
         for work in works:
             work.done(Conflict("moved", error.message) if work.is_patient else error)
-        self._lease = None
-        self._giving, self._give_up_at = frozenset(), None
-        self._found = []
-        await self._hold(frozenset())
-        self.attend(standing=True)
+        await self.share.lose_everything()
+
+    def _drop(self, parts: frozenset[int]) -> list[Delivery]:
+        """Forgets what is remembered, and what waits in `parts`; returns the latter."""
+        # Of a partition that comes back, what was remembered when it went may not be true any more.
+        self._hot.clear()
+        self._marks.clear()
+        return self._backlog.drop(parts)
 
     # ---------------------------------------------------------------- small things
 
@@ -777,7 +661,7 @@ class Receiver:
         for key, loaded in found.items():
             if loaded.head is not None:
                 newest[key] = hot = Hot(loaded.head, loaded.instance)
-                if loaded.head.part in self.parts:
+                if loaded.head.part in self.share.parts:
                     self._hot.put(key, hot)
         # Whatever is unseen gets a new head below, and none of the batch gets two.
         if len(self._pks) < len(batch):
@@ -819,8 +703,7 @@ class Receiver:
         for row in page:
             envelope = row.envelope
             delivery = Delivery(envelope, (envelope.saga_id, envelope.key), row.ref)
-            if self._abroad and (brought := self._abroad.pop(row.ref, None)) is not None:
-                delivery.settled = brought.settled  # We brought it to a partition that has come to us since.
+            delivery.settled = self.share.come_home(row.ref)
             if envelope.due_at is None:
                 fresh.append(delivery)
                 continue
@@ -896,21 +779,6 @@ class _NewRows:
             self.effects.append((RowRef(unit.part, self._outbox_seq), effect))
             self._outbox_seq += 1
         return waiting
-
-
-def _answer(delivery: Delivery, outcome: Outcome) -> None:
-    answered, settled = delivery.answered, delivery.settled
-    if answered is not None and not answered.done():
-        answered.set_result(outcome)
-    if settled is not None and not settled.done():
-        settled.set_result(outcome)
-
-
-def _refuse(delivery: Delivery, error: SagasError) -> None:
-    for future in (delivery.answered, delivery.settled):
-        if future is not None and not future.done():
-            future.set_exception(error)
-            future.exception()  # The one who waits may have gone; that is no reason for a warning at exit.
 
 
 def _vanished(saga_id: str) -> SagasError:

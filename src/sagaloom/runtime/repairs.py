@@ -126,7 +126,7 @@ class Repairs:
 
     async def _repair(self, kind: _Kind, letter: DeadLetter) -> DeadLetter:
         repair = await self._planned(kind, letter)
-        if not repair.brings_only and repair.unit.part not in self._receiver.parts:
+        if not repair.brings_only and repair.unit.part not in self._receiver.share.parts:
             await self._ask_holder(kind, letter)
             return letter
         await self.submit(repair.unit)

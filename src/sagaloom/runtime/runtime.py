@@ -71,7 +71,7 @@ from sagaloom.runtime.timers import WaitingTimer, waiting_timers
 from sagaloom.telemetry import TelemetryProviders, carried_trace, current_trace, find_providers
 
 if TYPE_CHECKING:
-    from sagaloom.telemetry.sagas import SagaTelemetry
+    from sagaloom.telemetry.sagas import Publishing, SagaTelemetry
 
 __all__ = ["RuntimeHealth", "SagaRuntime"]
 
@@ -149,7 +149,7 @@ class SagaRuntime:
             self.options,
             counters=self.counters,
             targets=self._targets,
-            giving=lambda: self._receiver.giving,
+            giving=lambda: self._receiver.share.giving,
             submit=self._receiver.submit,
         )
         self._timekeeper = Timekeeper(store, self.clock, self.options, holds=self.holds, offer=self._receiver.offer)
@@ -288,10 +288,12 @@ class SagaRuntime:
 
         `message` is a `SagaMessage`, a mapping with `type` and `payload`, or an instance of a message class; `options`
         or keywords override its `correlation_key`, `idempotency_key`, `concurrency_key`, `id`, `traceparent` and
-        `tracestate`. With `wait` (seconds) the answer also waits, at most that long, until each saga is done with the
-        message; its outcomes then show state, effects and result. A refusal is returned, never raised.
+        `tracestate`. Without a `traceparent` it goes on in the trace that is going on. With `wait` (seconds) the answer
+        also waits, at most that long, until each saga is done with the message; its outcomes then show state, effects
+        and result. A refusal is returned, never raised.
         """
         message_type: str | None = None
+        publishing: Publishing | None = None
         try:
             received = as_message(message)
             message_type = received.type
@@ -299,24 +301,27 @@ class SagaRuntime:
                 received = _changed(received, {**(options or {}), **overrides})
             if received.traceparent is None and (trace := carried_trace()) is not None:
                 received = msgspec.structs.replace(received, traceparent=trace.traceparent, tracestate=trace.tracestate)
-            if self.telemetry is None:
-                return await self._take_in(received, wait)
-            with self.telemetry.publish(received) as publishing:
-                receipt = await self._take_in(publishing.message, wait)
+            if self.telemetry is not None:
+                publishing = self.telemetry.publish(received)
+                received = publishing.message
+            deliveries = self._address(received, waits=wait is not None)
+            outcomes: list[Outcome] = []
+            for delivery in deliveries:
+                assert delivery.answered is not None
+                outcomes.append(await delivery.answered)
+            if wait is not None:
+                await self._await_ends(deliveries, outcomes, wait)
+            receipt = _receipt(received.type, outcomes)
+            if publishing is not None:
                 publishing.took(receipt)
-                return receipt
+            return receipt
         except SagasError as error:
+            if publishing is not None:
+                publishing.failed(error)
             return PublishRejected(message_type=message_type, error=error)
-
-    async def _take_in(self, message: SagaMessage[Any], wait: float | timedelta | None) -> PublishReceipt:
-        deliveries = self._address(message, waits=wait is not None)
-        outcomes: list[Outcome] = []
-        for delivery in deliveries:
-            assert delivery.answered is not None
-            outcomes.append(await delivery.answered)
-        if wait is not None:
-            await self._await_ends(deliveries, outcomes, wait)
-        return _receipt(message.type, outcomes)
+        finally:
+            if publishing is not None:
+                publishing.end()
 
     async def publish_many(self, messages: Sequence[object]) -> list[PublishReceipt | PublishRejected]:
         """Takes many messages in together, in their order, and answers each alone."""
@@ -549,10 +554,16 @@ class SagaRuntime:
         trace: time has none to go on with."""
         if self.telemetry is None or not self.telemetry.makes_spans:
             return await self._take_tick(definition, msgspec.structs.replace(tick, traceparent=new_traceparent()))
-        with self.telemetry.publish(tick, begins_trace=True) as publishing:
+        publishing = self.telemetry.publish_tick(tick)
+        try:
             outcome = await self._take_tick(definition, publishing.message)
             publishing.took(_receipt(tick.type, [outcome]))
             return outcome
+        except SagasError as error:
+            publishing.failed(error)
+            raise
+        finally:
+            publishing.end()
 
     async def _take_tick(self, definition: SagaDefinition[Any], tick: SagaMessage[Any]) -> Outcome:
         (delivery,) = self._address(tick, waits=False, only=definition)
@@ -681,7 +692,7 @@ class SagaRuntime:
 
     def holds(self, part: int) -> bool:
         """Whether partition `part` is ours to work on right now."""
-        return part in self._receiver.parts
+        return part in self._receiver.share.parts
 
     # ---------------------------------------------------------------- inside
 
@@ -717,7 +728,7 @@ class SagaRuntime:
         from sagaloom.telemetry.sagas import SagaTelemetry  # and with it OpenTelemetry, which nobody else needs
 
         self.telemetry = SagaTelemetry(
-            providers, counts=self.counters, health=self.health, partitions=lambda: len(self._receiver.parts)
+            providers, counts=self.counters, health=self.health, partitions=lambda: len(self._receiver.share.parts)
         )
         self._receiver.telemetry = self._dispatcher.telemetry = self.telemetry
 
@@ -784,7 +795,7 @@ class SagaRuntime:
         self._receiver.close(closing)
         try:
             if says_goodbye:
-                await self._receiver.leave()
+                await self._receiver.share.leave()
         except SagasError as error:
             # The others find out, and take over; that we could not say goodbye is no matter.
             _log.warning("the lease could not be released: %s", error.message)

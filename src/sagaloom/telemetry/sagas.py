@@ -98,11 +98,23 @@ class _Handling(msgspec.Struct, eq=False):
 
 
 class Publishing:
-    """A publish under way. `message` is what to take in: it carries the trace of the publish."""
+    """A publish under way, current until its `end`. `message` is what to take in: it carries the trace of the
+    publish."""
 
-    def __init__(self, message: SagaMessage[Any], span: Span) -> None:
-        self.message = message
-        self._span = span
+    def __init__(self, message: SagaMessage[Any], parent: Parent, spans: Recorder) -> None:
+        is_server = _is_served.get() and not get_current_span().get_span_context().is_valid
+        attributes: Attributes = {names.EVENT_TYPE: message.type}
+        if message.correlation_key is not None:
+            attributes[names.CORRELATION_KEY] = message.correlation_key
+        if message.idempotency_key is not None:
+            attributes[names.IDEMPOTENCY_KEY] = message.idempotency_key
+        if message.concurrency_key is not None:
+            attributes[names.CONCURRENCY_KEY] = message.concurrency_key
+        kind = SpanKind.SERVER if is_server else SpanKind.PRODUCER
+        self._spans = spans
+        self._span = spans.begin(names.PUBLISH, parent, kind, attributes)
+        self.message = with_trace(message, self._span)
+        self._token = otel_context.attach(set_span_in_context(self._span, parent.context))
 
     def took(self, receipt: _Receipt) -> None:
         """The message is durable."""
@@ -111,6 +123,13 @@ class Publishing:
         span.set_attribute(names.MESSAGE_ID, receipt.message_id)
         if receipt.correlation_key is not None:
             span.set_attribute(names.CORRELATION_KEY, receipt.correlation_key)
+
+    def failed(self, error: Exception) -> None:
+        mark_error(self._span, *described(error))
+
+    def end(self) -> None:
+        otel_context.detach(self._token)
+        self._spans.end(self._span)
 
 
 class Sending:
@@ -175,29 +194,13 @@ class SagaTelemetry:
         finally:
             _is_served.reset(token)
 
-    @contextmanager
-    def publish(self, message: SagaMessage[Any], *, begins_trace: bool = False) -> Generator[Publishing]:
-        """A span around a publish. With `begins_trace` it is the first of its trace, whatever is going on around."""
-        parent = Parent(Context()) if begins_trace else closest_parent(message.traceparent, message.tracestate)
-        is_server = _is_served.get() and not get_current_span().get_span_context().is_valid
-        attributes: Attributes = {names.EVENT_TYPE: message.type}
-        if message.correlation_key is not None:
-            attributes[names.CORRELATION_KEY] = message.correlation_key
-        if message.idempotency_key is not None:
-            attributes[names.IDEMPOTENCY_KEY] = message.idempotency_key
-        if message.concurrency_key is not None:
-            attributes[names.CONCURRENCY_KEY] = message.concurrency_key
-        kind = SpanKind.SERVER if is_server else SpanKind.PRODUCER
-        span = self._spans.begin(names.PUBLISH, parent, kind, attributes)
-        token = otel_context.attach(set_span_in_context(span, parent.context))
-        try:
-            yield Publishing(with_trace(message, span), span)
-        except BaseException as error:
-            mark_error(span, *described(error))
-            raise
-        finally:
-            otel_context.detach(token)
-            self._spans.end(span)
+    def publish(self, message: SagaMessage[Any]) -> Publishing:
+        """Begins a publish."""
+        return Publishing(message, closest_parent(message.traceparent, message.tracestate), self._spans)
+
+    def publish_tick(self, tick: SagaMessage[Any]) -> Publishing:
+        """Begins the publish of a tick, the first span of its trace whatever is going on around it."""
+        return Publishing(tick, Parent(Context()), self._spans)
 
     # ---------------------------------------------------------------- deciding
 
