@@ -118,6 +118,13 @@ class _Steps:
             os.kill(os.getpid(), signal.SIGSTOP)
 
 
+class _SilentPresence(FilePresence):
+    """Wakes nobody: the others find out late what it has brought them, as when a nudge is lost."""
+
+    def nudge(self) -> None:
+        return None
+
+
 class _ToldStore(KvSagaStore):
     """Tells what becomes of its lease, and counts what it applies."""
 
@@ -160,7 +167,9 @@ async def _main(path: str, receiver_port: int, tag: str, life: int) -> int:
     faults = Faults.from_env()
     steps = _Steps(faults, tell)
     kv = await SqliteKeyValue.open(path, on_step=faults)
-    store = _ToldStore(kv, presence=FilePresence(path, lease_seconds=LEASE_SECONDS), tell=tell, steps=steps)
+    # Every other one is silent, so that messages are decided while older ones lie unread beside them (I9).
+    presence = (_SilentPresence if int(tag) % 2 else FilePresence)(path, lease_seconds=LEASE_SECONDS)
+    store = _ToldStore(kv, presence=presence, tell=tell, steps=steps)
     services = {name: f"http://{HOST}:{receiver_port}/{name}" for name in SERVICES}
     target = ServiceTarget(services, timeout_seconds=5.0)
     options = RuntimeOptions(on_step=steps, effect_retry=effect_retry(), lease_seconds=LEASE_SECONDS)
