@@ -7,6 +7,7 @@ the receiver is the only one who takes and gives partitions, so that none change
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 
 from sagaloom.errors import SagasError
@@ -21,7 +22,7 @@ _STANDING_SECONDS = 0.2
 """How often to look for the dead: a killed process is taken over within about this."""
 _NEWS_SECONDS = 0.02
 """How often to look for what others have written, where nobody tells us."""
-_WAITING_NEWS_SECONDS = 0.002
+_HURRIED_SECONDS = 0.002
 """The same while somebody waits for what another process does."""
 
 
@@ -31,6 +32,8 @@ class Lifeline:
     def __init__(self, store: SagaStore, receiver: Receiver) -> None:
         self._store = store
         self._receiver = receiver
+        self._hurrying: asyncio.Task[None] | None = None
+        receiver.share.on_waiting = self._hurry
 
     async def run(self) -> None:
         """Watches until cancelled."""
@@ -43,15 +46,9 @@ class Lifeline:
             if share.lease is not lease:
                 lease = share.lease
                 is_told = self._store.listen(self._nudged)
-            if share.looks_abroad:
-                pause = _WAITING_NEWS_SECONDS
-            elif share.is_shared and not is_told:
-                pause = _NEWS_SECONDS
-            else:
-                pause = _STANDING_SECONDS
-            await asyncio.sleep(pause)
+            await asyncio.sleep(_NEWS_SECONDS if share.is_shared and not is_told else _STANDING_SECONDS)
             try:
-                if (share.is_shared or share.looks_abroad) and self._store.has_news():
+                if share.is_shared and self._store.has_news():
                     self._receiver.attend(standing=False)
                 if loop.time() >= look_at_standing:
                     look_at_standing = loop.time() + _STANDING_SECONDS
@@ -65,3 +62,17 @@ class Lifeline:
             self._receiver.attend(standing=not self._store.stands())
         except SagasError as error:
             _log.debug("the store cannot be watched: %s", error.message)
+
+    def _hurry(self) -> None:
+        """Somebody begins to wait for another process: looks often, until nobody waits any more."""
+        # What they wait for may have happened already, and the news of it have been read.
+        self._receiver.attend(standing=False)
+        if self._hurrying is None or self._hurrying.done():
+            self._hurrying = asyncio.create_task(self._look_often(), name="sagaloom-lifeline-hurrying")
+
+    async def _look_often(self) -> None:
+        while self._receiver.share.looks_abroad:
+            await asyncio.sleep(_HURRIED_SECONDS)
+            with contextlib.suppress(SagasError):
+                if self._store.has_news():
+                    self._receiver.attend(standing=False)

@@ -74,6 +74,8 @@ class Share:
         """What the store has handed out to us, and is not queued yet."""
         self._abroad: dict[RowRef, Delivery] = {}
         """Accepted messages of partitions that others hold, for whose end somebody waits here."""
+        self.on_waiting: Callable[[], None] = _nothing
+        """Is called whenever somebody begins to."""
 
     @property
     def needs_attention(self) -> bool:
@@ -114,6 +116,7 @@ class Share:
         """Minds a message in the inbox of another process, if anybody waits for its end."""
         if delivery.row is not None and delivery.settled is not None:
             self._abroad[delivery.row] = delivery
+            self.on_waiting()
 
     def come_home(self, ref: RowRef) -> asyncio.Future[Outcome] | None:
         """Who waits for a message that we brought to a partition that has come to us since."""
@@ -208,3 +211,7 @@ class Share:
                     refuse(self._abroad.pop(ref), error)
                 else:
                     answer(self._abroad.pop(ref), outcome)
+
+
+def _nothing() -> None:
+    """Nobody wants to know."""
