@@ -457,3 +457,35 @@ async def test_a_row_of_a_partition_that_another_process_holds_is_not_brought_th
     await other.runtime.settled()
 
     assert await holder.runtime.store.inbox_page(after=None, limit=10) == [row]
+
+
+async def test_a_message_whose_saga_its_holder_does_not_know_waits_for_one_who_does(bench: Bench) -> None:
+    newer = await bench.live(NOTES, CHARGES)
+    older = await bench.live(CHARGES)  # a release is under way: this one has not been restarted yet
+    await until(lambda: len(parts_of(newer)) == len(parts_of(older)) == PARTITIONS // 2)
+    for n in range(12):
+        await newer.publish("Note", {"n": 1}, key=f"k-{n}")
+    await until(lambda: older.runtime.health().backlog > 0)
+
+    await bench.end(older)
+    await until(lambda: len(parts_of(newer)) == PARTITIONS)
+    await bench.advance("5s")
+
+    assert await newer.runtime.dead_letters() == []
+    assert [(await newer.instance("notes", f"k-{n}")).revision for n in range(12)] == [1] * 12
+
+
+async def test_a_message_whose_saga_nobody_knows_is_given_up_in_the_end(bench: Bench) -> None:
+    newer = await bench.live(NOTES, CHARGES)
+    others = [await bench.live(CHARGES), await bench.live(CHARGES)]
+    for n in range(6):
+        await newer.publish("Note", {"n": 1}, key=f"k-{n}")
+    applied = [await newer.runtime.get_instance("notes", f"k-{n}") for n in range(6)]
+    await bench.end(newer)
+    await until(lambda: sum(len(parts_of(life)) for life in others) == PARTITIONS)
+
+    for _ in range(3):
+        await bench.advance("30m")
+    waiting = [found is None or found.run == 0 for found in applied]
+
+    assert len(await others[0].runtime.dead_letters()) == sum(waiting)

@@ -33,7 +33,7 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, ClassVar, Final, Protocol
@@ -93,6 +93,8 @@ _PKS_AT_ONCE = 1_000
 _MARKS_REMEMBERED = 50_000
 _PAUSE_SECONDS_MAX = 1.0
 _MOMENT_SECONDS = 0.0005
+_UNKNOWN_AGAIN = timedelta(seconds=2)
+_UNKNOWN_PATIENCE = timedelta(hours=1)
 _STARTS_MAX = 10
 _UNSEEN = Hot(None, None)
 
@@ -401,12 +403,20 @@ class Receiver:
         definition = definitions.get(envelope.saga_id)
         if definition is None and corrupt is None and envelope.origin == "operator":
             return steer(addressed, envelope, DecideContext(now, head, self._options.limits))
+        if definition is None and corrupt is None and self._may_be_known_elsewhere(envelope, now):
+            missing = _vanished(envelope.saga_id).message
+            return Decision("pending", missing, retry_at=now + _UNKNOWN_AGAIN, error=missing, spends_attempt=False)
         if definition is None or corrupt is not None or delivery.refusal is not None:
             return _give_up(envelope, now, corrupt or delivery.refusal or _vanished(envelope.saga_id))
         typed, delivery.typed = delivery.typed, None
         if typed is not None and envelope is not delivery.envelope:
             typed = msgspec.structs.replace(typed, traceparent=envelope.traceparent, tracestate=envelope.tracestate)
         return decide(definition, addressed, envelope, DecideContext(now, head, self._options.limits, typed))
+
+    def _may_be_known_elsewhere(self, envelope: Envelope, now: datetime) -> bool:
+        """Whether another process may have the definition that is missing here, as in the middle of a release: then the
+        message waits for a holder that knows it, for a while."""
+        return self.share.is_shared and now - envelope.accepted_at < _UNKNOWN_PATIENCE
 
     def _plan_decision(
         self,
