@@ -194,7 +194,7 @@ async def test_through_a_dead_letter_and_its_redrive(bench: Bench) -> None:
 
     def handle(saga: Any, event: Any, context: Any) -> Sequence[Any]:
         if broken[0]:
-            raise NotImplementedError("not yet")
+            raise RuntimeError("not today")
         return []
 
     life = await bench.live(define_saga("s").state({}).on("Do", handle).build())
