@@ -142,6 +142,8 @@ class Share:
                     self._give_up_at = asyncio.get_running_loop().time() + _GIVE_UP_SECONDS
                     if self._is_quiet(self.giving):
                         await self._take_share(self.lease)
+            else:
+                self.is_shared = True  # Those who apply what we take in need their turn at the store.
             await self._look()
         except BaseException:
             self._must_tend = True
