@@ -18,15 +18,16 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qsl
 
 import msgspec
-from starlette.types import Receive, Scope, Send
+from starlette.types import Receive, Scope
 
-from sagaloom.errors import MessageRejected, SagasError
+from sagaloom.errors import MessageRejected
 from sagaloom.messages import SagaMessage
 from sagaloom.runtime.receipts import PublishReceipt, PublishRejected
 from sagaloom.service.publishing import message_of
 from sagaloom.service.shapes import BatchItem, PublishBatchAnswer, publish_answer
 from sagaloom.web.bodies import BodyReader, JsonBody, invalid
-from sagaloom.web.problems import Answer, Problem, answer_error, answer_surprise, json_headers, status_of, trace_id_of
+from sagaloom.web.problems import Answer, Problem, json_headers, status_of, trace_id_of
+from sagaloom.web.raw import RawRoute
 
 if TYPE_CHECKING:
     from sagaloom.runtime import SagaRuntime
@@ -45,25 +46,14 @@ class _Batch(msgspec.Struct, forbid_unknown_fields=True):
 _body = JsonBody(_Batch, example=_EXAMPLE)
 
 
-class PublishBatchRoute:
+class PublishBatchRoute(RawRoute):
     """Takes many messages in for `runtime`."""
+
+    where = "POST /publish/batch"
 
     def __init__(self, runtime: SagaRuntime, *, body_bytes_max: int, body_seconds_max: float) -> None:
         self._runtime = runtime
         self._reader = BodyReader(body_bytes_max=body_bytes_max, body_seconds_max=body_seconds_max)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            answer = await self._answer(scope, receive)
-        except SagasError as error:
-            answer = answer_error(error, scope["headers"])
-        except Exception as error:  # noqa: BLE001  # a door answers whatever happens behind it
-            answer = answer_surprise(error, scope["headers"], where="POST /publish/batch")
-        if answer is None:
-            return
-        status, headers, body = answer
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
 
     async def _answer(self, scope: Scope, receive: Receive) -> Answer | None:
         """The answer, or None when the client is gone."""

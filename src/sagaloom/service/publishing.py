@@ -14,16 +14,17 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import parse_qsl
 
 import msgspec
-from starlette.types import Receive, Scope, Send
+from starlette.types import Receive, Scope
 
 from sagaloom.durations import parse_duration
-from sagaloom.errors import DefinitionError, SagasError
+from sagaloom.errors import DefinitionError
 from sagaloom.ids import new_traceparent
 from sagaloom.messages import SagaMessage
 from sagaloom.runtime.receipts import PublishRejected
 from sagaloom.service.shapes import PublishBody, publish_answer
 from sagaloom.web.bodies import BodyReader, JsonBody, idempotency_key_of, in_utc, invalid, trace_of
-from sagaloom.web.problems import Answer, answer_error, answer_surprise, json_headers
+from sagaloom.web.problems import Answer, json_headers
+from sagaloom.web.raw import RawRoute
 
 if TYPE_CHECKING:
     from sagaloom.runtime import SagaRuntime
@@ -35,26 +36,15 @@ _encode = msgspec.json.Encoder().encode
 _NO_PAYLOAD: Final = msgspec.Raw(b"{}")
 
 
-class PublishRoute:
+class PublishRoute(RawRoute):
     """Takes messages in for `runtime`."""
+
+    where = "POST /publish"
 
     def __init__(self, runtime: SagaRuntime, *, body_bytes_max: int, body_seconds_max: float) -> None:
         self._runtime = runtime
         self._wait_seconds_max = runtime.options.wait_seconds_max
         self._reader = BodyReader(body_bytes_max=body_bytes_max, body_seconds_max=body_seconds_max)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            answer = await self._answer(scope, receive)
-        except SagasError as error:
-            answer = answer_error(error, scope["headers"])
-        except Exception as error:  # noqa: BLE001  # a door answers whatever happens behind it
-            answer = answer_surprise(error, scope["headers"], where="POST /publish")
-        if answer is None:
-            return
-        status, headers, body = answer
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
 
     async def _answer(self, scope: Scope, receive: Receive) -> Answer | None:
         """The answer, or None when the client is gone."""
