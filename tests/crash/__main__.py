@@ -102,10 +102,7 @@ def _print_kills(report: Report) -> None:
         f"off, {report.duplicates_sent} duplicates sent; told to try again: {dict(report.refused_retryably) or 'none'}"
     )
     verdict = report.verdict
-    print(
-        f"kills={report.kills.total()} messages={report.messages} lost={len(verdict.lost)} "
-        f"duplicated={len(verdict.duplicated)} stuck={len(verdict.stuck)} repeats={verdict.repeats}"
-    )
+    print(f"kills={report.kills.total()} messages={report.messages} {verdict.counts()} repeats={verdict.repeats}")
     print("\n".join(verdict.lines()), flush=True)
 
 
@@ -133,8 +130,7 @@ def _print_losses(report: PowerReport) -> None:
     verdict = report.verdict
     print(f"{report.seconds:.1f} s; {report.unanswered} messages were not answered and were sent again")
     print(
-        f"power_losses={report.losses.total()} messages={report.messages} lost={len(verdict.lost)} "
-        f"duplicated={len(verdict.duplicated)} stuck={len(verdict.stuck)} repeats={verdict.repeats}"
+        f"power_losses={report.losses.total()} messages={report.messages} {verdict.counts()} repeats={verdict.repeats}"
     )
     print("\n".join(verdict.lines()), flush=True)
 
