@@ -134,7 +134,7 @@ def decide(
         )
     if binding is None:
         # No saga handles what the engine sends itself, so nobody else has to ask whether this is of that kind.
-        if message.origin in _PASSES_PAUSE:
+        if message.origin in _PASSES_PAUSE or (message.origin == "timer" and message.type == CANCEL):
             return steer(instance, message, context, definition=definition)
         if message.origin == "undo" and message.type == UNDO and instance is not None:
             return _safely(definition, instance, message, context, _go_on_undoing)
