@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 GROUPS = (
-    *("core", "authoring", "stores", "runtime", "publisher", "doors", "workers", "telemetry"),
+    *("core", "authoring", "stores", "queues", "runtime", "publisher", "doors", "workers", "telemetry"),
     *("typing", "examples", "bugs"),
 )
 
