@@ -16,7 +16,7 @@ from tests.servers.finding import KINDS, found_or_skipped
 
 GROUPS = (
     *("core", "authoring", "servers", "stores", "queues", "runtime", "publisher", "doors", "workers", "telemetry"),
-    *("typing", "examples", "bugs"),
+    *("crash", "typing", "examples", "bugs"),
 )
 
 _HERE = Path(__file__).parent
