@@ -75,13 +75,14 @@ from sagaloom.engine.records import (
     StepRecord,
 )
 from sagaloom.engine.retrying import USER_ERRORS, backoff, describe, is_retryable, storable, traceback_text
+from sagaloom.engine.signals import Update, answered, binding_of, refused_update
 from sagaloom.engine.timer_controls import apply_timer_control, as_shown, is_timer_control, why_no_timer
 from sagaloom.engine.transition import ASKED_NOTHING, STATE_UNREADABLE, HandlerRaised, Transition, without_fired
-from sagaloom.errors import HandlerError, InstanceNotFound, SagasError
+from sagaloom.errors import HandlerError, InstanceNotFound, SagasError, UpdateRefused
 from sagaloom.ids import instance_id
 from sagaloom.messages import SagaMessage
 
-__all__ = ["DecideContext", "decide", "steer"]
+__all__ = ["DecideContext", "MadeByNewer", "decide", "readable_state", "steer"]
 
 HANDLER_MISSING: Final = "SAGA_HANDLER_MISSING"
 HOPS_EXCEEDED: Final = "SAGA_HOPS_EXCEEDED"
@@ -89,7 +90,7 @@ MIGRATION_FAILED: Final = "SAGA_MIGRATION_FAILED"
 _DETAIL_MAX: Final = 2_000  # The feed is kept in memory by those who watch. History has the whole of it.
 
 
-class _MadeByNewer(Exception):
+class MadeByNewer(Exception):
     """The stored state belongs to a newer version of the definition than this worker has."""
 
 
@@ -126,6 +127,8 @@ def decide(
         # No saga handles a control, so nobody else has to ask whether this is one.
         if message.origin == "operator":
             return steer(instance, message, context)
+        binding = binding_of(definition, message.type)
+    if binding is None:
         if message.origin == "child" and instance is not None:
             return _ignore(instance, message, context, f"saga {definition.id!r} has no handler for {message.type!r}")
         handled = ", ".join(definition.handlers)
@@ -140,11 +143,13 @@ def decide(
     try:
         return _apply(definition, binding, instance, message, context)
     except HandlerRaised as raised:
+        if binding.answers and isinstance(raised.error, UpdateRefused) and instance is not None:
+            return refused_update(_ignore(instance, message, context, raised.error.message), raised.error)
         decision = _after_error(definition, instance, message, context, raised.error)
         # An error object that the handler keeps and raises again collects the frames of every raise otherwise.
         raised.error.__traceback__ = None
         return decision
-    except _MadeByNewer as newer:
+    except MadeByNewer as newer:
         return _wait_for_newer(definition, message, context, str(newer))
     except Refused as refused:
         return _give_up(definition, instance, message, context, refused)
@@ -177,20 +182,22 @@ def _apply(
     message: Envelope,
     context: DecideContext,
 ) -> Decision:
-    if instance is None:
-        state = _initial_state(definition)
-    elif instance.def_version == definition.version:
-        state = instance.state
-    else:
-        state = _migrated(definition, instance)
+    state = _initial_state(definition) if instance is None else readable_state(definition, instance)
     typed = context.typed
     if typed is None:
         typed = _read(definition, binding, message)
-    transition = Transition(definition, instance, message, context, state)
+    new_transition = Update if binding.answers else Transition
+    transition = new_transition(definition, instance, message, context, state)
     asked = transition.step("handle", binding.handler, typed)
     if asked is not ASKED_NOTHING:
         carry_out(transition, asked)
-    return _written(transition, context.head.pk)
+    decision = _written(transition, context.head.pk)
+    return answered(decision, transition) if isinstance(transition, Update) else decision
+
+
+def readable_state(definition: SagaDefinition[Any], instance: Instance) -> bytes:
+    """The stored state, brought up to the version of the definition; raises `Refused` or `MadeByNewer`."""
+    return instance.state if instance.def_version == definition.version else _migrated(definition, instance)
 
 
 def _read(definition: SagaDefinition[Any], binding: HandlerBinding, message: Envelope) -> SagaMessage[Any]:
@@ -203,7 +210,7 @@ def _read(definition: SagaDefinition[Any], binding: HandlerBinding, message: Env
             code=error.code,
         ) from error
     return SagaMessage(
-        message.type,
+        binding.type,
         payload,
         message.correlation_key,
         message.idempotency_key,
@@ -541,7 +548,7 @@ def _migrated(definition: SagaDefinition[Any], instance: Instance) -> bytes:
     saga_id, stored, wanted = definition.id, instance.def_version, definition.version
     name = instance_id(saga_id, instance.key, instance.run)
     if stored > wanted:
-        raise _MadeByNewer(
+        raise MadeByNewer(
             f"the state of {name!r} was written by version {stored} of saga {saga_id!r}, and this worker has version "
             f"{wanted}: a worker with version {stored} or newer must take it"
         )
