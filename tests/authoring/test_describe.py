@@ -67,6 +67,13 @@ def test_a_description_has_the_facts_under_the_names_of_the_wire() -> None:
         "signals": [],
         "updates": [],
         "queries": [],
+        "description": "order",
+        "topic": "default",
+        "enabled": True,
+        "entrypoint": "",
+        "tags": [],
+        "metadata": {},
+        "retention": {"completedDays": None, "activeDays": None},
         "retry": {
             "maxAttempts": 3,
             "initialDelay": 1000,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from sagaloom import (
+    BackendUnavailable,
     IdempotencyKeyReused,
     InstanceEnded,
     InstanceNotFound,
@@ -405,3 +407,14 @@ async def test_another_process_signals_updates_and_asks_what_this_one_holds(benc
     await one.runtime.signal("account", key, CLOSE)
     with pytest.raises(InstanceEnded):
         await other.runtime.signal("account", key, NOTE, "too late")
+
+
+async def test_a_disabled_saga_is_asked_and_not_spoken_to(runtime: SagaRuntime, store: SagaStore) -> None:
+    await runtime.stop()
+    disabled = dataclasses.replace(ACCOUNT, about=dataclasses.replace(ACCOUNT.about, enabled=False))
+    async with SagaRuntime(store, definitions=[disabled], clock=ManualClock()) as other:
+        with pytest.raises(BackendUnavailable, match="disabled by its configuration") as caught:
+            await other.signal("account", "a", NOTE, "hello")
+
+        assert (caught.value.code, caught.value.retryable) == ("SAGA_DISABLED", True)
+        assert await other.query("account", "a", TOTAL) == 0

@@ -212,9 +212,15 @@ class Signals:
         was known of its instance before."""
         if self._receiver.problem is not None:
             raise self._receiver.problem
+        definition = self._definition(saga_id)
+        if not definition.about.enabled:
+            raise BackendUnavailable(
+                f"saga {saga_id!r} is disabled by its configuration: enable it there, and try again",
+                code="SAGA_DISABLED",
+            )
         now = self._clock.now()
         envelope = said_to(
-            self._definition(saga_id),
+            definition,
             kind,
             _name(signal),
             key=check_key(key),
