@@ -347,6 +347,8 @@ class SagaDefinition(Generic[S]):
     concurrency: ConcurrencyPolicy | None = None
     schedule: SchedulePolicy | None = None
     timeouts: tuple[TimeoutPolicy, ...] = ()
+    pivots: frozenset[str] = frozenset()
+    """The types whose messages are points of no return."""
     fingerprint: str = ""
     source: str = ""
     """Where the definition was built, as `file:line`, for errors; no part of the fingerprint."""

@@ -46,6 +46,7 @@ def describe(definition: SagaDefinition[Any]) -> dict[str, Any]:
             for one in handlers
         ],
         "compensations": [{"type": one.type, "schema": _schema(one.codec)} for one in compensations],
+        "pivots": sorted(definition.pivots),
         "correlations": list(definition.correlations),
         "signals": [{"name": one.type, "schema": _schema(one.codec)} for one in definition.signals.values()],
         "updates": [{"name": one.type, "schema": _schema(one.codec)} for one in definition.updates.values()],

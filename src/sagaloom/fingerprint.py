@@ -55,6 +55,8 @@ def fingerprint_of(definition: SagaDefinition[Any]) -> str:
     }
     if definition.timeouts:
         described["timeouts"] = definition.timeouts
+    if definition.pivots:
+        described["pivots"] = sorted(definition.pivots)
     # Only where there are any: a saga without them keeps the fingerprint that it had before there could be some.
     for what, bindings in (("signals", definition.signals), ("updates", definition.updates)):
         if bindings:

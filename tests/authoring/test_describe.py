@@ -85,6 +85,7 @@ def test_a_description_has_the_facts_under_the_names_of_the_wire() -> None:
         "concurrency": None,
         "schedule": None,
         "timeouts": [],
+        "pivots": [],
         "reuse": "new_run",
         "singleton": False,
         "invariants": ["is new"],

@@ -23,6 +23,7 @@ MODULES: Final = {
     "sagaloom.config": ("config.md",),
     "sagaloom.integration.publisher": ("publisher.md",),
     "sagaloom.integration.workers": ("workers.md",),
+    "sagaloom.middleware": ("middleware.md",),
     "sagaloom.presets": ("presets.md",),
     "sagaloom.publisher": ("publisher.md", "runtime.md"),
     "sagaloom.runtime": ("runtime.md",),

@@ -17,7 +17,17 @@ from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 from sagaloom.definitions import SagaDefinition, SagaDurabilityTier, SagaInstanceStatus
 from sagaloom.describe import describe
 from sagaloom.engine.controls import REASON_LENGTH_MAX
-from sagaloom.engine.records import DeadLetter, Disposition, EffectSummary, HistoryEntry, Instance, Origin, StepRecord
+from sagaloom.engine.records import (
+    AppliedStep,
+    DeadLetter,
+    Disposition,
+    EffectSummary,
+    HistoryEntry,
+    Instance,
+    Origin,
+    StepRecord,
+    Undoing,
+)
 from sagaloom.ids import instance_id
 from sagaloom.runtime.bulk import BulkResult
 from sagaloom.runtime.receipts import Outcome, PublishReceipt, QueryResult, SignalReceipt, UpdateReceipt
@@ -380,6 +390,24 @@ class ParentView(_Shape, frozen=True, kw_only=True):
     run: int
 
 
+class UndoingView(_Shape, frozen=True, kw_only=True):
+    """What is left to undo of a run one of whose compensations has failed. While there is no `deadLetterId` it is being
+    tried again by itself."""
+
+    next_step: Annotated[str | None, Meta(description="The message type whose compensation comes next.")]
+    steps_left: int
+    ends_as: Annotated[SagaInstanceStatus | None, Meta(description="How the run ends then; null: it goes on.")]
+    error: str | None
+    dead_letter_id: str | None
+
+
+class ControlView(_Shape, frozen=True, kw_only=True):
+    """What became of a command: `applied`, or `ignored` for the reason that is given."""
+
+    disposition: Disposition
+    reason: str | UnsetType = UNSET
+
+
 class InstanceView(_Shape, frozen=True, kw_only=True):
     """One run of a saga. `version` is its revision. `completedAt` is there when it completed, `endedAt` when it ended
     in whatever way. `pending` with run 0: its first message is accepted and not applied yet."""
@@ -407,6 +435,11 @@ class InstanceView(_Shape, frozen=True, kw_only=True):
         str | UnsetType, Meta(description="W3C trace context of the message that started the run.")
     ] = UNSET
     parent: ParentView | UnsetType = UNSET
+    pivot: Annotated[
+        str | UnsetType, Meta(description="The message type of its last point of no return, if it has passed one.")
+    ] = UNSET
+    undoing: UndoingView | UnsetType = UNSET
+    control: Annotated[ControlView | UnsetType, Meta(description="There in answers to commands.")] = UNSET
 
 
 class InstanceList(_Shape, frozen=True, kw_only=True):
@@ -420,9 +453,9 @@ class InstanceList(_Shape, frozen=True, kw_only=True):
     cursor: str | None
 
 
-def instance_view(instance: Instance) -> InstanceView:
+def instance_view(instance: Instance, *, control: ControlView | UnsetType = UNSET) -> InstanceView:
     """One run, as the wire shows it."""
-    parent = instance.parent
+    parent, undoing = instance.parent, instance.undoing
     return InstanceView(
         saga_name=instance.saga_id,
         saga_id=instance.saga_id,
@@ -453,13 +486,44 @@ def instance_view(instance: Instance) -> InstanceView:
             correlation_key=parent.key,
             run=parent.run,
         ),
+        pivot=_if_known(instance.pivot),
+        undoing=UNSET if undoing is None else _undoing_view(undoing, instance.steps),
+        control=control,
     )
+
+
+def _undoing_view(undoing: Undoing, applied: Sequence[AppliedStep]) -> UndoingView:
+    step = undoing.next_of(tuple(applied))
+    return UndoingView(
+        next_step=None if step is None else step.type,
+        steps_left=len(undoing.asked) + (len(applied) if undoing.is_unwinding else 0),
+        ends_as=undoing.ending,
+        error=undoing.error,
+        dead_letter_id=undoing.dead_letter_id,
+    )
+
+
+_Reason = Annotated[str, Meta(max_length=REASON_LENGTH_MAX)]
 
 
 class ControlBody(_Shape, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Why an operator does it: for the history, and for whoever watches."""
 
-    reason: Annotated[str, Meta(max_length=REASON_LENGTH_MAX)] | None = None
+    reason: _Reason | None = None
+
+
+class CancelBody(_Shape, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Why a run is cancelled, and whether its steps are undone first."""
+
+    reason: _Reason | None = None
+    compensate: bool = True
+
+
+class SkipBody(_Shape, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Why a compensation is left out. With `step`, a message type, only if that one comes next."""
+
+    reason: _Reason | None = None
+    step: Annotated[str, Meta(max_length=1024)] | None = None
 
 
 class EffectView(_Shape, frozen=True, kw_only=True, omit_defaults=True):
@@ -474,7 +538,7 @@ class EffectView(_Shape, frozen=True, kw_only=True, omit_defaults=True):
 class StepView(_Shape, frozen=True, kw_only=True):
     """One moment of a decision: which handler ran, on what type, what it asked for, and the status after it."""
 
-    phase: Literal["handle", "compensate"]
+    phase: Literal["handle", "compensate", "skip"]
     type: str
     status: SagaInstanceStatus
     effects: Sequence[EffectView]
