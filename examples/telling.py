@@ -62,8 +62,8 @@ class Story:
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a story ended: each instance with its status, state, result and reason; what the services were asked for, each
-    thing once for every effect key; and what is wrong with the store, which is nothing."""
+    """How a story ended: each instance with its status, state, result and reason; what the services were asked for,
+    each thing once for every effect key; and what is wrong with the store, which is nothing."""
 
     instances: dict[str, dict[str, Any]]
     outside: list[str]

@@ -15,7 +15,8 @@ import pytest
 from tests.servers.finding import KINDS, found_or_skipped
 
 GROUPS = (
-    *("core", "authoring", "servers", "stores", "runtime", "publisher", "doors", "workers", "middleware", "telemetry"),
+    *("core", "authoring", "servers", "stores", "queues", "runtime", "publisher", "doors", "workers"),
+    *("middleware", "telemetry"),
     *("crash", "typing", "examples", "bugs"),
 )
 
