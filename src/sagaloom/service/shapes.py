@@ -943,15 +943,17 @@ class TimeoutView(_Shape, frozen=True, kw_only=True):
 
 
 class GraphNode(_Shape, frozen=True, kw_only=True):
-    """A node: `start`, `instance`, a message type, a compensation, a schedule or a timeout."""
+    """A node: `start`, `instance`, a message type, signal or update, a compensation, a schedule or a timeout; and what
+    was read off the handlers: a status, a target, a child, an end."""
 
     id: str
     kind: str
+    label: str
 
 
 class GraphEdge(Struct, frozen=True, kw_only=True, rename={"from_": "from"}):
     """An edge of the graph: which types start an instance, which continue one, which compensations undo them, which a
-    schedule or a timeout sends."""
+    schedule or a timeout sends; and what handlers may send, schedule, spawn, set or end."""
 
     from_: str
     to: str
