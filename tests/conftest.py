@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.postgres import postgres, postgres_schema
+
+__all__ = ["postgres", "postgres_schema"]
+
 GROUPS = (
     *("core", "authoring", "stores", "runtime", "publisher", "doors", "workers", "telemetry"),
     *("typing", "examples", "bugs"),

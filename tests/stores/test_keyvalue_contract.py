@@ -1,6 +1,5 @@
 """Every key-value store of the package, held to the contract that users get too."""
 
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ from sagaloom.kv import MemoryKeyValue, SqliteKeyValue
 from sagaloom.kv.postgres import PostgresKeyValue
 from sagaloom.ports.keyvalue import KeyValue
 from sagaloom.testing.contracts.keyvalue import KeyValueContract, OpenKeyValue
-from tests.stores.postgres import a_schema, database_in
+from tests.postgres import Postgres
 
 
 class TestMemoryKeyValue(KeyValueContract):
@@ -42,12 +41,8 @@ class TestSqliteKeyValueThatKeepsOthersOut(KeyValueContract):
 @pytest.mark.server("postgres")
 class TestPostgresKeyValue(KeyValueContract):
     @pytest.fixture
-    async def open_store(self) -> AsyncIterator[OpenKeyValue]:
-        async with a_schema() as schema:
+    def open_store(self, postgres: Postgres) -> OpenKeyValue:
+        async def open_store() -> KeyValue:
+            return PostgresKeyValue(postgres.database())
 
-            async def open_store() -> KeyValue:
-                store = PostgresKeyValue(database_in(schema))
-                await store.open()
-                return store
-
-            yield open_store
+        return open_store

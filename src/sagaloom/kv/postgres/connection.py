@@ -228,9 +228,10 @@ class PostgresDatabase:
             )
         if isinstance(error, asyncpg.InterfaceError) and not _is_of_connection(error):
             return ConfigurationError(f"{where}: {said}")
-        if state.startswith("22") or state.startswith("54"):
+        if state.startswith(("22", "54")):
             return ValueError(said)
-        outcome = {"outcome": "not_written" if state in _LOST_A_RACE else "unknown", "sqlstate": state}
+        is_unknown = not state or state.startswith(_OF_THE_CONNECTION)  # else the server has said that it did nothing
+        outcome = {"outcome": "unknown" if is_unknown else "not_written", "sqlstate": state}
         hints = {
             "53100": "free space on the server's disk; writing resumes by itself",
             "53300": "raise max_connections, or put a pooler in front",

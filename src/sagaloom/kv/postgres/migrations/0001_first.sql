@@ -665,4 +665,9 @@ BEGIN
     SET commit_no = p_commit_no, stamp = p_stamp, inbox_base = saga_runtime_write_rows.inbox_base,
         outbox_base = saga_runtime_write_rows.outbox_base, feed_base = saga_runtime_write_rows.feed_base
     WHERE w.holder = p_holder;
+    IF NOT FOUND THEN
+        INSERT INTO @schema@.saga_runtime_worker
+            (holder, host, expires_at, commit_no, stamp, inbox_base, outbox_base, feed_base)
+        VALUES (p_holder, '', '-infinity', p_commit_no, p_stamp, inbox_base, outbox_base, feed_base);
+    END IF;
 END $$;
