@@ -1,5 +1,5 @@
-"""PostgreSQL for tests: a schema of their own, empty for each test, on the server that SAGALOOM_TEST_POSTGRES names, else
-on the standard local port. A test that asks for `postgres` is skipped where there is none."""
+"""PostgreSQL for tests: a schema of their own, empty for each test, on the server that SAGALOOM_TEST_POSTGRES names,
+else on the standard local port. A test that asks for `postgres` is skipped where there is none."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ class Postgres:
             emptied = "".join(f"DELETE FROM {row['name']};" for row in tables)
             restarted = "".join(f"ALTER SEQUENCE saga_runtime_{name} RESTART;" for name in _SEQUENCES)
             await connection.execute(
-                f"{emptied}{restarted} UPDATE saga_runtime_arrivals SET s = 0; UPDATE saga_runtime_feed_head SET next = 1;"
+                f"{emptied}{restarted} UPDATE saga_runtime_arrivals SET s = 0;"
+                "UPDATE saga_runtime_feed_head SET next = 1;"
                 f"UPDATE saga_runtime_meta SET value = '{secrets.token_hex(16)}' WHERE name = 'store_id'"
             )
         finally:

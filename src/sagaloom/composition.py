@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Protocol, Self, TypeVar, cast
 
 from sagaloom.clock import Clock
 from sagaloom.definitions import SagaDefinition
@@ -192,9 +192,9 @@ async def open_saga_runtime_kv(path: str | os.PathLike[str] | None = None) -> Ke
 async def open_sql_saga_store(
     *, engine: object | None = None, url: str | None = None, lease_seconds: float = 6.0
 ) -> SagaStore:
-    """The saga store in PostgreSQL: at `url` (which may name a schema: `?schema=sagas`), or through `engine`, an asyncpg
-    pool, which is used and not closed, or a SQLAlchemy engine on asyncpg, whose address is taken. Its tables are
-    brought up to the present version; where it is, is logged."""
+    """The saga store in PostgreSQL: at `url` (which may name a schema: `?schema=sagas`), or through `engine`, an
+    asyncpg pool, which is used and not closed, or a SQLAlchemy engine on asyncpg, whose address is taken. Its tables
+    are brought up to the present version; where it is, is logged."""
     database = sql_database(engine=engine, url=url)
     from sagaloom.kv.postgres import PostgresPresence, PostgresSagaRows
     from sagaloom.stores import SqlSagaStore
@@ -230,7 +230,7 @@ def sql_database(*, engine: object | None = None, url: str | None = None) -> Pos
             f"engine= is {type(engine).__name__}: give an asyncpg pool, or a SQLAlchemy engine made with "
             "create_async_engine('postgresql+asyncpg://...')"
         )
-    return PostgresDatabase(pool=engine)
+    return PostgresDatabase(pool=cast("Any", engine))
 
 
 def _selected(backend: str | None, engine: object | None, url: str | None) -> SagaStoreBackend:

@@ -31,9 +31,7 @@ class Listing:
     ) -> tuple[list[Instance], str | None]:
         found: list[Instance] = []
         skip = offset
-        async for instance in self._listed(
-            wanted, None if cursor is None else from_cursor(cursor), limit + offset + 1
-        ):
+        async for instance in self._listed(wanted, None if cursor is None else from_cursor(cursor), limit + offset + 1):
             if skip:
                 skip -= 1
             elif len(found) < limit:

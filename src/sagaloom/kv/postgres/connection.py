@@ -16,24 +16,18 @@ from __future__ import annotations
 import asyncio
 import re
 import ssl
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Final, Self
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Final, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from sagaloom.errors import BackendUnavailable, ConfigurationError, SagasError
+from sagaloom.kv.postgres import driver
+from sagaloom.kv.postgres.driver import Connection, Pool, Row
 
-try:
-    import asyncpg
-except ImportError as error:
-    raise ConfigurationError(
-        "the sql saga store needs asyncpg, which is not installed: pip install 'sagaloom[postgres]'"
-    ) from error
+_R = TypeVar("_R")
 
-if TYPE_CHECKING:
-    from asyncpg import Record
-    from asyncpg.pool import Pool
-
-__all__ = ["OLDEST_SERVER", "PostgresDatabase", "quoted"]
+__all__ = ["OLDEST_SERVER", "PostgresDatabase", "RowsChanged", "quoted"]
 
 OLDEST_SERVER: Final = 13
 
@@ -46,6 +40,10 @@ _OF_THE_PROXY: Final = ("26000", "42P05")
 """Prepared statements that another session has, or that are gone with it."""
 
 
+class RowsChanged(BackendUnavailable):
+    """A statement met rows that are not what it expects, and has written nothing."""
+
+
 class PostgresDatabase:
     """A pool of connections to one schema of one database; made by `open`, or around a pool that somebody else owns."""
 
@@ -53,7 +51,7 @@ class PostgresDatabase:
         self,
         *,
         url: str | None = None,
-        pool: Pool[Record] | None = None,
+        pool: Pool | None = None,
         schema: str | None = None,
         deadline_seconds: float = 5.0,
         connections_max: int = 10,
@@ -76,7 +74,7 @@ class PostgresDatabase:
         self._connections_max = connections_max
         self._application_name = application_name
         self._given = pool
-        self._pool: Pool[Record] | None = pool
+        self._pool: Pool | None = pool
         self._opening = asyncio.Lock()
         self._is_closed = False
         self.statements = 0
@@ -99,15 +97,15 @@ class PostgresDatabase:
         """`text` with the name of our schema in it."""
         return text.replace("@schema@", quoted(self.schema))
 
-    async def fetch(self, statement: str, *arguments: object) -> list[Record]:
+    async def fetch(self, statement: str, *arguments: object) -> list[Row]:
         """The rows of a statement that may be sent twice, because it changes nothing."""
         return await self._sent(statement, arguments, may_repeat=True)
 
-    async def write(self, statement: str, *arguments: object) -> list[Record]:
+    async def write(self, statement: str, *arguments: object) -> list[Row]:
         """The rows of a statement that changes something."""
         return await self._sent(statement, arguments, may_repeat=False)
 
-    async def run(self, work: Callable[[asyncpg.Connection[Record]], Any]) -> Any:
+    async def run(self, work: Callable[[Connection], Awaitable[_R]]) -> _R:
         """What `work` returns, which gets a connection to itself; it sets its own deadlines."""
         try:
             async with await self._acquire() as connection:
@@ -115,7 +113,7 @@ class PostgresDatabase:
         except Exception as error:
             raise self.translated(error) from error
 
-    async def connect(self) -> asyncpg.Connection[Record]:
+    async def connect(self) -> Connection:
         """A connection outside the pool, for whoever listens."""
         try:
             return await self._connect()
@@ -134,7 +132,7 @@ class PostgresDatabase:
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
-    async def _sent(self, statement: str, arguments: Sequence[object], *, may_repeat: bool) -> list[Record]:
+    async def _sent(self, statement: str, arguments: Sequence[object], *, may_repeat: bool) -> list[Row]:
         for attempt in range(1, _TRIES + 1):
             self.statements += 1
             try:
@@ -150,7 +148,7 @@ class PostgresDatabase:
                 raise self.translated(error) from error
         raise AssertionError("unreachable")
 
-    async def _acquire(self) -> Any:
+    async def _acquire(self) -> AbstractAsyncContextManager[Connection]:
         if self._is_closed:
             raise BackendUnavailable(f"{self.name} is closed: open another store", retryable=False)
         pool = self._pool
@@ -161,7 +159,7 @@ class PostgresDatabase:
                     pool = self._pool = await self._opened()
         return pool.acquire(timeout=self.deadline_seconds)
 
-    async def _opened(self) -> Pool[Record]:
+    async def _opened(self) -> Pool:
         first = await self._connect()
         try:
             version = first.get_server_version().major
@@ -174,25 +172,26 @@ class PostgresDatabase:
                 self._is_pooled = answering != first.get_server_pid()
         finally:
             await first.close(timeout=self.deadline_seconds)
-        pool = asyncpg.create_pool(
+        pool: Any = driver.create_pool(
             connect=self._connect_for_pool, min_size=0, max_size=self._connections_max, reset=_leave_as_it_is
         )
-        await pool
-        return pool
+        opened: Pool = await pool
+        return opened
 
-    async def _connect_for_pool(self, *_: object, **__: object) -> asyncpg.Connection[Record]:
+    async def _connect_for_pool(self, *_: object, **__: object) -> Connection:
         return await self._connect()
 
-    async def _connect(self) -> asyncpg.Connection[Record]:
+    async def _connect(self) -> Connection:
         if self._url is None:
             raise ConfigurationError("a connection of our own needs a url")
-        return await asyncpg.connect(
+        connection: Connection = await driver.connect(
             self._url,
             timeout=self.deadline_seconds,
             command_timeout=self.deadline_seconds,
             statement_cache_size=0 if self._is_pooled else 100,
             server_settings={"application_name": self._application_name},
         )
+        return connection
 
     async def _begin_again(self, *, is_pooled: bool) -> None:
         async with self._opening:
@@ -206,7 +205,7 @@ class PostgresDatabase:
     def translated(self, error: BaseException) -> BaseException:
         """The error of ours that says what `error` means, and what helps; itself when it is none of the database's."""
         if isinstance(error, SagasError) or not isinstance(
-            error, (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError, ssl.SSLError)
+            error, (driver.PostgresError, driver.InterfaceError, OSError, TimeoutError, ssl.SSLError)
         ):
             return error
         state = _state_of(error)
@@ -226,10 +225,12 @@ class PostgresDatabase:
                 f"{where}: {said}: the tables of schema {self.schema} are gone or of another version, run "
                 "sagaloom db upgrade"
             )
-        if isinstance(error, asyncpg.InterfaceError) and not _is_of_connection(error):
+        if isinstance(error, driver.InterfaceError) and not _is_of_connection(error):
             return ConfigurationError(f"{where}: {said}")
         if state.startswith(("22", "54")):
             return ValueError(said)
+        if state in ("23505", "P0002"):
+            return RowsChanged(f"{where}: {said}")
         is_unknown = not state or state.startswith(_OF_THE_CONNECTION)  # else the server has said that it did nothing
         outcome = {"outcome": "unknown" if is_unknown else "not_written", "sqlstate": state}
         hints = {
@@ -257,7 +258,7 @@ def _is_of_connection(error: BaseException) -> bool:
     """Whether `error` says that there is no connection (any more), rather than what the server thinks."""
     if isinstance(error, TimeoutError):
         return False
-    if isinstance(error, (OSError, asyncpg.InterfaceError)):
+    if isinstance(error, (OSError, driver.InterfaceError)):
         return "closed" in str(error) or "connect" in str(error) or isinstance(error, OSError)
     return _state_of(error).startswith(_OF_THE_CONNECTION)
 

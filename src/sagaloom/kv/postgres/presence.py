@@ -2,9 +2,9 @@
 
 - One statement every third of a lease renews our row, and asks who else is there and whether anybody has brought
   messages. Whoever cannot renew in time stops by itself before the others may begin to think that it is dead.
-- Beside it, on one host, a locked file for each process (`sagaloom.kv.presence`): a killed one loses its lock at once,
-  and is seen to be dead without waiting for its lease. Only what was seen there alive, or was found abandoned, counts as
-  dead by its file: processes in other containers have other directories.
+- Beside it, on one host, a locked file for each process (`sagaloom.kv.presence`): a killed one loses its lock at
+  once, and is seen to be dead without waiting for its lease. Only what was seen there alive, or was found abandoned,
+  counts as dead by its file: processes in other containers have other directories.
 - Who brings messages to others wakes them: by a pipe on this host, by NOTIFY elsewhere. Both are only nudges. What is
   lost, and what a proxy that pools transactions does not pass on, is found when the lease is renewed.
 
@@ -23,16 +23,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
-
-import asyncpg
+from typing import Any, Final
 
 from sagaloom.errors import ConfigurationError, SagasError
 from sagaloom.kv.postgres.connection import PostgresDatabase
+from sagaloom.kv.postgres.driver import InterfaceError, PostgresError, Row
 from sagaloom.kv.presence import FilePresence
-
-if TYPE_CHECKING:
-    from asyncpg import Record
 
 __all__ = ["PostgresPresence"]
 
@@ -167,7 +163,7 @@ class PostgresPresence:
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
-    def _take(self, rows: list[Record]) -> None:
+    def _take(self, rows: list[Row]) -> None:
         self._living = {row["holder"]: row["host"] for row in rows if row["holder"] is not None}
         news, before = rows[-1]["news"], self._news
         self._news = news
@@ -199,11 +195,11 @@ class PostgresPresence:
                 await asyncio.sleep(_RELISTEN_SECONDS)
                 continue
             ended = asyncio.Event()
-            connection.add_termination_listener(lambda _: ended.set())
+            connection.add_termination_listener(_setting(ended))
             try:
                 await connection.add_listener(self._channel, self._notified)
                 await ended.wait()
-            except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+            except (PostgresError, InterfaceError, OSError) as error:
                 _log.debug("cannot listen: %s", error)
                 await asyncio.sleep(_RELISTEN_SECONDS)
             finally:
@@ -212,3 +208,7 @@ class PostgresPresence:
     def _notified(self, *_: Any) -> None:
         if self._on_nudge is not None:
             self._on_nudge()
+
+
+def _setting(event: asyncio.Event) -> Callable[[Any], None]:
+    return lambda _: event.set()

@@ -1,8 +1,9 @@
 """The key-value port on PostgreSQL: one table for everything, with packed keys.
 
-A commit is one call of the function `saga_runtime_commit_rows`, which checks, reserves and writes in one statement. Rows
-that it checks it locks, so of two commits with one check the second waits and finds that it does not hold. Only a commit
-with slots in its keys takes a transaction of several statements, for the numbers have to be known before the keys.
+A commit is one call of the function `saga_runtime_commit_rows`, which checks, reserves and writes in one statement.
+Rows that it checks it locks, so of two commits with one check the second waits and finds that it does not hold. Only a
+commit with slots in its keys takes a transaction of several statements, for the numbers have to be known before the
+keys.
 
 What it may not assume: nobody else writes between a conflict that the function could not name (an insert that met a row
 which came at that very moment) and the next look; then the commit is tried again.
@@ -11,19 +12,15 @@ which came at that very moment) and the next look; then the commit is tried agai
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
-
-import asyncpg
+from typing import Final
 
 from sagaloom.errors import BackendUnavailable
 from sagaloom.kv.packing import pack, prefix_range, table_of, unpack
-from sagaloom.kv.postgres.connection import PostgresDatabase
+from sagaloom.kv.postgres.connection import PostgresDatabase, RowsChanged
+from sagaloom.kv.postgres.driver import Connection, Row
 from sagaloom.kv.postgres.schema import store_id_of, upgrade
 from sagaloom.kv.watching import WatchHub
 from sagaloom.ports.keyvalue import Check, Committed, Conflicted, Entry, Key, Slot
-
-if TYPE_CHECKING:
-    from asyncpg import Record
 
 __all__ = ["PostgresKeyValue"]
 
@@ -154,9 +151,7 @@ class PostgresKeyValue:
                         arguments = _arguments(checks, inserts, puts, deletes, reserve, {})
                         rows = await self.database.write(self._commit, *arguments)
                         done = _result(rows[0], checks, inserts, reserve)
-                except (asyncpg.UniqueViolationError, BackendUnavailable) as error:
-                    if not _is_taken(error):
-                        raise
+                except RowsChanged:
                     continue
                 break
             else:
@@ -177,7 +172,7 @@ class PostgresKeyValue:
         deletes: Sequence[Key],
         reserve: Mapping[str, int],
     ) -> Committed | Conflicted:
-        async def work(connection: asyncpg.Connection[Any]) -> Committed | Conflicted:
+        async def work(connection: Connection) -> Committed | Conflicted:
             transaction = connection.transaction()
             await transaction.start()
             try:
@@ -194,8 +189,7 @@ class PostgresKeyValue:
             await transaction.commit()
             return Committed(done.versionstamp, bases)
 
-        result: Committed | Conflicted = await self.database.run(work)
-        return result
+        return await self.database.run(work)
 
     def watch(self, prefix: Key) -> AsyncIterator[int]:
         self._refuse_if_closed()
@@ -248,19 +242,14 @@ def _arguments(
 
 
 def _result(
-    row: Record, checks: Sequence[Check], inserts: Sequence[tuple[Key, bytes]], reserve: Mapping[str, int]
+    row: Row, checks: Sequence[Check], inserts: Sequence[tuple[Key, bytes]], reserve: Mapping[str, int]
 ) -> Committed | Conflicted:
     if row["stamp"] is None:
-        failed = [checks[number - 1].key for number in row["failed_checks"] or ()]
-        failed += [inserts[number - 1][0] for number in row["failed_inserts"] or ()]
+        failed: list[Key] = [checks[number - 1].key for number in row["failed_checks"] or ()]
+        met: list[Key] = [inserts[number - 1][0] for number in row["failed_inserts"] or ()]
+        failed += met
         return Conflicted(tuple(failed))
     return Committed(row["stamp"], dict(zip(reserve, row["bases"], strict=True)))
-
-
-def _is_taken(error: Exception) -> bool:
-    """Whether an insert met a row that came after it had looked."""
-    cause = error if isinstance(error, asyncpg.PostgresError) else error.__cause__
-    return isinstance(cause, asyncpg.UniqueViolationError)
 
 
 def _packed_bound(bound: Key, prefix: Key) -> bytes:

@@ -1,7 +1,8 @@
 """The rows of the saga store on PostgreSQL: each kind in a table of its own, with columns that people can read.
 
-It is a key-value store to whoever writes: keys and values are those of `sagaloom.stores.kv`. The kinds below have tables;
-all others (members, leases, the registry, schedules) lie in `saga_runtime_row`, and a commit is of one sort or the other.
+It is a key-value store to whoever writes: keys and values are those of `sagaloom.stores.kv`. The kinds below have
+tables; all others (members, leases, the registry, schedules) lie in `saga_runtime_row`, and a commit is of one sort or
+the other.
 
     correlation  saga_runtime_correlation   hash
     state        saga_runtime_state         pk, run
@@ -23,8 +24,8 @@ What a commit of theirs promises beyond the port:
 3. The commits of the feed are numbered by whoever has the head of the feed at that moment. Who does not get it leaves
    its commit unnumbered, to the next commit or the next reader: no commit waits for another one, and there is no gap,
    for numbers are given only to what is visible (I8).
-4. When the connection is cut before the answer has come, the row of the writer is renewed, which waits for the statement
-   if it still runs, and refuses it if it is still to come. Then the note that every commit leaves in
+4. When the connection is cut before the answer has come, the row of the writer is renewed, which waits for the
+   statement if it still runs, and refuses it if it is still to come. Then the note that every commit leaves in
    `saga_runtime_worker` tells whether it was written, and with which numbers.
 """
 
@@ -33,9 +34,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Final
-
-import asyncpg
+from typing import Final
 
 from sagaloom.errors import BackendUnavailable
 from sagaloom.kv.packing import pack, table_of
@@ -53,12 +52,10 @@ from sagaloom.kv.postgres.columns import (
     run_row,
     timer_row,
 )
-from sagaloom.kv.postgres.connection import PostgresDatabase
+from sagaloom.kv.postgres.connection import PostgresDatabase, RowsChanged
+from sagaloom.kv.postgres.driver import Row
 from sagaloom.kv.postgres.rows import PostgresKeyValue
 from sagaloom.ports.keyvalue import Check, Committed, Conflicted, Entry, Key, Slot
-
-if TYPE_CHECKING:
-    from asyncpg import Record
 
 __all__ = ["PostgresSagaRows"]
 
@@ -188,7 +185,8 @@ class PostgresSagaRows(PostgresKeyValue):
         self._refuse_if_closed()
         by_table: dict[str, list[int]] = {}
         for number, key in enumerate(keys):
-            by_table.setdefault(key[0] if key and key[0] in _COLUMNS else "", []).append(number)  # type: ignore[arg-type]
+            table = table_of(key)
+            by_table.setdefault(table if table in _COLUMNS else "", []).append(number)
         entries: list[Entry | None] = [None] * len(keys)
         for table, numbers in by_table.items():
             if not table:
@@ -326,11 +324,11 @@ class PostgresSagaRows(PostgresKeyValue):
     async def prune_feed(self, *, before: int, limit: int) -> int:
         return len(await self._write(_FEED_PRUNE, before, limit))
 
-    async def _fetch(self, statement: str, *arguments: object) -> list[Record]:
+    async def _fetch(self, statement: str, *arguments: object) -> list[Row]:
         self._refuse_if_closed()
         return await self.database.fetch(self._sql(statement), *arguments)
 
-    async def _write(self, statement: str, *arguments: object) -> list[Record]:
+    async def _write(self, statement: str, *arguments: object) -> list[Row]:
         self._refuse_if_closed()
         return await self.database.write(self._sql(statement), *arguments)
 
@@ -374,11 +372,10 @@ class PostgresSagaRows(PostgresKeyValue):
         self._doubt = batch
         try:
             row = (await self.database.write(self._commit_sagas, *arguments))[0]
+        except RowsChanged:
+            self._doubt = None
+            return None
         except BackendUnavailable as error:
-            cause = error.__cause__
-            if isinstance(cause, (asyncpg.UniqueViolationError, asyncpg.NoDataFoundError)):
-                self._doubt = None
-                return None
             if error.data.get("outcome") != "unknown":
                 self._doubt = None
                 raise
@@ -428,10 +425,8 @@ class PostgresSagaRows(PostgresKeyValue):
         return Conflicted(tuple(failed))
 
 
-def _committed(row: Record) -> Committed:
-    return Committed(
-        row["stamp"], {"inbox": row["inbox_base"], "outbox": row["outbox_base"], "feed": row["feed_base"]}
-    )
+def _committed(row: Row) -> Committed:
+    return Committed(row["stamp"], {"inbox": row["inbox_base"], "outbox": row["outbox_base"], "feed": row["feed_base"]})
 
 
 def _batch_of(

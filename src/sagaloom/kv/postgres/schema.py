@@ -1,24 +1,23 @@
 """Bringing a schema up to the present version, one numbered step after the other.
 
 Each step is a file `migrations/NNNN_name.sql` and runs in one transaction together with the row that notes it, so one
-that is interrupted has not happened. Of several who upgrade at once one does it, and the others wait for it: an advisory
-lock of the transaction, which also works behind a pooler.
+that is interrupted has not happened. Of several who upgrade at once one does it, and the others wait for it: an
+advisory lock of the transaction, which also works behind a pooler.
 """
 
 from __future__ import annotations
 
 import hashlib
 import uuid
+from collections.abc import Awaitable, Callable
 from datetime import datetime
 from functools import cache
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from sagaloom.errors import ConfigurationError, StoreCorrupt
 from sagaloom.kv.postgres.connection import PostgresDatabase, quoted
-
-if TYPE_CHECKING:
-    import asyncpg
+from sagaloom.kv.postgres.driver import Connection
 
 __all__ = ["Applied", "Step", "applied", "steps", "store_id_of", "upgrade"]
 
@@ -89,11 +88,11 @@ async def store_id_of(database: PostgresDatabase) -> str:
     return str(rows[0]["value"])
 
 
-def _taking(database: PostgresDatabase, step: Step) -> Any:
+def _taking(database: PostgresDatabase, step: Step) -> Callable[[Connection], Awaitable[bool]]:
     schema = quoted(database.schema)
     lock = int.from_bytes(hashlib.blake2b(f"sagaloom {database.schema}".encode(), digest_size=7).digest(), "big")
 
-    async def take(connection: asyncpg.Connection[Any]) -> bool:
+    async def take(connection: Connection) -> bool:
         async with connection.transaction():
             await connection.execute(f"SELECT pg_advisory_xact_lock({lock})", timeout=_UPGRADE_SECONDS)
             if not await connection.fetchval("SELECT to_regnamespace($1) IS NOT NULL", schema):
