@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.postgres import postgres, postgres_schema
+from tests.schemas import schema, schema_of_the_session
+from tests.servers.finding import KINDS, found_or_skipped
 
-__all__ = ["postgres", "postgres_schema"]
+__all__ = ["schema", "schema_of_the_session"]
 
 GROUPS = (
-    *("core", "authoring", "stores", "runtime", "publisher", "doors", "workers", "telemetry"),
-    *("typing", "examples", "bugs"),
+    *("core", "authoring", "servers", "stores", "queues", "runtime", "publisher", "doors", "workers", "telemetry"),
+    *("crash", "typing", "examples", "bugs"),
 )
 
 _HERE = Path(__file__).parent
@@ -32,7 +33,38 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
+@pytest.fixture(scope="session")
+def postgres_url() -> str:
+    """A PostgreSQL server; like the others below it may be somebody's: keep to a schema of your own."""
+    return found_or_skipped("postgres")
+
+
+@pytest.fixture(scope="session")
+def mariadb_url() -> str:
+    return found_or_skipped("mariadb")
+
+
+@pytest.fixture(scope="session")
+def redis_url() -> str:
+    return found_or_skipped("redis")
+
+
+@pytest.fixture(scope="session")
+def rabbitmq_url() -> str:
+    return found_or_skipped("rabbitmq")
+
+
+@pytest.fixture(scope="session")
+def nats_url() -> str:
+    return found_or_skipped("nats")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for name in KINDS:
+            if f"{name}_url" in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.server(name))
+
     def floor(item: pytest.Item) -> int:
         group = _group_of(item.path)
         return GROUPS.index(group) if group in GROUPS else len(GROUPS)
@@ -42,7 +74,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """With SAGALOOM_REQUIRE_SERVERS=1 a test marked `server` may not skip itself.
+    """With SAGALOOM_REQUIRE_SERVERS=1 a test marked `server` may not skip itself. One that asks for `postgres_url` or
+    its like is marked; one that starts a server of its own marks itself.
 
     A machine that starts the servers wants to know when one did not come up; everywhere else a skip is right.
     """

@@ -87,6 +87,7 @@ class _Data:
     migrations: Mapping[int, _Migration] = dataclasses.field(default_factory=dict[int, Callable[[Any], Any]])
     schedule: SchedulePolicy | None = None
     timeouts: tuple[TimeoutPolicy, ...] = ()
+    pivots: frozenset[str] = frozenset()
 
     @property
     def where(self) -> str:
@@ -353,6 +354,7 @@ class SagaWithState(_Stage, Generic[S]):
         *,
         starts: bool = True,
         on_missing: OnMissing = "dead_letter",
+        pivot: bool = False,
     ) -> SagaWithHandlers[S]: ...
     @overload
     def on(
@@ -363,6 +365,7 @@ class SagaWithState(_Stage, Generic[S]):
         payload: type[P],
         starts: bool = True,
         on_missing: OnMissing = "dead_letter",
+        pivot: bool = False,
     ) -> SagaWithHandlers[S]: ...
     @overload
     def on(
@@ -372,6 +375,7 @@ class SagaWithState(_Stage, Generic[S]):
         *,
         starts: bool = True,
         on_missing: OnMissing = "dead_letter",
+        pivot: bool = False,
     ) -> SagaWithHandlers[S]: ...
     def on(
         self,
@@ -381,11 +385,14 @@ class SagaWithState(_Stage, Generic[S]):
         payload: Any = None,
         starts: bool = True,
         on_missing: OnMissing = "dead_letter",
+        pivot: bool = False,
     ) -> SagaWithHandlers[S]:
         """Registers the handler of a message type, given as a message class or as the wire type.
 
         With a class the payload is an instance of it; with a wire type it is plain JSON, or what `payload=` says.
         `starts`: the message may open an instance. `on_missing`: what becomes of it when it may not, and none is live.
+        `pivot`: it is a point of no return. Once it has been applied, the steps before it are not undone any more by
+        `ALL_STEPS` or a cancel.
 
         >>> from dataclasses import dataclass
         >>> @dataclass
@@ -401,12 +408,15 @@ class SagaWithState(_Stage, Generic[S]):
         if not isinstance(starts, bool):
             raise DefinitionError(f"{data.where}: starts of {name!r} must be True or False, got {starts!r:.80}")
         _one_of(on_missing, get_args(OnMissing), f"{data.where}: on_missing of {name!r}")
+        if not isinstance(pivot, bool):
+            raise DefinitionError(f"{data.where}: pivot of {name!r} must be True or False, got {pivot!r:.80}")
         if name in data.handlers:
             raise DefinitionError(
                 f"{data.where} already has a handler for {name!r}: put both into one, or give the message another type"
             )
         binding = HandlerBinding(name, handler, codec, starts, on_missing)
-        return SagaWithHandlers(dataclasses.replace(data, handlers={**data.handlers, name: binding}))
+        pivots = data.pivots | {name} if pivot else data.pivots
+        return SagaWithHandlers(dataclasses.replace(data, handlers={**data.handlers, name: binding}, pivots=pivots))
 
     @overload
     def compensate(self, message: type[P], handler: SagaHandler[S, P]) -> Self: ...
@@ -539,6 +549,12 @@ class SagaWithHandlers(SagaWithState[S]):
                 f"{data.where} has a correlation rule for {_listed(unknown)}, which no handler takes: it handles "
                 f"{_listed(list(data.handlers))}"
             )
+        undone = sorted(data.pivots & data.compensations.keys())
+        if undone:
+            raise DefinitionError(
+                f"{data.where}: {_listed(undone)} is a pivot and has a compensation, but behind a point of no return "
+                "nothing is undone: take pivot=True away, or .compensate(...)"
+            )
         _check_what_it_sends(data)
         caller = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]  # the documented way to a caller's line
         definition: SagaDefinition[S] = SagaDefinition(
@@ -558,6 +574,7 @@ class SagaWithHandlers(SagaWithState[S]):
             migrations=MappingProxyType(dict(data.migrations)),
             schedule=data.schedule,
             timeouts=data.timeouts,
+            pivots=data.pivots,
             source=f"{caller.f_code.co_filename}:{caller.f_lineno}",
         )
         return dataclasses.replace(definition, fingerprint=fingerprint_of(definition))

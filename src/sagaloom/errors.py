@@ -9,6 +9,7 @@ out. `retryable` says whether the very same call may succeed later.
     ├── MessageRejected        the caller's: a message, key or request refused at the door; nothing was changed
     │   ├── SagaNotFound · InstanceNotFound · DeadLetterNotFound · JobNotFound · JobRunNotFound
     │   ├── ScheduleNotFound · TimerNotFound
+    │   ├── QueueFull
     │   └── IdempotencyKeyReused
     ├── EncodeError            the author's, at run time: a value that JSON cannot carry and give back
     ├── DecodeError            the sender's, or an older version's: bytes that are no value of the declared type
@@ -42,6 +43,7 @@ __all__ = [
     "JobRunNotFound",
     "MessageRejected",
     "NotImplementedYet",
+    "QueueFull",
     "SagaNotFound",
     "SagasError",
     "ScheduleNotFound",
@@ -136,6 +138,13 @@ class IdempotencyKeyReused(MessageRejected):
     """An idempotency key came back with other content."""
 
     default_code = "IDEMPOTENCY_KEY_REUSED"
+
+
+class QueueFull(MessageRejected):
+    """A queue that holds as many messages as it may; nothing was stored."""
+
+    default_code = "QUEUE_FULL"
+    default_retryable = True
 
 
 class EncodeError(SagasError):

@@ -55,6 +55,8 @@ def fingerprint_of(definition: SagaDefinition[Any]) -> str:
     }
     if definition.timeouts:
         described["timeouts"] = definition.timeouts
+    if definition.pivots:
+        described["pivots"] = sorted(definition.pivots)
     return hashlib.sha256(msgspec.json.encode(described, order="sorted")).hexdigest()
 
 

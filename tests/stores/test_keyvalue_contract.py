@@ -8,7 +8,7 @@ from sagaloom.kv import MemoryKeyValue, SqliteKeyValue
 from sagaloom.kv.postgres import PostgresKeyValue
 from sagaloom.ports.keyvalue import KeyValue
 from sagaloom.testing.contracts.keyvalue import KeyValueContract, OpenKeyValue
-from tests.postgres import Postgres
+from tests.schemas import Schema
 
 
 class TestMemoryKeyValue(KeyValueContract):
@@ -38,11 +38,10 @@ class TestSqliteKeyValueThatKeepsOthersOut(KeyValueContract):
         return open_store
 
 
-@pytest.mark.server("postgres")
 class TestPostgresKeyValue(KeyValueContract):
     @pytest.fixture
-    def open_store(self, postgres: Postgres) -> OpenKeyValue:
+    def open_store(self, schema: Schema) -> OpenKeyValue:
         async def open_store() -> KeyValue:
-            return PostgresKeyValue(postgres.database())
+            return PostgresKeyValue(schema.database())
 
         return open_store

@@ -12,7 +12,7 @@ from sagaloom.ports.store import SagaStore
 from sagaloom.stores import KvSagaStore, SqlSagaStore
 from sagaloom.testing import MemoryStore, RecordingStore
 from sagaloom.testing.contracts.sagastore import OpenSagaStore, SagaStoreContract
-from tests.postgres import Postgres
+from tests.schemas import Schema
 
 
 class TestMemoryStore(SagaStoreContract):
@@ -51,12 +51,11 @@ class TestKvSagaStoreOverSqlite(SagaStoreContract):
         return open_store
 
 
-@pytest.mark.server("postgres")
 class TestSqlSagaStoreOverPostgres(SagaStoreContract):
     @pytest.fixture
-    def open_store(self, postgres: Postgres) -> OpenSagaStore:
+    def open_store(self, schema: Schema) -> OpenSagaStore:
         async def open_store() -> SagaStore:
-            return SqlSagaStore(PostgresSagaRows(postgres.database()))
+            return SqlSagaStore(PostgresSagaRows(schema.database()))
 
         return open_store
 

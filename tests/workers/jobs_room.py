@@ -10,7 +10,7 @@ from typing import Any
 
 from sagaloom.errors import BackendUnavailable
 from sagaloom.kv import MemoryKeyValue
-from sagaloom.ports.jobs import Claimed, Enqueued, JobClaim, JobRun, Settlement
+from sagaloom.ports.jobs import Claimed, Enqueued, JobClaim, JobNote, JobRun, Renewed, Settlement
 from sagaloom.stores.kv_jobs import KvJobRunStore
 from sagaloom.telemetry import TelemetryProviders
 from sagaloom.testing import ManualClock
@@ -46,14 +46,14 @@ class WatchedStore(KvJobRunStore):
         self._check("enqueue")
         return await super().enqueue(run)
 
-    async def renew(self, claims: Sequence[JobClaim], *, until: datetime) -> list[JobClaim]:
-        lost = await super().renew(claims, until=until)
+    async def renew(self, claims: Sequence[JobClaim], *, until: datetime) -> Renewed:
+        renewed = await super().renew(claims, until=until)
         self.renewed.put_nowait(list(claims))
-        return lost
+        return renewed
 
-    async def settle(self, claim: JobClaim, settlement: Settlement) -> JobRun:
+    async def settle(self, claim: JobClaim, settlement: Settlement, *, note: JobNote | None = None) -> JobRun:
         self._check("settle")
-        run = await super().settle(claim, settlement)
+        run = await super().settle(claim, settlement, note=note)
         self.settled.put_nowait(run)
         return run
 

@@ -3,8 +3,10 @@
 A *run* is one triggered execution of a *job*. It waits until it is due, is claimed, and is settled:
 
     pending ──claim──▶ running ──settle──▶ succeeded
-       ▲                  │  └───────────▶ failed
-       └──retry, release──┘
+       ▲ │                │  ├───────────▶ failed ────┐
+       │ └──cancel────────┼──┴───────────▶ cancelled ─┤
+       └──retry, release──┘                           │
+       └──────────────────redrive─────────────────────┘
 
 The rules, which `sagaloom.testing.contracts.jobs` checks:
 
@@ -13,11 +15,18 @@ The rules, which `sagaloom.testing.contracts.jobs` checks:
 2. `claim` hands a due run to one holder, under a lease: until `until`, or until it is renewed no more. Each claim of a
    run has a greater *epoch* than the one before. A run whose lease is over, or whose holder is known to be gone, is
    handed out again.
-3. `settle` and `renew` are believed only from the newest claim of a run. A stale one changes nothing: `settle` raises
-   `Fenced`, `renew` names it as lost.
+3. `settle`, `note` and `renew` are believed only from the newest claim of a run. A stale one changes nothing: `settle`
+   and `note` raise `Fenced`, `renew` names it as lost.
 4. Of due runs, a higher priority goes first, then what was due first.
-5. `attempt` counts the claims of a run and survives every crash. A run that was released got back the attempt: its
-   process ended in good order before the work did.
+5. `attempt` counts the claims of a run since it was enqueued or redriven, and survives every crash. A run that was
+   released got back the attempt: its process ended in good order before the work did. `history` has every attempt
+   that is over, also those that ended with their process.
+6. `cancel` ends a run that waits at once, and marks one that is running: its holder hears of it when it renews, or
+   whoever claims it next finds the mark, and settles it. A run with the mark is never pending again.
+7. Who triggered a run for a saga is told of its end: a run with `reply_to` that is over has a `reply` that is due until
+   somebody has said what became of it. Its outcome, its end and the debt of the reply are one commit.
+8. Whatever happens to a run is an event, written in the same commit, under a number that grows by one. A reader that
+   has seen a number has missed nothing before it.
 
 What we dislike about it: a store cannot know whether a process that stopped renewing has also stopped working, so two
 processes can work on one run at the same time. The second one's result counts; what both did outside must be harmless
@@ -27,33 +36,71 @@ to repeat. That is why a run has an id that stays the same over all attempts.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Final, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import msgspec
 
+from sagaloom.engine.records import ScheduleCursor
+
 __all__ = [
+    "ATTEMPTS_KEPT",
+    "JOB_EVENT_TYPES",
     "JOB_RUN_STATUSES",
+    "LOG_LINES_KEPT",
+    "OVER",
     "PRIORITIES",
     "PRIORITY_DEFAULT",
     "PRIORITY_MAX",
+    "REPLY_HEADSTART",
+    "Cancelled",
     "Claimed",
     "Enqueued",
     "Failed",
+    "JobAttempt",
     "JobClaim",
+    "JobEvent",
     "JobFailure",
+    "JobLogLine",
+    "JobNote",
     "JobPriority",
+    "JobProgress",
+    "JobReply",
+    "JobReplyTo",
     "JobRun",
     "JobRunStatus",
     "JobRunStore",
+    "Pruned",
     "Released",
+    "Renewed",
     "Retried",
     "Settlement",
     "Succeeded",
 ]
 
-JobRunStatus = Literal["pending", "running", "succeeded", "failed"]
-JOB_RUN_STATUSES: Final[tuple[JobRunStatus, ...]] = ("pending", "running", "succeeded", "failed")
+JobRunStatus = Literal["pending", "running", "succeeded", "failed", "cancelled"]
+JOB_RUN_STATUSES: Final[tuple[JobRunStatus, ...]] = ("pending", "running", "succeeded", "failed", "cancelled")
+OVER: Final = frozenset[JobRunStatus](("succeeded", "failed", "cancelled"))
+"""The statuses of a run that is over."""
+
+JobEventType = Literal["run:pending", "run:running", "run:progress", "run:succeeded", "run:failed", "run:cancelled"]
+JOB_EVENT_TYPES: Final[tuple[JobEventType, ...]] = (
+    "run:pending",
+    "run:running",
+    "run:progress",
+    "run:succeeded",
+    "run:failed",
+    "run:cancelled",
+)
+
+ATTEMPTS_KEPT: Final = 20
+"""How many attempts the history of a run holds: the newest ones."""
+
+LOG_LINES_KEPT: Final = 100
+"""How many lines of its log a run holds: the newest ones."""
+
+REPLY_HEADSTART: Final = timedelta(seconds=5)
+"""For how long a reply is left to the process that has just settled the run. `claim_replies` finds it afterwards."""
 
 JobPriority = Literal["low", "normal", "high", "critical"]
 
@@ -80,6 +127,61 @@ class JobFailure(msgspec.Struct, frozen=True, array_like=True, gc=False):
     at: datetime
     traceback: str | None = None
     data: bytes | None = None
+
+
+class JobAttempt(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """An attempt that is over. `lost`: its process ended, or was not heard of any more; `released`: it was given back
+    and does not count. `code` and `message` say why it did not work."""
+
+    attempt: int
+    started_at: datetime
+    ended_at: datetime
+    outcome: Literal["succeeded", "failed", "released", "cancelled", "lost"]
+    holder: str
+    code: str | None = None
+    message: str | None = None
+
+
+class JobProgress(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """How far an attempt has come, as its handler says: a part of 1, or words, or both."""
+
+    at: datetime
+    fraction: float | None = None
+    message: str | None = None
+
+
+class JobLogLine(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What a handler has written down."""
+
+    at: datetime
+    level: str
+    text: str
+
+
+class JobNote(msgspec.Struct, frozen=True):
+    """What a handler has said since the note before."""
+
+    progress: JobProgress | None = None
+    log: tuple[JobLogLine, ...] = ()
+
+
+class JobReplyTo(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """The run of a saga that hears of the end: it has sent the effect `effect_key`, `hops` messages into a cascade."""
+
+    saga_id: str
+    key: str
+    run: int
+    effect_key: str
+    hops: int = 0
+
+
+class JobReply(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What has become of a reply. `refused`: the saga service will never take it, for the reason in `problem`."""
+
+    state: Literal["due", "delivered", "refused"]
+    due_at: datetime
+    attempt: int = 0
+    problem: str | None = None
 
 
 class JobRun(msgspec.Struct, frozen=True, array_like=True, kw_only=True, gc=False):
@@ -109,6 +211,21 @@ class JobRun(msgspec.Struct, frozen=True, array_like=True, kw_only=True, gc=Fals
     ended_at: datetime | None = None
     result: bytes | None = None
     failure: JobFailure | None = None
+    history: tuple[JobAttempt, ...] = ()
+    """The attempts that are over, oldest first."""
+    progress: JobProgress | None = None
+    log: tuple[JobLogLine, ...] = ()
+    cancelled_at: datetime | None = None
+    """When it was asked to end."""
+    cancel_reason: str | None = None
+    scheduled_for: datetime | None = None
+    """The tick of a schedule that this run is."""
+    reply_to: JobReplyTo | None = None
+    reply: JobReply | None = None
+
+    @property
+    def is_over(self) -> bool:
+        return self.status in OVER
 
     @property
     def claim(self) -> JobClaim:
@@ -139,8 +256,31 @@ class Retried(msgspec.Struct, frozen=True):
 class Released(msgspec.Struct, frozen=True):
     """The holder gives the run back unfinished; the attempt does not count, and another may begin at once."""
 
+    at: datetime | None = None
 
-Settlement: TypeAlias = Succeeded | Failed | Retried | Released
+
+class Cancelled(msgspec.Struct, frozen=True):
+    """The run is over: it was asked to end, and has."""
+
+    at: datetime
+
+
+Settlement: TypeAlias = Succeeded | Failed | Retried | Released | Cancelled
+
+
+class JobEvent(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Something that happened to a run. `number` counts by one over all runs of a store."""
+
+    number: int
+    type: JobEventType
+    run_id: str
+    job_id: str
+    attempt: int
+    at: datetime
+    detail: str | None = None
+    """Why it failed or was cancelled; the words of a progress."""
+    fraction: float | None = None
+    correlation_id: str | None = None
 
 
 class Enqueued(NamedTuple):
@@ -156,6 +296,20 @@ class Claimed(NamedTuple):
 
     runs: tuple[JobRun, ...]
     next_at: datetime | None
+
+
+class Renewed(NamedTuple):
+    """`lost` claims are no longer valid; the runs of `cancelled` ones were asked to end."""
+
+    lost: list[JobClaim]
+    cancelled: list[JobClaim]
+
+
+class Pruned(NamedTuple):
+    """How many runs were forgotten, and where to go on: None when all that are old enough have been looked at."""
+
+    runs: int
+    cursor: str | None
 
 
 @runtime_checkable
@@ -199,12 +353,67 @@ class JobRunStore(Protocol):
         twice a second."""
         ...
 
-    async def renew(self, claims: Sequence[JobClaim], *, until: datetime) -> list[JobClaim]:
-        """Prolongs leases; returns the claims that are no longer valid."""
+    async def renew(self, claims: Sequence[JobClaim], *, until: datetime) -> Renewed:
+        """Prolongs leases, and tells what the holder has to know of its claims."""
         ...
 
-    async def settle(self, claim: JobClaim, settlement: Settlement) -> JobRun:
-        """Ends a claim, and returns the run as it is now. Raises `Fenced` and changes nothing when it is stale."""
+    async def note(self, claim: JobClaim, note: JobNote) -> None:
+        """Writes down what the handler says. Raises `Fenced` and changes nothing when the claim is stale."""
+        ...
+
+    async def settle(self, claim: JobClaim, settlement: Settlement, *, note: JobNote | None = None) -> JobRun:
+        """Ends a claim, with what the handler said last, and returns the run as it is now. Raises `Fenced` and changes
+        nothing when it is stale."""
+        ...
+
+    async def cancel(self, run_id: str, *, at: datetime, reason: str | None = None) -> JobRun:
+        """Ends a run that waits; asks one that is running to end. One that is over is left as it is, and one that was
+        asked before keeps the first reason. Raises `JobRunNotFound`."""
+        ...
+
+    async def redrive(self, run_id: str, *, at: datetime) -> JobRun:
+        """Lets a failed or cancelled run begin anew, due at `at`, with a fresh count of attempts and the old history;
+        of a run that succeeded it sends a refused reply again. Raises `JobRunNotFound`, and `MessageRejected` (code
+        `JOB_RUN_NOT_OVER`) for any other."""
+        ...
+
+    async def claim_replies(self, *, now: datetime, until: datetime, limit: int) -> list[JobRun]:
+        """Runs whose reply is due, at most `limit`. Until `until` nobody else gets them."""
+        ...
+
+    async def settle_reply(self, run: JobRun, reply: JobReply) -> bool:
+        """Writes down what became of a reply of `run`. False, and no change, when the run has another epoch or its
+        reply is not due any more."""
+        ...
+
+    async def backlog(self, *, limit: int) -> int:
+        """How many runs are pending, counting no further than `limit`."""
+        ...
+
+    async def schedules(self) -> list[ScheduleCursor]:
+        """How far the schedule of each job (its `saga_id` is the job's id) has come."""
+        ...
+
+    async def put_schedule(self, cursor: ScheduleCursor, *, replaces: ScheduleCursor | None) -> bool:
+        """Moves a schedule on. False, and no change, when what is stored is not `replaces`."""
+        ...
+
+    async def events(self, *, after: int, limit: int = 256) -> list[JobEvent]:
+        """Events with greater numbers, oldest first, without a gap. Cheap when there are none."""
+        ...
+
+    async def event_span(self) -> tuple[int, int]:
+        """The numbers of the oldest event that is kept and of the newest there ever was; the first is greater by one
+        where none is kept."""
+        ...
+
+    async def prune_runs(self, *, before: datetime, after: str | None = None, limit: int = 256) -> Pruned:
+        """Forgets runs that ended before a moment, and their idempotency keys: looks at `limit`, the oldest first,
+        behind the cursor of the round before. A run whose reply is due stays."""
+        ...
+
+    async def prune_events(self, *, before: datetime, limit: int = 256) -> int:
+        """Forgets events from before a moment, at most `limit`, and returns how many. The newest one stays."""
         ...
 
     async def get(self, run_id: str) -> JobRun | None: ...

@@ -29,13 +29,14 @@ from sagaloom.clock import Clock, SystemClock
 from sagaloom.codec import encode_any
 from sagaloom.definitions import SagaDefinition
 from sagaloom.describe import describe
-from sagaloom.engine.controls import CANCEL, PAUSE, RESUME, ControlType, control
+from sagaloom.engine.controls import CANCEL, PAUSE, RESUME, SKIP, TERMINATE, ControlType, control
 from sagaloom.engine.correlation import DefinitionSet, address
 from sagaloom.engine.records import DeadLetter, Envelope, HistoryEntry, Instance, OutboxEffect, Timer
 from sagaloom.engine.schedules import tick_message
 from sagaloom.engine.timer_controls import timer_control
 from sagaloom.errors import (
     BackendUnavailable,
+    DeadLetterNotFound,
     DefinitionError,
     InstanceNotFound,
     MessageRejected,
@@ -412,6 +413,13 @@ class SagaRuntime:
                 "operator does, and another name for a message of yours",
                 code="MESSAGE_TYPE_RESERVED",
             )
+        if disabled := self.definitions.disabled_for(message_type):
+            names = ", ".join(repr(each.id) for each in disabled)
+            return BackendUnavailable(
+                f"message type {message_type!r:.80} is handled by {names} alone, disabled by configuration: enable it "
+                "there, and try again",
+                code="SAGA_DISABLED",
+            )
         if message_type in self._registry_types:
             return BackendUnavailable(
                 f"message type {message_type!r} is known to this store, but no definition that is loaded here handles "
@@ -509,9 +517,13 @@ class SagaRuntime:
         """Gives a scheduled saga a tick of its own, now: its payload says `{"scheduledFor": <now>, "manual": true}`.
         The schedule goes on as it would have. Answers like `publish`; raises `ScheduleNotFound`."""
         definition = self.definitions.get(saga_id)
-        if definition is None or definition.schedule is None:
-            scheduled = ", ".join(each.id for each in self.definitions if each.schedule is not None)
-            what = "has no schedule" if definition is not None else "is not registered here"
+        if definition is None or definition.schedule is None or not definition.about.enabled:
+            scheduled = ", ".join(
+                each.id for each in self.definitions if each.schedule is not None and each.about.enabled
+            )
+            what = "is not registered here"
+            if definition is not None:
+                what = "has no schedule" if definition.schedule is None else "is disabled by its configuration"
             raise ScheduleNotFound(f"saga {saga_id!r:.80} {what}: scheduled sagas are {scheduled or 'none'}")
         now = self.clock.now()
         tick = tick_message(definition, now, by_hand=new_message_id(now))
@@ -577,14 +589,38 @@ class SagaRuntime:
 
     # ---------------------------------------------------------------- operators
 
-    async def cancel(self, saga_id: str, key: str, *, run: int | None = None, reason: str | None = None) -> Outcome:
-        """Ends a run as it stands: no compensation runs, its timers end, its parent hears of it. Returns when that is
-        committed; a run that is over already is left as it is, and the outcome says `ignored`.
+    async def cancel(
+        self, saga_id: str, key: str, *, run: int | None = None, reason: str | None = None, compensate: bool = True
+    ) -> Outcome:
+        """Undoes the applied steps of a run, newest first, and ends it `cancelled`; without `compensate` it ends as it
+        stands. Its timers end, its children are cancelled, its parent hears of it. Returns when that is committed.
+        While a compensation fails the run is `compensating`: it is retried, and then a dead letter.
 
-        Without `run` it is the newest one. Raises `InstanceNotFound`, `MessageRejected` (`SAGA_INSTANCE_PENDING`) when
-        the first message of the key has not been applied yet, and `BackendUnavailable`.
+        A run that is over already, or is being unwound, is left as it is: the outcome says `ignored`, and why. Without
+        `run` it is the newest one. Raises `InstanceNotFound`, `MessageRejected` (`SAGA_INSTANCE_PENDING`) when the
+        first message of the key has not been applied yet, and `BackendUnavailable`.
         """
-        return await self._control(CANCEL, saga_id, key, run=run, reason=reason)
+        return await self._control(CANCEL, saga_id, key, run=run, reason=reason, compensate=compensate)
+
+    async def terminate(self, saga_id: str, key: str, *, run: int | None = None, reason: str | None = None) -> Outcome:
+        """Ends a run as it stands, whatever it is doing: the last resort. No handler and no compensation runs, and an
+        unwinding is given up; otherwise it is a `cancel`, and raises what that raises."""
+        return await self._control(TERMINATE, saga_id, key, run=run, reason=reason)
+
+    async def skip(
+        self, saga_id: str, key: str, *, run: int | None = None, reason: str | None = None, step: str | None = None
+    ) -> Outcome:
+        """Leaves out the compensation that fails, for good, and goes on with the next one. With `step`, a message type,
+        only if that one comes next. Its dead letter is discarded. A run that has no such compensation is left as it is:
+        the outcome says `ignored`, and why. Raises what `cancel` raises."""
+        before = await self.get_instance(saga_id, key, run=run)
+        outcome = await self._control(SKIP, saga_id, key, run=run, reason=reason, step=step)
+        letter_id = before.undoing.dead_letter_id if before is not None and before.undoing is not None else None
+        if outcome.disposition == "applied" and letter_id is not None:
+            # Redriven, it would find that nobody waits for it: so it does no harm when this is not reached.
+            with contextlib.suppress(DeadLetterNotFound, BackendUnavailable):
+                await self.discard(letter_id)
+        return outcome
 
     async def pause(self, saga_id: str, key: str, *, run: int | None = None, reason: str | None = None) -> Outcome:
         """Keeps messages, replies and timers of a run waiting, in their order, until `resume`. Messages are accepted
@@ -592,15 +628,34 @@ class SagaRuntime:
         return await self._control(PAUSE, saga_id, key, run=run, reason=reason)
 
     async def resume(self, saga_id: str, key: str, *, run: int | None = None, reason: str | None = None) -> Outcome:
-        """Lets a paused run go on with what has waited for it, before anything newer. Raises what `cancel` raises."""
+        """Lets a paused run go on with what has waited for it, before anything newer. One that is not paused is left as
+        it is: the outcome says `ignored`, and why. Raises what `cancel` raises."""
         return await self._control(RESUME, saga_id, key, run=run, reason=reason)
 
     async def _control(
-        self, kind: ControlType, saga_id: str, key: str, *, run: int | None, reason: str | None
+        self,
+        kind: ControlType,
+        saga_id: str,
+        key: str,
+        *,
+        run: int | None,
+        reason: str | None,
+        compensate: bool = True,
+        step: str | None = None,
     ) -> Outcome:
         self._refuse_if_not_running()
         now = self.clock.now()
-        envelope = control(kind, saga_id, key, message_id=new_message_id(now), accepted_at=now, run=run, reason=reason)
+        envelope = control(
+            kind,
+            saga_id,
+            key,
+            message_id=new_message_id(now),
+            accepted_at=now,
+            run=run,
+            reason=reason,
+            compensate=compensate,
+            step=step,
+        )
         instance = await self.get_instance(saga_id, key, run=run)
         if instance is None:
             raise _no_instance(saga_id, key, run)

@@ -9,7 +9,7 @@ from starlette.routing import BaseRoute
 
 from sagaloom.service import shapes
 from sagaloom.service.addressing import API_PREFIX
-from sagaloom.service.streaming import FeedEventView
+from sagaloom.web.feed import FeedEventView
 from sagaloom.web.health import LiveView, ReadyView
 from sagaloom.web.openapi import ShapeBook, header_parameter, make_document
 from sagaloom.web.routes import Route

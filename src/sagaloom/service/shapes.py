@@ -17,7 +17,17 @@ from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 from sagaloom.definitions import SagaDefinition, SagaDurabilityTier, SagaInstanceStatus
 from sagaloom.describe import describe
 from sagaloom.engine.controls import REASON_LENGTH_MAX
-from sagaloom.engine.records import DeadLetter, Disposition, EffectSummary, HistoryEntry, Instance, Origin, StepRecord
+from sagaloom.engine.records import (
+    AppliedStep,
+    DeadLetter,
+    Disposition,
+    EffectSummary,
+    HistoryEntry,
+    Instance,
+    Origin,
+    StepRecord,
+    Undoing,
+)
 from sagaloom.ids import instance_id
 from sagaloom.runtime.bulk import BulkResult
 from sagaloom.runtime.receipts import Outcome, PublishReceipt
@@ -254,6 +264,24 @@ class ParentView(_Shape, frozen=True, kw_only=True):
     run: int
 
 
+class UndoingView(_Shape, frozen=True, kw_only=True):
+    """What is left to undo of a run one of whose compensations has failed. While there is no `deadLetterId` it is being
+    tried again by itself."""
+
+    next_step: Annotated[str | None, Meta(description="The message type whose compensation comes next.")]
+    steps_left: int
+    ends_as: Annotated[SagaInstanceStatus | None, Meta(description="How the run ends then; null: it goes on.")]
+    error: str | None
+    dead_letter_id: str | None
+
+
+class ControlView(_Shape, frozen=True, kw_only=True):
+    """What became of a command: `applied`, or `ignored` for the reason that is given."""
+
+    disposition: Disposition
+    reason: str | UnsetType = UNSET
+
+
 class InstanceView(_Shape, frozen=True, kw_only=True):
     """One run of a saga. `version` is its revision. `completedAt` is there when it completed, `endedAt` when it ended
     in whatever way. `pending` with run 0: its first message is accepted and not applied yet."""
@@ -281,6 +309,11 @@ class InstanceView(_Shape, frozen=True, kw_only=True):
         str | UnsetType, Meta(description="W3C trace context of the message that started the run.")
     ] = UNSET
     parent: ParentView | UnsetType = UNSET
+    pivot: Annotated[
+        str | UnsetType, Meta(description="The message type of its last point of no return, if it has passed one.")
+    ] = UNSET
+    undoing: UndoingView | UnsetType = UNSET
+    control: Annotated[ControlView | UnsetType, Meta(description="There in answers to commands.")] = UNSET
 
 
 class InstanceList(_Shape, frozen=True, kw_only=True):
@@ -294,9 +327,9 @@ class InstanceList(_Shape, frozen=True, kw_only=True):
     cursor: str | None
 
 
-def instance_view(instance: Instance) -> InstanceView:
+def instance_view(instance: Instance, *, control: ControlView | UnsetType = UNSET) -> InstanceView:
     """One run, as the wire shows it."""
-    parent = instance.parent
+    parent, undoing = instance.parent, instance.undoing
     return InstanceView(
         saga_name=instance.saga_id,
         saga_id=instance.saga_id,
@@ -327,13 +360,44 @@ def instance_view(instance: Instance) -> InstanceView:
             correlation_key=parent.key,
             run=parent.run,
         ),
+        pivot=_if_known(instance.pivot),
+        undoing=UNSET if undoing is None else _undoing_view(undoing, instance.steps),
+        control=control,
     )
+
+
+def _undoing_view(undoing: Undoing, applied: Sequence[AppliedStep]) -> UndoingView:
+    step = undoing.next_of(tuple(applied))
+    return UndoingView(
+        next_step=None if step is None else step.type,
+        steps_left=len(undoing.asked) + (len(applied) if undoing.is_unwinding else 0),
+        ends_as=undoing.ending,
+        error=undoing.error,
+        dead_letter_id=undoing.dead_letter_id,
+    )
+
+
+_Reason = Annotated[str, Meta(max_length=REASON_LENGTH_MAX)]
 
 
 class ControlBody(_Shape, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Why an operator does it: for the history, and for whoever watches."""
 
-    reason: Annotated[str, Meta(max_length=REASON_LENGTH_MAX)] | None = None
+    reason: _Reason | None = None
+
+
+class CancelBody(_Shape, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Why a run is cancelled, and whether its steps are undone first."""
+
+    reason: _Reason | None = None
+    compensate: bool = True
+
+
+class SkipBody(_Shape, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Why a compensation is left out. With `step`, a message type, only if that one comes next."""
+
+    reason: _Reason | None = None
+    step: Annotated[str, Meta(max_length=1024)] | None = None
 
 
 class EffectView(_Shape, frozen=True, kw_only=True, omit_defaults=True):
@@ -348,7 +412,7 @@ class EffectView(_Shape, frozen=True, kw_only=True, omit_defaults=True):
 class StepView(_Shape, frozen=True, kw_only=True):
     """One moment of a decision: which handler ran, on what type, what it asked for, and the status after it."""
 
-    phase: Literal["handle", "compensate"]
+    phase: Literal["handle", "compensate", "skip"]
     type: str
     status: SagaInstanceStatus
     effects: Sequence[EffectView]
@@ -755,8 +819,15 @@ class SagaGraph(_Shape, frozen=True, kw_only=True):
     edges: Sequence[GraphEdge]
 
 
+class RetentionView(_Shape, frozen=True, kw_only=True):
+    """For how many days finished runs are kept, and live ones are nothing to wonder about; null: without an end."""
+
+    completed_days: float | None
+    active_days: float | None
+
+
 class SagaView(_Shape, frozen=True, kw_only=True):
-    """A loaded saga definition."""
+    """A loaded saga definition, with what its configuration says of it."""
 
     id: str
     name: str
@@ -765,6 +836,8 @@ class SagaView(_Shape, frozen=True, kw_only=True):
     enabled: bool
     entrypoint: str
     tags: Sequence[str]
+    metadata: Mapping[str, Any]
+    retention: RetentionView
     version: int
     durability_tier: SagaDurabilityTier
     handled_message_types: Sequence[HandledTypeView]
@@ -795,13 +868,10 @@ class SagaList(_Shape, frozen=True, kw_only=True):
     offset: int
 
 
-_CONFIGURED_BY_DEFAULT: Mapping[str, object] = {"topic": "default", "enabled": True, "entrypoint": "", "tags": []}
-
-
 def saga_view(definition: SagaDefinition[Any]) -> dict[str, Any]:
     """A definition as a document of the shape `SagaView`. What a saga's configuration would say beside its definition
     (topic, tags and the like) has the value it has for a saga without one."""
-    return {**_CONFIGURED_BY_DEFAULT, "description": definition.id, **describe(definition)}
+    return describe(definition)
 
 
 # --- The service itself ----------------------------------------------------------------------------------------------

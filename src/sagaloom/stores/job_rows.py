@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Final, NamedTuple
 
 import msgspec
 
-from sagaloom.ports.jobs import PRIORITY_MAX, JobRun
-from sagaloom.ports.keyvalue import Entry, Key
+from sagaloom.engine.records import ScheduleCursor
+from sagaloom.ports.jobs import PRIORITY_MAX, JobEvent, JobRun
+from sagaloom.ports.keyvalue import Entry, Key, Slot
 from sagaloom.stores.rows import encode, micros
 
+EVENT_COUNTER: Final = "job_event"
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -19,6 +22,8 @@ class ClaimRow(NamedTuple):
     holder: str
     epoch: int
     expires: int
+    is_cancelled: bool = False
+    """The run was asked to end."""
 
 
 class LaterRow(NamedTuple):
@@ -34,6 +39,8 @@ class DedupeRow(NamedTuple):
 decode_run = msgspec.msgpack.Decoder(JobRun).decode
 decode_claim = msgspec.msgpack.Decoder(ClaimRow).decode
 decode_later = msgspec.msgpack.Decoder(LaterRow).decode
+decode_event = msgspec.msgpack.Decoder(JobEvent).decode
+decode_cursor = msgspec.msgpack.Decoder(ScheduleCursor).decode
 decode_dedupe = msgspec.msgpack.Decoder(DedupeRow).decode
 
 
@@ -56,6 +63,17 @@ def ready_key(job_id: str, priority: int, due: int, run_id: str) -> Key:
 
 def later_row(run: JobRun) -> tuple[Key, bytes]:
     return ("job_later", micros(run.due_at), run.run_id), encode(LaterRow(run.job_id, run.priority))
+
+
+def reply_row(run: JobRun) -> tuple[Key, bytes]:
+    """The row of a reply that is due."""
+    assert run.reply is not None
+    return ("job_reply", micros(run.reply.due_at), run.run_id), b""
+
+
+def event_rows(events: Sequence[JobEvent]) -> list[tuple[Key, bytes]]:
+    """Inserts for events, whose numbers the commit gives."""
+    return [(("job_event", Slot(EVENT_COUNTER, offset)), encode(event)) for offset, event in enumerate(events)]
 
 
 def dedupe_key(job_id: str, idempotency_key: str) -> Key:

@@ -6,16 +6,20 @@ The rows (the first part of a key names its table; times are microseconds since 
     job_run      run id                                      JobRun
     job_ready    job id, 100 - priority, due, run id         empty: runs that are due, in the order of their claim
     job_later    due, run id                                 job id and priority of a run that is not due yet
-    job_claim    run id                                      (holder, epoch, expires)
+    job_claim    run id                                      (holder, epoch, expires, whether it was asked to end)
     job_dedupe   job id, hash of the idempotency key         (run id, digest of the payload)
     job_index    job id, status, run id                      empty; moved when a run's status changes
     job_seen     job id                                      empty: which jobs have runs
+    job_reply    due, run id                                 empty: runs whose end a saga has not heard of
+    job_event    number                                      JobEvent: what happened, to whichever run
+    job_schedule job id                                      ScheduleCursor
     job_meta     "schema", "pulse"
 
 How it works:
 
 - A run has one row in `job_ready`, `job_later` or `job_claim` until it is over, and each move is one commit that checks
-  the version of the run's row. Of two processes that want one run, one commits; the other looks again.
+  the version of the run's row. Of two processes that want one run, one commits; the other looks again. What a move
+  makes of a run is in `job_moves`; the event of it is written in the same commit.
 - A claim moves what has become due from `job_later` to `job_ready`, takes over claims that are expired or whose holder
   is dead, and then takes the first ready runs.
 - The row `pulse` is rewritten by every commit that makes a run claimable earlier than anybody could know: enqueueing,
@@ -24,7 +28,10 @@ How it works:
 - Death is known before a lease is over where there is a `Presence`: on one host, by locks that the kernel frees. All
   who share a store then show themselves in the same way, for who is not seen is dead.
 
-What we dislike about it: nothing removes runs that are over, and their idempotency keys with them.
+- Runs are forgotten in the order of their ids, which is that of their triggers. A run that waits for years is looked at
+  in each round until it is over.
+
+What we dislike about it: the log and the history of a run are in its row, and written anew with each move.
 """
 
 from __future__ import annotations
@@ -37,10 +44,10 @@ from typing import Final, NamedTuple, Protocol
 
 import msgspec
 
+from sagaloom.engine.records import ScheduleCursor
 from sagaloom.errors import (
     BackendUnavailable,
     ConfigurationError,
-    Fenced,
     IdempotencyKeyReused,
     MessageRejected,
     StoreCorrupt,
@@ -51,30 +58,38 @@ from sagaloom.ports.jobs import (
     PRIORITY_MAX,
     Claimed,
     Enqueued,
-    Failed,
     JobClaim,
+    JobEvent,
+    JobNote,
+    JobReply,
     JobRun,
     JobRunStatus,
+    Pruned,
     Released,
-    Retried,
+    Renewed,
     Settlement,
-    Succeeded,
 )
 from sagaloom.ports.keyvalue import Check, Committed, Conflicted, Entry, Key, KeyValue
+from sagaloom.stores import job_moves
 from sagaloom.stores.job_rows import (
+    EVENT_COUNTER,
     ClaimRow,
     DedupeRow,
     canonical,
     decode_claim,
+    decode_cursor,
     decode_dedupe,
+    decode_event,
     decode_later,
     decode_run,
     dedupe_key,
+    event_rows,
     index_key,
     later_row,
     moment_of,
     number_at,
     ready_key,
+    reply_row,
     run_key,
     text_at,
 )
@@ -82,7 +97,8 @@ from sagaloom.stores.rows import decoded, encode, micros
 
 __all__ = ["SCHEMA", "KvJobRunStore", "Presence"]
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
+"""1 knew neither cancelled runs nor events."""
 
 _ROUNDS_MAX: Final = 32
 _PAGE: Final = 256
@@ -194,6 +210,9 @@ class KvJobRunStore:
                 f"the job runs in {self.name} were written with schema {int(schema.value)}, this version reads up to "
                 f"{SCHEMA}: upgrade sagaloom, or choose another store"
             )
+        if int(schema.value) < SCHEMA:
+            # The rows are the same, with less in them. Who reads only the older ones must not meet the newer.
+            await self._kv.commit(puts=[(_SCHEMA_KEY, str(SCHEMA).encode())])
         self._is_open = True
 
     async def close(self) -> None:
@@ -243,7 +262,7 @@ class KvJobRunStore:
             puts: list[tuple[Key, bytes]] = [(_PULSE_KEY, b"")]
             if run.job_id not in self._seen:
                 puts.append((("job_seen", run.job_id), b""))
-            done = await self._kv.commit(inserts=inserts, puts=puts)
+            done = await self._commit([job_moves.event_of(run, at=run.created_at)], inserts=inserts, puts=puts)
             if isinstance(done, Committed):
                 self._seen.add(run.job_id)
                 return Enqueued(run, duplicate=False)
@@ -264,9 +283,28 @@ class KvJobRunStore:
         return Enqueued(first, duplicate=True)
 
     def _waiting_row(self, run: JobRun) -> tuple[Key, bytes]:
-        if run.due_at <= run.created_at:
-            return ready_key(run.job_id, run.priority, micros(run.due_at), run.run_id), b""
-        return later_row(run)
+        return later_row(run) if run.due_at > run.created_at else self._ready_row(run)
+
+    def _ready_row(self, run: JobRun) -> tuple[Key, bytes]:
+        return ready_key(run.job_id, run.priority, micros(run.due_at), run.run_id), b""
+
+    async def _commit(
+        self,
+        events: Sequence[JobEvent] = (),
+        *,
+        checks: Sequence[Check] = (),
+        inserts: Sequence[tuple[Key, bytes]] = (),
+        puts: Sequence[tuple[Key, bytes]] = (),
+        deletes: Sequence[Key] = (),
+    ) -> Committed | Conflicted:
+        """A commit, with what it shows to those who watch."""
+        return await self._kv.commit(
+            checks=checks,
+            inserts=[*inserts, *event_rows(events)],
+            puts=puts,
+            deletes=deletes,
+            reserve={EVENT_COUNTER: len(events)} if events else None,
+        )
 
     # -- claiming -------------------------------------------------------------------------------------------------
 
@@ -359,14 +397,14 @@ class KvJobRunStore:
         puts: list[tuple[Key, bytes]] = []
         deletes: list[Key] = []
         runs: list[JobRun] = []
+        events: list[JobEvent] = []
 
         def move(row: Entry | None, was: JobRunStatus) -> JobRun | None:
             run = decoded(self._kv, row, decode_run) if row is not None else None
             if row is None or run is None or run.status != was:
                 return None
-            claimed = msgspec.structs.replace(
-                run, status="running", holder=holder, epoch=run.epoch + 1, attempt=run.attempt + 1, started_at=now
-            )
+            claimed = job_moves.claimed(run, holder, now=now)
+            events.append(job_moves.event_of(claimed, at=now))
             checks.append(Check(row.key, row.versionstamp))
             puts.append((row.key, encode(claimed)))
             if was != "running":
@@ -397,43 +435,64 @@ class KvJobRunStore:
                 inserts.append((ready_key(job_id, priority, number_at(row, 1), run_id), b""))
         if not checks:
             return ()
-        done = await self._kv.commit(checks=checks, inserts=inserts, puts=puts, deletes=deletes)
+        done = await self._commit(events, checks=checks, inserts=inserts, puts=puts, deletes=deletes)
         return None if isinstance(done, Conflicted) else tuple(runs)
 
     # -- holding --------------------------------------------------------------------------------------------------
 
-    async def renew(self, claims: Sequence[JobClaim], *, until: datetime) -> list[JobClaim]:
+    async def renew(self, claims: Sequence[JobClaim], *, until: datetime) -> Renewed:
         await self.open()
         for _ in range(_ROUNDS_MAX):
             rows = await self._kv.get_many([("job_claim", claim.run_id) for claim in claims])
             held = [
-                (claim, row)
+                (claim, row, decoded(self._kv, row, decode_claim))
                 for claim, row in zip(claims, rows, strict=True)
                 if row is not None and self._is_held(claim, row)
             ]
             if held:
                 done = await self._kv.commit(
-                    checks=[Check(row.key, row.versionstamp) for _, row in held],
-                    puts=[(row.key, encode(ClaimRow(claim.holder, claim.epoch, micros(until)))) for claim, row in held],
+                    checks=[Check(row.key, row.versionstamp) for _, row, _ in held],
+                    puts=[(row.key, encode(stored._replace(expires=micros(until)))) for _, row, stored in held],
                 )
                 if isinstance(done, Conflicted):
                     continue
-            valid = {claim for claim, _ in held}
-            return [claim for claim in claims if claim not in valid]
+            valid = {claim for claim, _, _ in held}
+            return Renewed(
+                [claim for claim in claims if claim not in valid],
+                [claim for claim, _, stored in held if stored.is_cancelled],
+            )
         raise self._too_many_rounds("renewing")
 
-    async def settle(self, claim: JobClaim, settlement: Settlement) -> JobRun:
+    async def note(self, claim: JobClaim, note: JobNote) -> None:
         await self.open()
         for _ in range(_ROUNDS_MAX):
-            run_row, claim_row = await self._kv.get_many([run_key(claim.run_id), ("job_claim", claim.run_id)])
-            if run_row is None or claim_row is None or not self._is_held(claim, claim_row):
-                raise self._fenced(claim, run_row, claim_row)
-            before = decoded(self._kv, run_row, decode_run)
-            after = _settled(before, settlement)
+            run_row, claim_row, before = await self._held(claim)
+            event = job_moves.progress_event(before, note)
+            done = await self._commit(
+                [event] if event is not None else [],
+                checks=[Check(row.key, row.versionstamp) for row in (run_row, claim_row)],
+                puts=[(run_row.key, encode(job_moves.noted(before, note)))],
+            )
+            if isinstance(done, Committed):
+                return
+        raise self._too_many_rounds("noting")
+
+    async def settle(self, claim: JobClaim, settlement: Settlement, *, note: JobNote | None = None) -> JobRun:
+        await self.open()
+        for _ in range(_ROUNDS_MAX):
+            run_row, claim_row, before = await self._held(claim)
+            after = job_moves.settled(before, settlement, note)
             puts = [(run_row.key, encode(after)), (index_key(after), b"")]
             if after.status == "pending":
-                puts += [later_row(after), (_PULSE_KEY, b"")]
-            done = await self._kv.commit(
+                # One that was given back is due since before it was claimed.
+                puts += [
+                    self._ready_row(after) if isinstance(settlement, Released) else later_row(after),
+                    (_PULSE_KEY, b""),
+                ]
+            if after.reply is not None:
+                puts.append(reply_row(after))
+            done = await self._commit(
+                [job_moves.event_of(after, at=after.history[-1].ended_at)],
                 checks=[Check(row.key, row.versionstamp) for row in (run_row, claim_row)],
                 deletes=[claim_row.key, index_key(before)],
                 puts=puts,
@@ -442,20 +501,198 @@ class KvJobRunStore:
                 return after
         raise self._too_many_rounds("settling")
 
+    async def _held(self, claim: JobClaim) -> tuple[Entry, Entry, JobRun]:
+        """The rows of a run and of its claim, and the run; raises `Fenced` when the claim is over."""
+        run_row, claim_row = await self._kv.get_many([run_key(claim.run_id), ("job_claim", claim.run_id)])
+        if run_row is None or claim_row is None or not self._is_held(claim, claim_row):
+            raise job_moves.fenced(
+                self.name,
+                claim,
+                holder=None if claim_row is None else decoded(self._kv, claim_row, decode_claim).holder,
+                status=None if run_row is None else decoded(self._kv, run_row, decode_run).status,
+            )
+        return run_row, claim_row, decoded(self._kv, run_row, decode_run)
+
     def _is_held(self, claim: JobClaim, row: Entry) -> bool:
         return decoded(self._kv, row, decode_claim)[:2] == (claim.holder, claim.epoch)
 
-    def _fenced(self, claim: JobClaim, run_row: Entry | None, claim_row: Entry | None) -> Fenced:
-        if claim_row is not None:
-            now = f"{decoded(self._kv, claim_row, decode_claim).holder!r} has it"
-        elif run_row is not None:
-            now = f"it is {decoded(self._kv, run_row, decode_run).status}"
-        else:
-            now = "there is no such run"
-        return Fenced(
-            f"{self.name}: the claim of {claim.holder!r} on run {claim.run_id} (epoch {claim.epoch}) is over, now "
-            f"{now}: nothing was written; drop the result"
-        )
+    # -- operators ------------------------------------------------------------------------------------------------
+
+    async def cancel(self, run_id: str, *, at: datetime, reason: str | None = None) -> JobRun:
+        await self.open()
+        for _ in range(_ROUNDS_MAX):
+            run_row, before = await self._found(run_id)
+            after = job_moves.asked_to_end(before, at=at, reason=reason)
+            if after is before:
+                return before
+            checks = [Check(run_row.key, run_row.versionstamp)]
+            puts = [(run_row.key, encode(after))]
+            deletes: list[Key] = []
+            events: list[JobEvent] = []
+            if after.is_over:
+                puts.append((index_key(after), b""))
+                deletes = [index_key(before), later_row(before)[0], self._ready_row(before)[0]]
+                events = [job_moves.event_of(after, at=at)]
+                if after.reply is not None:
+                    puts.append(reply_row(after))
+            else:
+                claim_row = await self._kv.get(("job_claim", run_id))
+                if claim_row is None:
+                    continue  # it was settled since
+                checks.append(Check(claim_row.key, claim_row.versionstamp))
+                stored = decoded(self._kv, claim_row, decode_claim)
+                puts.append((claim_row.key, encode(stored._replace(is_cancelled=True))))
+            done = await self._commit(events, checks=checks, puts=puts, deletes=deletes)
+            if isinstance(done, Committed):
+                return after
+        raise self._too_many_rounds("cancelling")
+
+    async def redrive(self, run_id: str, *, at: datetime) -> JobRun:
+        await self.open()
+        for _ in range(_ROUNDS_MAX):
+            run_row, before = await self._found(run_id)
+            after = job_moves.redriven(before, at=at)
+            puts = [(run_row.key, encode(after))]
+            deletes: list[Key] = []
+            if before.reply is not None and before.reply.state == "due":
+                deletes.append(reply_row(before)[0])
+            events: list[JobEvent] = []
+            if after.status == "pending":
+                deletes.append(index_key(before))
+                puts += [(index_key(after), b""), self._ready_row(after), (_PULSE_KEY, b"")]
+                events = [job_moves.event_of(after, at=at)]
+            else:
+                puts.append(reply_row(after))
+            done = await self._commit(
+                events, checks=[Check(run_row.key, run_row.versionstamp)], puts=puts, deletes=deletes
+            )
+            if isinstance(done, Committed):
+                return after
+        raise self._too_many_rounds("redriving")
+
+    async def _found(self, run_id: str) -> tuple[Entry, JobRun]:
+        row = await self._kv.get(run_key(run_id))
+        if row is None:
+            raise job_moves.no_run(run_id)
+        return row, decoded(self._kv, row, decode_run)
+
+    # -- replies --------------------------------------------------------------------------------------------------
+
+    async def claim_replies(self, *, now: datetime, until: datetime, limit: int) -> list[JobRun]:
+        await self.open()
+        for _ in range(_ROUNDS_MAX):
+            found = await self._kv.scan(("job_reply",), limit=limit)
+            due = [row for row in found if number_at(row, 1) <= micros(now)]
+            if not due:
+                return []
+            rows = await self._kv.get_many([run_key(text_at(row, 2)) for row in due])
+            runs = [decoded(self._kv, row, decode_run) if row is not None else None for row in rows]
+            postponed = [
+                job_moves.reply_postponed(run, until=until)
+                for run in runs
+                if run is not None and run.reply is not None and run.reply.state == "due"
+            ]
+            done = await self._kv.commit(
+                checks=[Check(row.key, row.versionstamp) for row in (*due, *(row for row in rows if row is not None))],
+                deletes=[row.key for row in due],
+                puts=[
+                    *((run_key(run.run_id), encode(run)) for run in postponed),
+                    *(reply_row(run) for run in postponed),
+                ],
+            )
+            if isinstance(done, Committed):
+                return postponed
+        raise self._too_many_rounds("claiming the reply of")
+
+    async def settle_reply(self, run: JobRun, reply: JobReply) -> bool:
+        await self.open()
+        for _ in range(_ROUNDS_MAX):
+            row = await self._kv.get(run_key(run.run_id))
+            if row is None:
+                return False
+            before = decoded(self._kv, row, decode_run)
+            after = job_moves.reply_settled(before, run, reply)
+            if after is None:
+                return False
+            done = await self._kv.commit(
+                checks=[Check(row.key, row.versionstamp)],
+                deletes=[reply_row(before)[0]],
+                puts=[(row.key, encode(after)), *([reply_row(after)] if reply.state == "due" else [])],
+            )
+            if isinstance(done, Committed):
+                return True
+        raise self._too_many_rounds("settling the reply of")
+
+    # -- time -----------------------------------------------------------------------------------------------------
+
+    async def schedules(self) -> list[ScheduleCursor]:
+        await self.open()
+        rows = await self._kv.scan(("job_schedule",), limit=_JOBS_MAX)
+        return [decoded(self._kv, row, decode_cursor) for row in rows]
+
+    async def put_schedule(self, cursor: ScheduleCursor, *, replaces: ScheduleCursor | None) -> bool:
+        await self.open()
+        key: Key = ("job_schedule", cursor.saga_id)
+        row = await self._kv.get(key)
+        stored = None if row is None else decoded(self._kv, row, decode_cursor)
+        if stored != replaces:
+            return False
+        check = Check(key, None if row is None else row.versionstamp)
+        return isinstance(await self._kv.commit(checks=[check], puts=[(key, encode(cursor))]), Committed)
+
+    # -- what happened --------------------------------------------------------------------------------------------
+
+    async def events(self, *, after: int, limit: int = 256) -> list[JobEvent]:
+        await self.open()
+        rows = await self._kv.scan(("job_event",), after=("job_event", after), limit=limit)
+        return [msgspec.structs.replace(decoded(self._kv, row, decode_event), number=number_at(row, 1)) for row in rows]
+
+    async def event_span(self) -> tuple[int, int]:
+        await self.open()
+        # The oldest first: what is pruned in between makes it too small, which only costs a reader a look.
+        oldest = await self._kv.scan(("job_event",), limit=1)
+        newest = await self._kv.scan(("job_event",), limit=1, reverse=True)
+        if not oldest or not newest:
+            return 1, 0
+        return number_at(oldest[0], 1), number_at(newest[0], 1)
+
+    # -- forgetting -----------------------------------------------------------------------------------------------
+
+    async def prune_runs(self, *, before: datetime, after: str | None = None, limit: int = 256) -> Pruned:
+        await self.open()
+        rows = await self._kv.scan(("job_run",), after=None if after is None else run_key(after), limit=limit)
+        checks: list[Check] = []
+        deletes: list[Key] = []
+        has_more = len(rows) == limit
+        for row in rows:
+            run = decoded(self._kv, row, decode_run)
+            if run.created_at >= before:
+                has_more = False
+                break
+            is_owed = run.reply is not None and run.reply.state == "due"
+            if not run.is_over or is_owed or run.ended_at is None or run.ended_at >= before:
+                continue
+            checks.append(Check(row.key, row.versionstamp))
+            deletes += [row.key, index_key(run)]
+            if run.idempotency_key is not None:
+                deletes.append(dedupe_key(run.job_id, run.idempotency_key))
+        if checks and isinstance(await self._kv.commit(checks=checks, deletes=deletes), Conflicted):
+            return Pruned(0, after)  # one of them was redriven: the same page again
+        return Pruned(len(checks), text_at(rows[-1], 1) if has_more else None)
+
+    async def prune_events(self, *, before: datetime, limit: int = 256) -> int:
+        await self.open()
+        rows = await self._kv.scan(("job_event",), limit=limit + 1)
+        # The newest one stays, so that numbers and readers' places mean something when all others are gone.
+        old = [row.key for row in rows[:-1] if decoded(self._kv, row, decode_event).at < before][:limit]
+        if old:
+            await self._kv.commit(deletes=old)
+        return len(old)
+
+    async def backlog(self, *, limit: int) -> int:
+        await self.open()
+        ready = await self._kv.count(("job_ready",), limit=limit)
+        return ready + (await self._kv.count(("job_later",), limit=limit - ready) if ready < limit else 0)
 
     # -- reading --------------------------------------------------------------------------------------------------
 
@@ -505,16 +742,3 @@ class KvJobRunStore:
 
     def _too_many_rounds(self, doing: str) -> BackendUnavailable:
         return BackendUnavailable(f"{self.name}: others were faster {_ROUNDS_MAX} times while {doing} a job run")
-
-
-def _settled(run: JobRun, settlement: Settlement) -> JobRun:
-    change = msgspec.structs.replace
-    match settlement:
-        case Succeeded(result, at):
-            return change(run, status="succeeded", holder=None, result=result, ended_at=at)
-        case Failed(failure):
-            return change(run, status="failed", holder=None, failure=failure, ended_at=failure.at)
-        case Retried(failure, due_at):
-            return change(run, status="pending", holder=None, failure=failure, due_at=due_at)
-        case Released():
-            return change(run, status="pending", holder=None, attempt=run.attempt - 1)

@@ -14,8 +14,8 @@ until `advance`. Rules:
 3. `advance` moves the time. Timers, and attempts that failed, come in when they are due, in order.
 4. `then` compares only what it is given. It looks at what happened since the last `when` or `advance`, and at the
    instance as it is now; everything that differs is shown at once.
-5. `cancel`, `pause` and `resume` are what an operator does. What comes while the run is paused waits, in order, and
-   comes in with `resume`.
+5. `cancel`, `terminate`, `pause`, `resume` and `skip` are what an operator does. What comes while the run is paused
+   waits, in order, and comes in with `resume`. A compensation that fails is tried again by `advance`.
 6. Messages between sagas are effects here like any other: they are seen, not delivered. Nor does a schedule tick by
    itself: give the saga its tick.
 """
@@ -43,7 +43,7 @@ from sagaloom.definitions import (
 )
 from sagaloom.durations import parse_duration
 from sagaloom.effects import CascadedMessage, Target
-from sagaloom.engine.controls import CANCEL, PAUSE, RESUME, ControlType, control, ends_pause
+from sagaloom.engine.controls import CANCEL, PAUSE, RESUME, SKIP, TERMINATE, ControlType, control, ends_pause
 from sagaloom.engine.correlation import address
 from sagaloom.engine.decide import DecideContext, decide
 from sagaloom.engine.limits import Limits
@@ -161,9 +161,17 @@ class Scenario(Generic[S]):
             "advance by less"
         )
 
-    def cancel(self, reason: str | None = None) -> Scenario[S]:
-        """Cancels the run that the last message was for, as an operator does."""
-        return self._control(CANCEL, reason)
+    def cancel(self, reason: str | None = None, *, compensate: bool = True) -> Scenario[S]:
+        """Cancels the run that the last message was for, as an operator does; `compensate` undoes its steps first."""
+        return self._control(CANCEL, reason, compensate=compensate)
+
+    def terminate(self, reason: str | None = None) -> Scenario[S]:
+        """Ends that run as it stands."""
+        return self._control(TERMINATE, reason)
+
+    def skip(self, reason: str | None = None, *, step: str | None = None) -> Scenario[S]:
+        """Leaves out the compensation that fails, and goes on behind it; with `step` only if that comes next."""
+        return self._control(SKIP, reason, step=step)
 
     def pause(self, reason: str | None = None) -> Scenario[S]:
         """Pauses the run that the last message was for: what comes now is `deferred`."""
@@ -292,7 +300,9 @@ class Scenario(Generic[S]):
         self._seen.add((envelope.key, envelope.dedupe_key))
         self._decide(envelope)
 
-    def _control(self, kind: ControlType, reason: str | None) -> Scenario[S]:
+    def _control(
+        self, kind: ControlType, reason: str | None, *, compensate: bool = True, step: str | None = None
+    ) -> Scenario[S]:
         if self._addressed is None:
             raise AssertionError(f"{kind}: nothing has happened yet: call given() or when() first")
         key, run = self._addressed
@@ -307,6 +317,8 @@ class Scenario(Generic[S]):
             accepted_at=self._clock.now(),
             run=run,
             reason=reason,
+            compensate=compensate,
+            step=step,
         )
         self._decide(envelope)
         if ends_pause(envelope):
@@ -341,6 +353,7 @@ class Scenario(Generic[S]):
                     last_error=decision.error,
                 )
             )
+        self._waiting += decision.follow_ups
         if decision.instance is not None:
             run = decision.instance.run
             self._runs[envelope.key, run] = decision.instance

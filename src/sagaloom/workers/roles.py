@@ -155,7 +155,8 @@ class Lifeline(Role):
         self._store.stay()
         claims = self._attempts.claims
         if claims:
-            for lost in await self._store.renew(claims, until=self._clock.now() + self._lease):
+            renewed = await self._store.renew(claims, until=self._clock.now() + self._lease)
+            for lost in renewed.lost:
                 self._attempts.lose(lost)
 
     async def _pause(self) -> None:

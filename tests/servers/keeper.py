@@ -1,0 +1,206 @@
+"""The process that stands between a test and a server of its own, so that nothing is left behind.
+
+Whatever a server starts (backends, name daemons, helpers that detach themselves) becomes a descendant of its keeper,
+and stays one when its parent dies: the keeper is a subreaper. So it can kill all of it in one go, and it does so when
+its standard input ends, which it does when the test's process ends, however that was. Then it removes the directory,
+and the shared memory that a killed server leaves to nobody.
+
+    ask   {"do": "run", "argv": [...], "env": {...}, "log": "...", "polite": 3}  answer  {"pid": 4711}
+          {"do": "call", "argv": [...], "env": {...}, "log": "...", "seconds": 60}       {"status": 0}
+          {"do": "signal", "number": 1, "all": false}                                    {}
+          {"do": "wait", "seconds": 5.0}                                                 {"status": null}
+          {"do": "kill"}                                                                 {}
+
+One line of JSON each. A server runs as `user` when the keeper is root: some refuse to be root, and none needs to be.
+Only the standard library, so that it starts in no time: `python -I keeper.py DIRECTORY USER`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Final
+
+_PR_SET_PDEATHSIG: Final = 1
+_PR_SET_CHILD_SUBREAPER: Final = 36
+_IPC_RMID: Final = 0
+_POLITE_SECONDS: Final = 3.0
+_LOOK_SECONDS: Final = 0.005
+_REAP_SECONDS: Final = 0.5
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class _Keeper:
+    def __init__(self, directory: Path, user: str) -> None:
+        self._directory = directory
+        self._user = user
+        self._main = 0
+        self._mains: set[int] = set()
+        self._status: int | None = None
+        self._polite = int(signal.SIGTERM)
+
+    def answer(self, ask: dict[str, Any]) -> dict[str, Any]:
+        match ask["do"]:
+            case "run":
+                self._polite = ask["polite"]
+                self._status = None
+                self._main = self._start(ask)
+                self._mains.add(self._main)
+                return {"pid": self._main}
+            case "call":
+                return {"status": self._call(ask)}
+            case "signal":
+                for pid in _descendants() if ask["all"] else [self._main]:
+                    _send(pid, ask["number"])
+                return {}
+            case "wait":
+                return {"status": self._wait(ask["seconds"])}
+            case "kill":
+                self.kill()
+                return {}
+            case unknown:
+                raise ValueError(f"a keeper does not know how to {unknown}")
+
+    def reap(self) -> None:
+        """Takes leave of every child that has ended."""
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if pid == 0:
+                    return
+                if pid == self._main:
+                    self._status = os.waitstatus_to_exitcode(status)
+
+    def kill(self) -> None:
+        """Kills everything, and returns when it is gone: a child that is killed may leave children to us."""
+        while pids := _descendants():
+            for pid in pids:
+                _send(pid, signal.SIGKILL)
+            time.sleep(_LOOK_SECONDS)
+            self.reap()
+
+    def end(self) -> None:
+        """Asks the server to go at once, kills what stays, and removes the directory."""
+        if self._main and self._status is None:
+            _send(self._main, signal.SIGCONT)
+            _send(self._main, self._polite)
+            self._wait(_POLITE_SECONDS)
+        self.kill()
+        _remove_shared_memory(self._mains)
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _start(self, ask: dict[str, Any]) -> int:
+        rights: dict[str, Any] = {}
+        if os.getuid() == 0:
+            rights = {"user": self._user, "group": _group(self._user), "extra_groups": []}
+        polite = ask.get("polite", signal.SIGKILL)
+        with Path(ask["log"]).open("ab") as log:
+            process = subprocess.Popen(
+                ask["argv"],
+                env=ask["env"],
+                cwd=self._directory,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C is for the test, which then ends everything in order.
+                preexec_fn=lambda: _libc.prctl(_PR_SET_PDEATHSIG, polite),  # noqa: PLW1509 - we have no threads
+                **rights,
+            )
+        process.returncode = 0  # `reap` waits for it, and nobody else.
+        return process.pid
+
+    def _call(self, ask: dict[str, Any]) -> int | None:
+        before = self._main, self._status
+        self._main, self._status = self._start(ask), None
+        status = self._wait(ask["seconds"])
+        if status is None:
+            _send(self._main, signal.SIGKILL)
+            self._wait(_POLITE_SECONDS)
+        self._main, self._status = before
+        self.reap()
+        return status
+
+    def _wait(self, seconds: float) -> int | None:
+        deadline = time.monotonic() + seconds
+        while True:
+            self.reap()
+            if self._status is not None or time.monotonic() > deadline:
+                return self._status
+            time.sleep(_LOOK_SECONDS)
+
+
+def _descendants() -> list[int]:
+    """Every process below us, zombies left out."""
+    parents: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                state, parent = (entry / "stat").read_text().rpartition(") ")[2].split()[:2]
+                if state != "Z":
+                    parents.setdefault(int(parent), []).append(int(entry.name))
+    found: list[int] = []
+    looked_at = [os.getpid()]
+    while looked_at:
+        children = parents.get(looked_at.pop(), [])
+        found += children
+        looked_at += children
+    return found
+
+
+def _remove_shared_memory(creators: set[int]) -> None:
+    """Removes what belongs to no process once its creator was killed, and stays until the machine is started again."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/sysvipc/shm").read_text().splitlines()[1:]:
+            _, identifier, _, _, creator, _, attached, *_ = map(int, line.split())
+            if creator in creators and not attached:
+                _libc.shmctl(identifier, _IPC_RMID, None)
+
+
+def _send(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def _group(user: str) -> int:
+    import pwd
+
+    return pwd.getpwnam(user).pw_gid
+
+
+def main(directory: Path, user: str) -> None:
+    _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    keeper = _Keeper(directory, user)
+    asked = b""
+    try:
+        while True:
+            readable, _, _ = select.select([0], [], [], _REAP_SECONDS)
+            keeper.reap()
+            if not readable:
+                continue
+            received = os.read(0, 65536)
+            if not received:
+                return
+            *lines, asked = (asked + received).split(b"\n")
+            for line in lines:
+                try:
+                    answer = keeper.answer(json.loads(line))
+                except (OSError, ValueError) as error:
+                    answer = {"error": str(error)}
+                os.write(1, json.dumps(answer).encode() + b"\n")
+    finally:
+        keeper.end()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
