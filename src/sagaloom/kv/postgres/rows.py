@@ -245,10 +245,9 @@ def _result(
     row: Row, checks: Sequence[Check], inserts: Sequence[tuple[Key, bytes]], reserve: Mapping[str, int]
 ) -> Committed | Conflicted:
     if row["stamp"] is None:
-        failed: list[Key] = [checks[number - 1].key for number in row["failed_checks"] or ()]
-        met: list[Key] = [inserts[number - 1][0] for number in row["failed_inserts"] or ()]
-        failed += met
-        return Conflicted(tuple(failed))
+        unmet: list[int] = row["failed_checks"] or []
+        met: list[int] = row["failed_inserts"] or []
+        return Conflicted((*(checks[n - 1].key for n in unmet), *(inserts[n - 1][0] for n in met)))
     return Committed(row["stamp"], dict(zip(reserve, row["bases"], strict=True)))
 
 

@@ -198,7 +198,8 @@ class PostgresSagaRows(PostgresKeyValue):
             wanted = [_typed(keys[number], len(columns)) for number in numbers]
             arguments = list(zip(*wanted, strict=True))
             for row in await self.database.fetch(self._get_statement(table), *arguments):
-                number = numbers[row["no"] - 1]
+                position: int = row["no"] - 1
+                number = numbers[position]
                 entries[number] = Entry(keys[number], row["v"], row["s"])
         return entries
 
