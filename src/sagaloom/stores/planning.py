@@ -19,6 +19,7 @@ from sagaloom.ids import instance_id
 from sagaloom.ports.keyvalue import Check, Committed, Entry, Key, KeyValue
 from sagaloom.ports.store import Conflict, RowRef, UnitOfWork
 from sagaloom.stores.rows import (
+    child_key,
     dead_letter_keys,
     decode_dead_letter,
     decode_head,
@@ -362,6 +363,8 @@ class Plan:
             or unit.timer_done is not None
             or unit.dead_letters_add
             or unit.dead_letter_done is not None
+            or unit.children_add
+            or unit.child_done is not None
         ):
             found = self._beside(unit, beliefs, dead_letters)
             if isinstance(found, Conflict):
@@ -461,6 +464,10 @@ class Plan:
         for letter in unit.dead_letters_add:
             keys = dead_letter_keys(letter)
             rows += [(keys[0], encode(letter)), (keys[1], b""), (keys[2], b"")]
+        rows += [(child_key(child, "live"), encode(child)) for child in unit.children_add]
+        if (child := unit.child_done) is not None:
+            # Nobody else writes them: the parent has before its child came to be, and a child ends once.
+            rows += [(child_key(child, "live"), None), (child_key(child, child.status), encode(child))]
         return beside
 
     def _learn(self, unit: UnitOfWork, beside: _Beside) -> None:
