@@ -15,8 +15,9 @@ import pytest
 from tests.servers.finding import KINDS, found_or_skipped
 
 GROUPS = (
-    *("core", "authoring", "servers", "stores", "runtime", "publisher", "doors", "workers", "telemetry", "crash"),
-    *("typing", "examples", "bugs"),
+    *("core", "authoring", "servers", "stores", "queues", "runtime", "publisher", "doors", "workers"),
+    *("middleware", "telemetry"),
+    *("crash", "typing", "examples", "bugs"),
 )
 
 _HERE = Path(__file__).parent

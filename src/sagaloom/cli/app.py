@@ -19,6 +19,7 @@ from sagaloom.cli.jobs import jobs_app
 from sagaloom.cli.operating import add_dead_letter_commands, add_instance_commands
 from sagaloom.cli.options import AsJson, Host, Insecure, Key, Limit, Run, Saga, Token, Topic, Url
 from sagaloom.cli.payloads import json_of
+from sagaloom.cli.talking import add_talking_commands
 from sagaloom.cli.timing import add_schedule_commands, add_timer_commands
 
 if TYPE_CHECKING:
@@ -258,6 +259,9 @@ def _print_receipt(answer: Mapping[str, Any]) -> None:
         ],
         empty="no saga took it",
     )
+
+
+add_talking_commands(app)
 
 
 # --- Looking ---------------------------------------------------------------------------------------------------------

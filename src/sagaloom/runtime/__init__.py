@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Final
 from sagaloom.ports.store import SagaStore as SagaStorePort
 from sagaloom.runtime.feed import FeedReset, FeedWatch
 from sagaloom.runtime.options import RuntimeOptions
-from sagaloom.runtime.receipts import Outcome, PublishReceipt, PublishRejected
+from sagaloom.runtime.receipts import (
+    Outcome,
+    PublishReceipt,
+    PublishRejected,
+    QueryResult,
+    SignalReceipt,
+    UpdateReceipt,
+)
 from sagaloom.runtime.runtime import SagaRuntime
 from sagaloom.runtime.scheduler import ScheduleStatus
 from sagaloom.runtime.timers import WaitingTimer
@@ -28,10 +35,13 @@ __all__ = [
     "Outcome",
     "PublishReceipt",
     "PublishRejected",
+    "QueryResult",
     "RuntimeOptions",
     "SagaRuntime",
     "SagaStorePort",
     "ScheduleStatus",
+    "SignalReceipt",
+    "UpdateReceipt",
     "WaitingTimer",
     "create_durable_saga_runtime",
     "create_saga_publisher",
