@@ -12,11 +12,11 @@
   operator discards the dead letter of a child's first message.
 - An end is told to the parent's run even when no loaded definition of the parent is here: whoever holds it knows. Only
   a parent that is known to have no handler for it is not told. A child cancelled with its parent tells nothing.
-- `saga:cancel_children` is carried out by whoever holds the parent, a page of rows in each commit; it goes to children
-  in the order of their spawning. A child's first message may still be waiting then: the cancel lines up behind it.
+- `saga:cancel_children` is carried out by whoever holds the parent, a page of rows in each commit, in the order of
+  their spawning. A child's first message may still be waiting then: the cancel lines up behind it.
 - Cycles: a spawn and an end are one hop each, so sagas that spawn each other in a circle meet the limit of hops.
 
-What we dislike about it: a parent that ends in another way than by a cancel leaves its children alone, and says nothing.
+What we dislike about it: a parent that ends otherwise than by a cancel leaves its children alone, and says nothing.
 """
 
 from __future__ import annotations

@@ -290,7 +290,7 @@ class Ledger:
         key = effect_key(self.definition.id, self.envelope.key, self.run, self.revision, position)
         sender = (self.definition.id, self.envelope.key, self.run)
         told = end_told(parent, message_type, payload, sender=sender, by=self.envelope, effect_key=key)
-        self._count_bytes(len(told.encoded))
+        self.count_bytes(len(told.encoded))
         self.outgoing.append(told)
 
     def end_all_timers(self) -> None:

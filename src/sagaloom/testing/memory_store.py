@@ -7,7 +7,6 @@ nothing survives the process. One unit after the other is looked at, then writte
 from __future__ import annotations
 
 import uuid
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 
@@ -355,8 +354,10 @@ class MemoryStore:
         return [child for child in found if after is None or (child.revision, child.position) > after][:limit]
 
     async def count_children(self, pk: int, run: int) -> Mapping[ChildStatus, int]:
-        none: dict[ChildStatus, int] = {"live": 0, "completed": 0, "failed": 0, "cancelled": 0}
-        return none | Counter(child.status for child in self._children_of(pk, run))
+        counts: dict[ChildStatus, int] = {"live": 0, "completed": 0, "failed": 0, "cancelled": 0}
+        for child in self._children_of(pk, run):
+            counts[child.status] += 1
+        return counts
 
     def _children_of(self, pk: int, run: int) -> list[Child]:
         return [child for place, child in sorted(self.children_by_place.items()) if place[:2] == (pk, run)]
