@@ -259,8 +259,38 @@ async def _open_kv(queue: str, address: str, connection: QueueConnectionOptions,
     return broker
 
 
+async def _open_redis(
+    queue: str, address: str, connection: QueueConnectionOptions, options: BrokerOptions
+) -> QueueBroker:
+    from sagaloom.queues.redis import RedisQueueBroker
+
+    return await RedisQueueBroker.connect(
+        queue,
+        address,
+        namespace=connection.namespace,
+        deduplication_seconds=options.deduplication_seconds,
+        max_length=options.max_length,
+    )
+
+
+async def _open_postgres(
+    queue: str, address: str, connection: QueueConnectionOptions, options: BrokerOptions
+) -> QueueBroker:
+    from sagaloom.queues.postgres import PostgresQueueBroker
+
+    return await PostgresQueueBroker.connect(
+        queue,
+        address,
+        schema=connection.namespace,
+        deduplication_seconds=options.deduplication_seconds,
+        max_length=options.max_length,
+    )
+
+
 _OPENERS: Final[
     Mapping[QueueProvider, Callable[[str, str, QueueConnectionOptions, BrokerOptions], Awaitable[QueueBroker]]]
 ] = {
     QueueProvider.KV: _open_kv,
+    QueueProvider.REDIS: _open_redis,
+    QueueProvider.POSTGRES: _open_postgres,
 }
