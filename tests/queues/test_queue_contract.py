@@ -64,3 +64,25 @@ class TestPostgresQueue(QueueContract):
             return await opener_of(QueueProvider.POSTGRES, queue, connection, BrokerOptions(max_length=max_length))()
 
         return open_broker
+
+
+class TestRabbitMQQueue(QueueContract):
+    @pytest.fixture
+    async def open_broker(self, rabbitmq_url: str) -> AsyncIterator[OpenBroker]:
+        from sagaloom.queues.rabbitmq import RabbitMQQueueBroker
+
+        # Names of the test's own, which are deleted in the end.
+        namespace = f"sagaloom-test-{uuid.uuid4().hex[:12]}"
+        connection = QueueConnectionOptions(rabbitmq=rabbitmq_url, namespace=namespace)
+        opened: list[QueueBroker] = []
+
+        async def open_broker(queue: str, max_length: int | None = None) -> QueueBroker:
+            opener = opener_of(QueueProvider.RABBITMQ, queue, connection, BrokerOptions(max_length=max_length))
+            opened.append(await opener())
+            return opened[-1]
+
+        yield open_broker
+        for broker in opened:
+            assert isinstance(broker, RabbitMQQueueBroker)
+            await broker.delete()
+            await broker.close()

@@ -18,12 +18,13 @@ import hashlib
 import logging
 import re
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
+from contextlib import AbstractAsyncContextManager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn, cast
+from typing import Any, Final, NamedTuple, NoReturn, Protocol, TypeVar, cast
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
-import asyncpg
+import asyncpg  # type: ignore[import-untyped]
 import msgspec
 
 from sagaloom.errors import BackendUnavailable, ConfigurationError, QueueFull
@@ -45,11 +46,9 @@ from sagaloom.ports.queue import (
 )
 from sagaloom.queues.postgres_schema import MIGRATIONS
 
-if TYPE_CHECKING:
-    from asyncpg import Connection, Pool, Record
-
 __all__ = ["PostgresQueueBroker"]
 
+T = TypeVar("T")
 _log = logging.getLogger("sagaloom.queue")
 _ANSWER_SECONDS: Final = 5.0
 _CONNECTIONS: Final = 4
@@ -64,8 +63,8 @@ _RENEW: Final = """
     WHERE m.n = s.n AND m.epoch = s.epoch AND m.state = 2 AND m.at > now() RETURNING m.n
 """
 _DEPTH: Final = """
-    SELECT count(*) FILTER (WHERE state IN (0, 3)), count(*) FILTER (WHERE state = 1), count(*) FILTER (WHERE state = 2),
-        (SELECT count(*) FROM {0}.queue_dead_letter WHERE queue_no = $1)
+    SELECT count(*) FILTER (WHERE state IN (0, 3)), count(*) FILTER (WHERE state = 1),
+        count(*) FILTER (WHERE state = 2), (SELECT count(*) FROM {0}.queue_dead_letter WHERE queue_no = $1)
     FROM {0}.queue_message WHERE queue_no = $1
 """
 _LETTERS: Final = """
@@ -89,13 +88,43 @@ class _Lease(NamedTuple):
     epoch: int
 
 
+class _Connection(Protocol):
+    """What is used of a connection of asyncpg, which has no types of its own."""
+
+    async def execute(self, query: str, *arguments: object) -> str: ...
+
+    async def fetch(self, query: str, *arguments: object) -> list[Any]: ...
+
+    async def fetchrow(self, query: str, *arguments: object) -> Sequence[Any] | None: ...
+
+    async def fetchval(self, query: str, *arguments: object) -> Any: ...
+
+    def transaction(self) -> AbstractAsyncContextManager[object]: ...
+
+    async def add_listener(self, channel: str, callback: Callable[..., None]) -> None: ...
+
+    def add_termination_listener(self, callback: Callable[[object], None]) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+class _Pool(Protocol):
+    def __await__(self) -> Generator[Any, None, object]: ...
+
+    def acquire(self, *, timeout: float) -> AbstractAsyncContextManager[_Connection]: ...
+
+    async def close(self) -> None: ...
+
+    def terminate(self) -> None: ...
+
+
 class PostgresQueueBroker:
     """One queue in a PostgreSQL database. Made by `connect`."""
 
     def __init__(
         self,
         queue: str,
-        pool: Pool[Record],
+        pool: _Pool,
         *,
         address: str,
         schema: str,
@@ -136,7 +165,8 @@ class PostgresQueueBroker:
         query = dict(parse_qsl(parts.query))
         cached = query.pop("statement_cache_size", "100")
         dsn = urlunsplit(parts._replace(query=urlencode(query)))
-        pool = asyncpg.create_pool(
+        create_pool = cast("Callable[..., _Pool]", asyncpg.create_pool)  # pyright: ignore[reportUnknownMemberType]
+        pool = create_pool(
             dsn,
             min_size=0,
             max_size=_CONNECTIONS,
@@ -148,7 +178,7 @@ class PostgresQueueBroker:
         )
         broker = cls(
             queue,
-            cast("Pool[Record]", pool),
+            pool,
             address=address,
             schema=schema,
             deduplication_seconds=deduplication_seconds,
@@ -164,7 +194,7 @@ class PostgresQueueBroker:
         return broker
 
     async def _migrate(self) -> None:
-        async def run(connection: Connection[Record]) -> None:
+        async def run(connection: _Connection) -> None:
             there = await connection.fetchval(f"SELECT to_regclass('{self._schema}.queue_migration')")
             if there is not None and await self._version(connection) == len(MIGRATIONS):
                 return
@@ -189,12 +219,12 @@ class PostgresQueueBroker:
 
         await self._with_connection(run)
 
-    async def _version(self, connection: Connection[Record]) -> int:
+    async def _version(self, connection: _Connection) -> int:
         found = await connection.fetchval(f"SELECT max(version) FROM {self._schema}.queue_migration")
         return int(found or 0)
 
     async def _introduce(self) -> None:
-        async def run(connection: Connection[Record]) -> tuple[int, str, str]:
+        async def run(connection: _Connection) -> tuple[int, str, str]:
             names = f"{self._schema}.queue_name"
             number = await connection.fetchval(f"SELECT queue_no FROM {names} WHERE name = $1", self._queue)
             if number is None:
@@ -272,15 +302,18 @@ class PostgresQueueBroker:
         while True:
             with contextlib.suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError):
                 async with self._pool.acquire(timeout=_ANSWER_SECONDS) as connection:
-                    broken = asyncio.Event()
-                    connection.add_termination_listener(lambda _: broken.set())
-                    await connection.add_listener(self._channel, lambda *_: on_arrival())
-                    on_arrival()  # for what came before we listened
-                    try:
-                        await broken.wait()
-                    finally:
-                        await connection.close()  # With what it listens to.
+                    await self._listen_on(connection, on_arrival)
             await asyncio.sleep(0.5)
+
+    async def _listen_on(self, connection: _Connection, on_arrival: Callable[[], None]) -> None:
+        broken = asyncio.Event()
+        connection.add_termination_listener(lambda _: broken.set())
+        await connection.add_listener(self._channel, lambda *_: on_arrival())
+        on_arrival()  # for what came before we listened
+        try:
+            await broken.wait()
+        finally:
+            await connection.close()  # with what it listens to
 
     async def exchange(self, settlements: Sequence[Settlement], *, limit: int) -> Exchange:
         if self._listener is None:
@@ -311,9 +344,7 @@ class PostgresQueueBroker:
 
     async def renew(self, tokens: Sequence[Token]) -> Sequence[Token]:
         leases = [cast("_Lease", token) for token in tokens]
-        rows = await self._rows(
-            _RENEW, [lease.n for lease in leases], [lease.epoch for lease in leases], self._lease
-        )
+        rows = await self._rows(_RENEW, [lease.n for lease in leases], [lease.epoch for lease in leases], self._lease)
         kept = {row[0] for row in rows}
         return [lease for lease in leases if lease.n not in kept]
 
@@ -346,7 +377,7 @@ class PostgresQueueBroker:
         return cast("int", count)
 
     async def discard(self, ids: Sequence[str]) -> int:
-        async def run(connection: Connection[Record]) -> str:
+        async def run(connection: _Connection) -> str:
             return await connection.execute(_DISCARD.format(self._schema), self._number, list(ids))
 
         return int((await self._with_connection(run)).rpartition(" ")[2])
@@ -361,18 +392,18 @@ class PostgresQueueBroker:
     # -- the wire -------------------------------------------------------------------------------------------------
 
     async def _rows(self, statement: str, *arguments: object) -> list[Any]:
-        async def run(connection: Connection[Record]) -> list[Any]:
+        async def run(connection: _Connection) -> list[Any]:
             return await connection.fetch(statement.format(self._schema), *arguments)
 
         return await self._with_connection(run)
 
     async def _value(self, statement: str, *arguments: object) -> object:
-        async def run(connection: Connection[Record]) -> object:
+        async def run(connection: _Connection) -> object:
             return await connection.fetchval(statement.format(self._schema), *arguments)
 
         return await self._with_connection(run)
 
-    async def _with_connection(self, run: Callable[[Any], Any]) -> Any:
+    async def _with_connection(self, run: Callable[[_Connection], Awaitable[T]]) -> T:
         try:
             async with self._pool.acquire(timeout=_ANSWER_SECONDS) as connection:
                 return await run(connection)
@@ -392,8 +423,8 @@ class PostgresQueueBroker:
             ) from error
         if isinstance(error, asyncpg.RaiseError) and "QUEUEFULL" in str(error):
             raise QueueFull(
-                f"{self.name} is full: no more than max_length={self._max_length} messages; try again when some are done, or "
-                "let it hold more"
+                f"{self.name} is full: no more than max_length={self._max_length} messages; try again when some are "
+                "done, or let it hold more"
             ) from error
         text = str(error) or f"no answer within {_ANSWER_SECONDS:g} s"
         raise BackendUnavailable(f"{self.name} does not answer: {type(error).__name__}: {text:.300}") from error

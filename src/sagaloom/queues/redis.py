@@ -52,7 +52,16 @@ from sagaloom.ports.queue import (
     Token,
 )
 from sagaloom.queues import redis_scripts
-from sagaloom.queues.rows import decode_letter, decode_message, encode, letter_of, message_of, read, row_of, row_of_letter
+from sagaloom.queues.rows import (
+    decode_letter,
+    decode_message,
+    encode,
+    letter_of,
+    message_of,
+    read,
+    row_of,
+    row_of_letter,
+)
 
 __all__ = ["RedisQueueBroker"]
 
@@ -108,7 +117,8 @@ class RedisQueueBroker:
     ) -> RedisQueueBroker:
         """Connects, and finds out what the server is. A certificate (`rediss://`) is verified."""
         try:
-            client = Redis.from_url(
+            from_url = cast("Callable[..., Redis]", Redis.from_url)  # pyright: ignore[reportUnknownMemberType]
+            client = from_url(
                 url,
                 socket_timeout=_ANSWER_SECONDS + _WAIT_SECONDS,
                 socket_connect_timeout=_ANSWER_SECONDS,
@@ -259,9 +269,7 @@ class RedisQueueBroker:
             if rank is None:
                 return []
             first = rank + 1
-        ids = cast(
-            "list[bytes]", await self._asked("ZRANGE", f"{self._prefix}deadorder", first, first + limit - 1)
-        )
+        ids = cast("list[bytes]", await self._asked("ZRANGE", f"{self._prefix}deadorder", first, first + limit - 1))
         return await self._letters(ids)
 
     async def _letters(self, ids: Sequence[bytes | str]) -> list[QueueDeadLetter]:
@@ -311,19 +319,20 @@ class RedisQueueBroker:
         while cause is not None:
             if isinstance(cause, ssl.SSLCertVerificationError):
                 raise ConfigurationError(
-                    f"{self.name}: its certificate cannot be verified ({cause.verify_message}): have its authority trusted "
-                    "(?ssl_ca_certs=FILE), or use the name that the certificate is for"
+                    f"{self.name}: its certificate cannot be verified ({cause.verify_message}): have its authority "
+                    "trusted (?ssl_ca_certs=FILE), or use the name that the certificate is for"
                 ) from error
             cause = cause.__cause__ or cause.__context__
         if isinstance(error, (AuthenticationError, AuthorizationError, NoPermissionError)):
             raise ConfigurationError(
-                f"{self.name} does not let us in ({error}): set user and password in the URL, and the rights of that user"
+                f"{self.name} does not let us in ({error}): set user and password in the URL, and the rights of "
+                "that user"
             ) from error
         text = str(error)
         if isinstance(error, ResponseError) and redis_scripts.FULL in text:
             raise QueueFull(
-                f"{self.name} is full: no more than max_length={self._max_length} messages; try again when some are done, or "
-                "let it hold more"
+                f"{self.name} is full: no more than max_length={self._max_length} messages; try again when some are "
+                "done, or let it hold more"
             ) from error
         if isinstance(error, ResponseError) and "OOM" in text:
             raise QueueFull(f"{self.name}: the server's memory is full ({text:.120}): try again later") from error
