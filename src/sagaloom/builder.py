@@ -32,6 +32,7 @@ from sagaloom.definitions import (
     HandlerBinding,
     Invariant,
     OnMissing,
+    QueryBinding,
     QueryDefinition,
     RetryPolicy,
     Reuse,
@@ -42,6 +43,7 @@ from sagaloom.definitions import (
     SchedulePolicy,
     SignalDefinition,
     TimeoutPolicy,
+    UpdateBinding,
 )
 from sagaloom.durations import parse_duration
 from sagaloom.errors import DefinitionError, NotImplementedYet, SagasError
@@ -80,6 +82,9 @@ class _Data:
     correlations: Mapping[str, SagaCorrelation[Any]] = dataclasses.field(
         default_factory=dict[str, SagaCorrelation[Any]]
     )
+    signals: Mapping[str, HandlerBinding] = dataclasses.field(default_factory=dict[str, HandlerBinding])
+    updates: Mapping[str, UpdateBinding] = dataclasses.field(default_factory=dict[str, UpdateBinding])
+    queries: Mapping[str, QueryBinding] = dataclasses.field(default_factory=dict[str, QueryBinding])
     retry: RetryPolicy = dataclasses.field(default_factory=RetryPolicy)
     reuse: Reuse = "reject"
     is_singleton: bool = False
@@ -487,33 +492,67 @@ class SagaWithState(_Stage, Generic[S]):
         self._not_yet("when_all")
 
     def on_signal(self, signal: SignalDefinition[P], handler: SagaHandler[S, P]) -> Self:
-        """Registers the handler of a signal. Checks its arguments; raises `NotImplementedYet`."""
-        self._check_signal("on_signal", signal, handler)
-        self._not_yet("on_signal")
+        """Registers the handler of a signal: of a message that somebody addresses to one instance by name. It is
+        applied in its turn, once, like every message, and starts no instance. The event's type is the signal's name.
 
-    def on_query(self, query: QueryDefinition[P], handler: Callable[[S], P]) -> Self:
-        """Registers a synchronous, pure read of the state. Checks its arguments; raises `NotImplementedYet`."""
-        where = self._data.where
-        if not isinstance(query, QueryDefinition):
-            raise DefinitionError(f"{where}: .on_query(...) takes define_query(name), got {_shown(query)}")
-        if not query.name.strip():
-            raise DefinitionError(f"Saga query name must not be empty. {where}: use define_query('progress').")
-        _check_function(handler, 1, f"{where}: the query {query.name!r}", "a query takes (state)")
-        self._not_yet("on_query")
+        >>> from sagaloom import define_signal
+        >>> hurry = define_signal("hurry")
+        >>> define_saga("order").state({}).on_signal(hurry, lambda saga, event, context: [])
+        <SagaWithState 'order', handles []>
+        """
+        data = self._data
+        name, codec = self._check_signal("on_signal", signal, handler)
+        if name in data.signals:
+            raise DefinitionError(f"{data.where} already has a handler for the signal {name!r}: put both into one")
+        return self._with(signals={**data.signals, name: HandlerBinding(name, handler, codec, starts=False)})
 
     def on_update(self, signal: SignalDefinition[P], handler: SagaHandler[S, P]) -> Self:
-        """Registers the handler of a signal whose caller waits for the answer. Checks its arguments; raises
-        `NotImplementedYet`."""
-        self._check_signal("on_update", signal, handler)
-        self._not_yet("on_update")
+        """Registers the handler of a signal whose caller waits: the handler returns `answer(value)` beside its effects,
+        or raises `UpdateRefused`. The caller gets the one or the other, and gets it again under the same id.
 
-    def _check_signal(self, method: str, signal: object, handler: object) -> None:
+        >>> from sagaloom import answer, define_signal
+        >>> approve = define_signal("approve")
+        >>> define_saga("order").state({}).on_update(approve, lambda saga, event, context: [answer("approved")])
+        <SagaWithState 'order', handles []>
+        """
+        data = self._data
+        name, codec = self._check_signal("on_update", signal, handler)
+        if name in data.updates:
+            raise DefinitionError(f"{data.where} already has a handler for the update {name!r}: put both into one")
+        return self._with(updates={**data.updates, name: UpdateBinding(name, handler, codec, starts=False)})
+
+    def on_query(self, query: QueryDefinition[P], handler: Callable[[S], P]) -> Self:
+        """Registers a read of the state: a plain function that takes it, changes nothing, and returns the answer. It is
+        given the newest committed state, of a run that has ended too.
+
+        >>> from sagaloom import define_query
+        >>> define_saga("order").state({"paid": 0}).on_query(define_query("paid", int), lambda state: state["paid"])
+        <SagaWithState 'order', handles []>
+        """
+        data = self._data
+        if not isinstance(query, QueryDefinition):
+            raise DefinitionError(f"{data.where}: .on_query(...) takes define_query(name), got {_shown(query)}")
+        name = query.name.strip() if isinstance(query.name, str) else ""
+        if not name:
+            raise DefinitionError(f"Saga query name must not be empty. {data.where}: use define_query('progress').")
+        _check_function(handler, 1, f"{data.where}: the query {name!r}", "a query takes (state)")
+        if name in data.queries:
+            raise DefinitionError(f"{data.where} already has a query {name!r}: give this one another name")
+        codec = _said_codec(data, f"the answer of query {name!r}", query.result)
+        return self._with(queries={**data.queries, name: QueryBinding(name, handler, codec)})
+
+    def _check_signal(self, method: str, signal: SignalDefinition[Any], handler: object) -> tuple[str, Codec[Any]]:
+        """The name of a signal, and the codec of its payload."""
         where = self._data.where
         if not isinstance(signal, SignalDefinition):
             raise DefinitionError(f"{where}: .{method}(...) takes define_signal(name), got {_shown(signal)}")
-        if not signal.name.strip():
+        name = signal.name.strip() if isinstance(signal.name, str) else ""
+        if not name:
             raise DefinitionError(f"Saga signal name must not be empty. {where}: use define_signal('approve').")
-        _check_function(handler, 3, f"{where}: the handler of signal {signal.name!r}", _HANDLER)
+        _checked_key(where, f"signal name {name!r:.80}", name)
+        what = method.removeprefix("on_")
+        _check_function(handler, 3, f"{where}: the handler of {what} {name!r}", _HANDLER)
+        return name, _said_codec(self._data, f"the payload of {what} {name!r}", signal.payload)
 
     if not TYPE_CHECKING:
 
@@ -567,6 +606,9 @@ class SagaWithHandlers(SagaWithState[S]):
             handlers=MappingProxyType(dict(data.handlers)),
             compensations=MappingProxyType(dict(data.compensations)),
             correlations=MappingProxyType(dict(data.correlations)),
+            signals=MappingProxyType(dict(data.signals)),
+            updates=MappingProxyType(dict(data.updates)),
+            queries=MappingProxyType(dict(data.queries)),
             retry=data.retry,
             reuse=data.reuse,
             is_singleton=data.is_singleton,
@@ -651,6 +693,13 @@ def _payload_codec(data: _Data, name: str, message: object, payload: object) -> 
         return codec_for(payload)
     except DefinitionError as error:
         raise DefinitionError(f"{data.where}: payload of {name!r}: {error.message}", data=error.data) from error
+
+
+def _said_codec(data: _Data, what: str, declared: object) -> Codec[Any]:
+    try:
+        return codec_for(declared)
+    except DefinitionError as error:
+        raise DefinitionError(f"{data.where}: {what}: {error.message}", data=error.data) from error
 
 
 def _check_function(function: object, arity: int, what: str, shape: str) -> None:

@@ -65,6 +65,7 @@ def test_a_description_has_the_facts_under_the_names_of_the_wire() -> None:
         "compensations": [{"type": "Paid", "schema": {}}, {"type": "Shipped", "schema": {}}],
         "correlations": ["*"],
         "signals": [],
+        "updates": [],
         "queries": [],
         "description": "order",
         "topic": "default",

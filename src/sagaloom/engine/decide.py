@@ -79,13 +79,14 @@ from sagaloom.engine.records import (
     Undoing,
 )
 from sagaloom.engine.retrying import USER_ERRORS, backoff, describe, is_retryable, storable, traceback_text
+from sagaloom.engine.signals import Update, answered, binding_of, refused_update
 from sagaloom.engine.timer_controls import apply_timer_control, as_shown, is_timer_control, why_no_timer
 from sagaloom.engine.transition import ASKED_NOTHING, STATE_UNREADABLE, HandlerRaised, Transition, without_fired
-from sagaloom.errors import HandlerError, InstanceNotFound, SagasError
+from sagaloom.errors import HandlerError, InstanceNotFound, SagasError, UpdateRefused
 from sagaloom.ids import effect_key, instance_id
 from sagaloom.messages import SagaMessage
 
-__all__ = ["DecideContext", "decide", "steer"]
+__all__ = ["DecideContext", "MadeByNewer", "decide", "readable_state", "steer"]
 
 HANDLER_MISSING: Final = "SAGA_HANDLER_MISSING"
 HOPS_EXCEEDED: Final = "SAGA_HOPS_EXCEEDED"
@@ -99,7 +100,7 @@ class _Stale(Exception):
     """A message of the engine's own that nobody waits for any more."""
 
 
-class _MadeByNewer(Exception):
+class MadeByNewer(Exception):
     """The stored state belongs to a newer version of the definition than this worker has."""
 
 
@@ -138,6 +139,8 @@ def decide(
             return steer(instance, message, context, definition=definition)
         if message.origin == "undo" and message.type == UNDO and instance is not None:
             return _safely(definition, instance, message, context, _go_on_undoing)
+        binding = binding_of(definition, message.type)
+    if binding is None:
         if message.origin == "child" and instance is not None:
             return _ignore(instance, message, context, f"saga {definition.id!r} has no handler for {message.type!r}")
         handled = ", ".join(definition.handlers)
@@ -152,6 +155,8 @@ def decide(
     try:
         return _apply(definition, binding, instance, message, context)
     except HandlerRaised as raised:
+        if binding.answers and isinstance(raised.error, UpdateRefused) and instance is not None:
+            return refused_update(_ignore(instance, message, context, raised.error.message), raised.error)
         decision = _after_error(definition, instance, message, context, raised.error)
         if decision.disposition == "dead_lettered" and raised.compensating is not None:
             # Its last attempt: what the handler did stands, and the compensation is left to be done.
@@ -160,7 +165,7 @@ def decide(
         # An error object that the handler keeps and raises again collects the frames of every raise otherwise.
         raised.error.__traceback__ = None
         return decision
-    except _MadeByNewer as newer:
+    except MadeByNewer as newer:
         return _wait_for_newer(definition, message, context, str(newer))
     except Refused as refused:
         return _give_up(definition, instance, message, context, refused)
@@ -210,14 +215,14 @@ def _safely(
 ) -> Decision:
     """What comes of undoing something without a message of the saga's own."""
     try:
-        transition = Transition(definition, instance, message, context, _stored_state(definition, instance))
+        transition = Transition(definition, instance, message, context, readable_state(definition, instance))
         undo(transition)
         return _written(transition, context)
     except HandlerRaised as raised:
         decision = _after_error(definition, instance, message, context, raised.error)
         raised.error.__traceback__ = None
         return decision
-    except _MadeByNewer as newer:
+    except MadeByNewer as newer:
         return _wait_for_newer(definition, message, context, str(newer))
     except _Stale as stale:
         return Decision("ignored", str(stale))
@@ -260,18 +265,17 @@ def _apply(
     *,
     leaves_failures: bool = False,
 ) -> Decision:
-    if instance is None:
-        state = _initial_state(definition)
-    else:
-        state = _stored_state(definition, instance)
+    state = _initial_state(definition) if instance is None else readable_state(definition, instance)
     typed = context.typed if not leaves_failures else None
     if typed is None:
         typed = _read(definition, binding, message)
-    transition = Transition(definition, instance, message, context, state)
+    new_transition = Update if binding.answers else Transition
+    transition = new_transition(definition, instance, message, context, state)
     asked = transition.step("handle", binding.handler, typed)
     if asked is not ASKED_NOTHING:
         carry_out(transition, asked, leaves_failures=leaves_failures)
-    return _written(transition, context, is_last_attempt=leaves_failures)
+    decision = _written(transition, context, is_last_attempt=leaves_failures)
+    return answered(decision, transition) if isinstance(transition, Update) else decision
 
 
 def _read(definition: SagaDefinition[Any], binding: HandlerBinding, message: Envelope) -> SagaMessage[Any]:
@@ -284,7 +288,7 @@ def _read(definition: SagaDefinition[Any], binding: HandlerBinding, message: Env
             code=error.code,
         ) from error
     return SagaMessage(
-        message.type,
+        binding.type,
         payload,
         message.correlation_key,
         message.idempotency_key,
@@ -712,7 +716,7 @@ def _initial_state(definition: SagaDefinition[Any]) -> bytes:
         ) from error
 
 
-def _stored_state(definition: SagaDefinition[Any], instance: Instance) -> bytes:
+def readable_state(definition: SagaDefinition[Any], instance: Instance) -> bytes:
     """The state of a run, in the definition's version."""
     return instance.state if instance.def_version == definition.version else _migrated(definition, instance)
 
@@ -722,7 +726,7 @@ def _migrated(definition: SagaDefinition[Any], instance: Instance) -> bytes:
     saga_id, stored, wanted = definition.id, instance.def_version, definition.version
     name = instance_id(saga_id, instance.key, instance.run)
     if stored > wanted:
-        raise _MadeByNewer(
+        raise MadeByNewer(
             f"the state of {name!r} was written by version {stored} of saga {saga_id!r}, and this worker has version "
             f"{wanted}: a worker with version {stored} or newer must take it"
         )

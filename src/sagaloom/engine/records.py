@@ -58,6 +58,7 @@ __all__ = [
     "StepRecord",
     "Timer",
     "Undoing",
+    "UpdateAnswer",
 ]
 
 Disposition = Literal["applied", "duplicate", "ignored", "deferred", "dead_lettered", "pending"]
@@ -212,6 +213,14 @@ class StepRecord(msgspec.Struct, frozen=True, array_like=True, gc=False):
     effects: tuple[EffectSummary, ...] = ()
 
 
+class UpdateAnswer(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What an update's caller gets to hear, as JSON: the answer, or with `is_refused` the code, the message and the
+    data of the refusal."""
+
+    content: bytes
+    is_refused: bool = False
+
+
 class HistoryEntry(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What one message did to one run. `before` and `after` are states as JSON, kept from tier t2 on."""
 
@@ -234,6 +243,7 @@ class HistoryEntry(msgspec.Struct, frozen=True, array_like=True, gc=False):
     before: bytes | None = None
     after: bytes | None = None
     def_version: int = 1
+    answer: UpdateAnswer | None = None
 
 
 class OutboxEffect(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -11,7 +11,17 @@ from collections.abc import Sequence
 from typing import Any, Final, Literal, NamedTuple, NoReturn
 
 from sagaloom.definitions import Saga, SagaContext, SagaDefinition, SagaInstanceStatus
-from sagaloom.effects import CancelScheduled, CascadedMessage, Compensate, Complete, Fail, Scheduled, Send, Spawn
+from sagaloom.effects import (
+    Answer,
+    CancelScheduled,
+    CascadedMessage,
+    Compensate,
+    Complete,
+    Fail,
+    Scheduled,
+    Send,
+    Spawn,
+)
 from sagaloom.engine.ledger import HANDLER_RESULT, LIMIT_EXCEEDED, Ledger, Refused
 from sagaloom.engine.lifecycle import is_terminal, next_status
 from sagaloom.engine.records import (
@@ -226,6 +236,14 @@ class Transition(Ledger):
         ]
         return (*earlier, last)
 
+    def take_answer(self, phase: Literal["handle", "compensate"], effect: Answer) -> EffectSummary:
+        """Keeps what the caller of an update gets to hear; here nobody waits for it."""
+        self.refuse(
+            HANDLER_RESULT,
+            f"its {_HANDLER[phase]} returned answer({_shown(effect.value)}), and nobody waits for an answer: only the "
+            "handler of an update may return one",
+        )
+
     def _write_down(
         self,
         phase: Literal["handle", "compensate"],
@@ -262,6 +280,9 @@ class Transition(Ledger):
                     summaries.append(self.note("complete"))
                 case Fail():
                     summaries.append(self.note("fail", detail=effect.reason))
+                case Answer():
+                    summaries.append(self.take_answer(phase, effect))
+                    continue
                 case _:
                     self._refuse_foreign(phase, message_type, effect)
             if ending is not None:
@@ -323,7 +344,7 @@ class Transition(Ledger):
             HANDLER_RESULT,
             f"its {_HANDLER[phase]} for {message_type!r} returned a list with {type(effect).__name__} "
             f"{_shown(effect)} in it, which is no effect: use send, schedule, cancel_scheduled, spawn, saga_complete, "
-            "saga_fail or saga_compensate",
+            "saga_fail, saga_compensate or answer",
         )
 
 

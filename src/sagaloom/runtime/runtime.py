@@ -21,13 +21,13 @@ import socket
 from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 import msgspec
 
 from sagaloom.clock import Clock, SystemClock
 from sagaloom.codec import encode_any
-from sagaloom.definitions import SagaDefinition
+from sagaloom.definitions import QueryDefinition, SagaDefinition, SignalDefinition
 from sagaloom.describe import describe
 from sagaloom.engine.controls import CANCEL, PAUSE, RESUME, SKIP, TERMINATE, ControlType, control
 from sagaloom.engine.correlation import DefinitionSet, address
@@ -63,10 +63,18 @@ from sagaloom.runtime.feed import FeedHub, FeedWatch
 from sagaloom.runtime.lifeline import Lifeline
 from sagaloom.runtime.options import RuntimeOptions
 from sagaloom.runtime.pruner import Pruner
-from sagaloom.runtime.receipts import Outcome, PublishReceipt, PublishRejected
+from sagaloom.runtime.receipts import (
+    Outcome,
+    PublishReceipt,
+    PublishRejected,
+    QueryResult,
+    SignalReceipt,
+    UpdateReceipt,
+)
 from sagaloom.runtime.receiver import Receiver
 from sagaloom.runtime.repairs import Repairs, in_time
 from sagaloom.runtime.scheduler import Scheduler, ScheduleStatus
+from sagaloom.runtime.signals import Signals
 from sagaloom.runtime.timekeeper import Timekeeper
 from sagaloom.runtime.timers import WaitingTimer, waiting_timers
 from sagaloom.telemetry import TelemetryProviders, carried_trace, current_trace, find_providers
@@ -78,6 +86,7 @@ __all__ = ["RuntimeHealth", "SagaRuntime"]
 
 _log = logging.getLogger("sagaloom.runtime")
 _T = TypeVar("_T")
+_P = TypeVar("_P")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,6 +181,14 @@ class SagaRuntime:
             self._dispatcher,
             definitions=lambda: self.definitions,
             unknown=self._unknown,
+        )
+        self._signals = Signals(
+            store,
+            self.clock,
+            self.options,
+            self._receiver,
+            definitions=lambda: self.definitions,
+            watch=lambda saga_id, key: self.watch(saga_id=saga_id, key=key),
         )
 
     # ---------------------------------------------------------------- definitions and targets
@@ -430,6 +447,114 @@ class SagaRuntime:
         return SagaNotFound(
             f"no saga handles message type {message_type!r:.80}: known types are {', '.join(known[:20]) or 'none'}"
         )
+
+    # ---------------------------------------------------------------- speaking to one instance
+
+    @overload
+    async def signal(
+        self,
+        saga_id: str,
+        key: str,
+        signal: SignalDefinition[_P],
+        payload: _P,
+        *,
+        id: str | None = None,
+        run: int | None = None,
+    ) -> SignalReceipt: ...
+    @overload
+    async def signal(
+        self,
+        saga_id: str,
+        key: str,
+        signal: SignalDefinition[Any] | str,
+        payload: object = None,
+        *,
+        id: str | None = None,
+        run: int | None = None,
+    ) -> SignalReceipt: ...
+    async def signal(
+        self,
+        saga_id: str,
+        key: str,
+        signal: SignalDefinition[Any] | str,
+        payload: object = None,
+        *,
+        id: str | None = None,
+        run: int | None = None,
+    ) -> SignalReceipt:
+        """Says something to an instance, and answers once that is durable. It is applied in its turn, once however
+        often it comes under one `id`; a paused run gets it when it is resumed.
+
+        Without `run` it goes to the newest one. Raises `SagaNotFound`, `SignalNotFound`, `InstanceNotFound`,
+        `InstanceEnded` when the run is over, `MessageRejected` for a payload that its handler cannot take,
+        `IdempotencyKeyReused`, and `BackendUnavailable`.
+        """
+        self._refuse_if_not_running()
+        return await self._signals.signal(saga_id, key, signal, payload, id=id, run=run)
+
+    @overload
+    async def update(
+        self,
+        saga_id: str,
+        key: str,
+        update: SignalDefinition[_P],
+        payload: _P,
+        *,
+        id: str | None = None,
+        run: int | None = None,
+        wait: float | timedelta | None = None,
+    ) -> UpdateReceipt: ...
+    @overload
+    async def update(
+        self,
+        saga_id: str,
+        key: str,
+        update: SignalDefinition[Any] | str,
+        payload: object = None,
+        *,
+        id: str | None = None,
+        run: int | None = None,
+        wait: float | timedelta | None = None,
+    ) -> UpdateReceipt: ...
+    async def update(
+        self,
+        saga_id: str,
+        key: str,
+        update: SignalDefinition[Any] | str,
+        payload: object = None,
+        *,
+        id: str | None = None,
+        run: int | None = None,
+        wait: float | timedelta | None = None,
+    ) -> UpdateReceipt:
+        """Says something to an instance, and answers with what its handler has to say, when that is committed.
+
+        The answer is kept with the history: the same update under the same `id` gets the same one, from whatever
+        process. A wait that ends before (`wait` seconds, at most and by default those of the options) is answered with
+        `pending`, and the update goes on. Raises what `signal` raises, `UpdateRefused` when the handler says no, and
+        `UpdateFailed` when it was given up.
+        """
+        self._refuse_if_not_running()
+        return await self._signals.update(saga_id, key, update, payload, id=id, run=run, wait=wait)
+
+    @overload
+    async def query(self, saga_id: str, key: str, query: QueryDefinition[_P], *, run: int | None = None) -> _P: ...
+    @overload
+    async def query(self, saga_id: str, key: str, query: str, *, run: int | None = None) -> Any: ...
+    async def query(self, saga_id: str, key: str, query: QueryDefinition[Any] | str, *, run: int | None = None) -> Any:
+        """Asks an instance: what its query says of the newest committed state, of a run that is paused or over too.
+        Any process may answer, started or not.
+
+        Raises `SagaNotFound`, `QueryNotFound`, `InstanceNotFound`, `QueryFailed`, and `MessageRejected`
+        (`SAGA_INSTANCE_PENDING`) when the first message of the key has not been applied yet.
+        """
+        value, _ = await self._signals.query(saga_id, key, query, run=run)
+        return value
+
+    async def query_result(self, saga_id: str, key: str, query: str, *, run: int | None = None) -> QueryResult:
+        """What `query` says, as JSON, with the run and the revision that it says it of."""
+        _, result = await self._signals.query(saga_id, key, query, run=run)
+        return result
 
     # ---------------------------------------------------------------- looking
 

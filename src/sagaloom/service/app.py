@@ -19,6 +19,7 @@ from sagaloom.service.openapi import openapi_document
 from sagaloom.service.operating import add_operating
 from sagaloom.service.publishing import PublishRoute
 from sagaloom.service.reading import add_health, add_reading
+from sagaloom.service.talking import add_talking
 from sagaloom.service.timing import add_timing
 from sagaloom.web.app import create_web_app
 from sagaloom.web.bodies import BodyReader
@@ -82,6 +83,7 @@ def create_app(
     def add_routes(table: RouteTable) -> None:
         add_health(table, runtime)
         add_metrics(table, runtime)
+        add_talking(table, runtime, reader)
         add_reading(table, runtime)
         add_operating(table, runtime, reader)
         add_timing(table, runtime, reader)
