@@ -157,6 +157,9 @@ class KvSagaStore:
     0
     """
 
+    _keeps_indexes = True
+    """Whether rows of ours find runs and dead letters; a store that has indexes does it without."""
+
     def __init__(self, kv: KeyValue, *, presence: Presence | None = None) -> None:
         self._kv = kv
         self._tenure = Tenure(kv, presence)
@@ -342,7 +345,7 @@ class KvSagaStore:
         for _ in range(_ROUNDS_MAX):
             if doubted:
                 await self._beliefs.look_up(doubted, marks_there, dead_letters)
-            plan = Plan(is_careful=is_careful)
+            plan = Plan(indexes=self._keeps_indexes, is_careful=is_careful)
             plan.lost |= lost
             minded: set[int] = set()
             for index, unit in enumerate(units):
