@@ -45,7 +45,7 @@ from tests.crash.wire import Client
 from tests.crash.witness import Witness
 from tests.crash.worker import Waiting
 
-__all__ = ["ALL_AT_ONCE", "RANDOM", "STOPS", "CrashRun", "Report", "plan_kills", "plan_stops"]
+__all__ = ["ALL_AT_ONCE", "RANDOM", "STOPPED_DECIDED", "STOPS", "CrashRun", "Report", "plan_kills", "plan_stops"]
 
 RANDOM: Final = "at random"
 ALL_AT_ONCE: Final = "all at once"

@@ -145,8 +145,8 @@ class DatabasePlace(Place):
     """A store in a PostgreSQL of our own. The workers reach it through a pooler, we who look do not."""
 
     steps = WALK_STEPS
-    after_kill_seconds_max = LEASE_SECONDS / 2
-    """All are on one host, where the dead are told by their locks."""
+    after_kill_seconds_max = 3 * LEASE_SECONDS
+    """All are on one host, where the dead are told by their locks; but only by whoever can ask the database."""
     disasters = (RESTARTED, KILLED)
 
     def __init__(self, database: Postgres, pooler: PgBouncer) -> None:
