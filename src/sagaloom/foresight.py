@@ -20,7 +20,7 @@ import functools
 import inspect
 import linecache
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, cast
@@ -47,6 +47,8 @@ _HELPERS: Final[Mapping[object, EffectKind]] = {
     effects.saga_compensate: "compensate",
     effects.cancel_scheduled: "cancel_scheduled",
 }
+_HARMLESS: Final[tuple[object, ...]] = (effects.answer, list, tuple, sorted)
+"""What may stand where effects are returned and is none that leads anywhere; what lists are made of is read anyway."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -174,10 +176,11 @@ class _Reader:
         self.effects: list[ForeseenEffect] = []
         self.statuses: list[ForeseenStatus] = []
         self.blind_spots: list[BlindSpot] = []
-        self._read: set[tuple[_Function, tuple[tuple[str, str], ...]]] = set()
+        self._read: set[tuple[_Function, tuple[tuple[str, str], ...], bool]] = set()
 
-    def read(self, function: _Function, roles: Mapping[str, str], *, depth: int) -> None:
-        mark = (function, tuple(sorted(roles.items())))
+    def read(self, function: _Function, roles: Mapping[str, str], *, depth: int, gives_effects: bool = True) -> None:
+        """`gives_effects`: what it returns is what the handler returns, or part of it."""
+        mark = (function, tuple(sorted(roles.items())), gives_effects)
         if mark in self._read:
             return
         self._read.add(mark)
@@ -186,7 +189,7 @@ class _Reader:
         if node is None:
             self.blind_spots += _all_blind(place, f"the source of {function.__qualname__} is not there to be read")
             return
-        _FunctionReader(self, function, node, roles, depth).read()
+        _FunctionReader(self, function, node, roles, depth).read(gives_effects=gives_effects)
 
 
 class _FunctionReader:
@@ -201,19 +204,20 @@ class _FunctionReader:
         self._file = function.__code__.co_filename
         self._locals = _assigned_once(node)
         self._hidden = _bound_in(node) - self._locals.keys()
+        self._returning: set[int] = set()
+        """The calls whose answer is returned."""
 
-    def read(self) -> None:
-        body: Iterable[ast.AST] = [self._node.body] if isinstance(self._node, ast.Lambda) else self._node.body
-        for statement in body:
-            for found in ast.walk(statement):
-                if isinstance(found, ast.Call):
-                    self._call(found)
-                elif isinstance(found, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
-                    self._assignment(found)
-                elif isinstance(found, ast.Return) and found.value is not None:
-                    self._returned(found.value)
-        if isinstance(self._node, ast.Lambda):
-            self._returned(self._node.body)
+    def read(self, *, gives_effects: bool) -> None:
+        if gives_effects:
+            returned = [found.value for found in _inside(self._node) if isinstance(found, ast.Return)]
+            for value in [self._node.body] if isinstance(self._node, ast.Lambda) else returned:
+                if value is not None:
+                    self._returned(value)
+        for found in _inside(self._node):
+            if isinstance(found, ast.Call):
+                self._call(found)
+            elif isinstance(found, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
+                self._assignment(found)
 
     # -- effects
 
@@ -243,7 +247,7 @@ class _FunctionReader:
             for name, argument in given
             if isinstance(argument, ast.Name) and (role := self._roles.get(argument.id)) is not None
         }
-        self._reader.read(called, roles, depth=self._depth + 1)
+        self._reader.read(called, roles, depth=self._depth + 1, gives_effects=id(call) in self._returning)
 
     def _effect(self, kind: EffectKind, call: ast.Call) -> ForeseenEffect:
         place = self._place(call)
@@ -330,12 +334,13 @@ class _FunctionReader:
                 self._returned(first)
                 self._returned(second)
             case ast.Call():
+                self._returning.add(id(value))
                 called = self._value(value.func)
                 is_read = isinstance(called, types.FunctionType) and (
                     called in _HELPERS
                     or called.__module__.partition(".")[0] == self._function.__module__.partition(".")[0]
                 )
-                if not is_read and not (called in (list, tuple, sorted) and value.args):
+                if not is_read and not any(called is one for one in _HARMLESS):
                     self._blind(value, f"it returns what {ast.unparse(value.func)}(...) gives", "effects")
             case _:
                 pass

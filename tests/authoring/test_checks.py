@@ -10,6 +10,7 @@ import pytest
 from sagaloom import ALL_STEPS, define_saga, saga_compensate, saga_complete, saga_fail, schedule, send, spawn
 from sagaloom.checks import Finding, check_sagas
 from sagaloom.definitions import SagaDefinition
+from tests.examples.stories import STORIES
 
 
 def _nothing(saga: Any, event: Any, context: Any) -> list[Any]:
@@ -212,7 +213,7 @@ def test_nothing_is_concluded_from_what_was_not_seen() -> None:
     assert (found(saga), notes(saga)) == ([], ["not-seen"])
 
 
-@pytest.mark.parametrize("module", ["orders", "transfers", "subscriptions", "upgrade"])
+@pytest.mark.parametrize("module", STORIES)
 def test_our_examples_have_nothing_that_is_worse_than_a_note(module: str) -> None:
     import importlib
 
