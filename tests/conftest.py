@@ -12,10 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.schemas import schema, schema_of_the_session
 from tests.servers.finding import KINDS, found_or_skipped
 
+__all__ = ["schema", "schema_of_the_session"]
+
 GROUPS = (
-    *("core", "authoring", "servers", "stores", "queues", "runtime", "publisher", "doors", "workers", "telemetry"),
+    *("core", "authoring", "servers", "stores", "queues", "runtime", "publisher", "doors", "workers"),
+    *("middleware", "telemetry"),
     *("crash", "typing", "examples", "bugs"),
 )
 

@@ -11,13 +11,12 @@ import contextlib
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 from sagaloom.cli.server import address_of, serving, stop_signals
 from sagaloom.process import calm_gc
 from sagaloom.process import run as run_process
-from sagaloom.settings import DoorSettings
+from sagaloom.settings import DoorSettings, StorePlace
 from sagaloom.workers.handlers import JobDefinition
 
 __all__ = ["JobsPlan", "run"]
@@ -32,7 +31,7 @@ class JobsPlan:
     settings: DoorSettings
     listener: socket.socket
     jobs: Sequence[JobDefinition[Any]]
-    kv_path: Path
+    place: StorePlace
     concurrency: int
     announce: Callable[[str], None]
 
@@ -48,7 +47,9 @@ async def _serve(plan: JobsPlan) -> None:
     async with contextlib.AsyncExitStack() as stack:
         stopping = stack.enter_context(stop_signals())
         options = JobOptions(concurrency=plan.concurrency, drain_seconds=_DRAIN_SECONDS)
-        runtime = await stack.enter_async_context(start_jobs(plan.jobs, path=plan.kv_path, options=options))
+        runtime = await stack.enter_async_context(
+            start_jobs(plan.jobs, path=plan.place.kv_path, url=plan.place.url, options=options)
+        )
         app = create_jobs_app(
             runtime, token=plan.settings.bearer, requests_per_second=plan.settings.requests_per_second
         )

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sagaloom.composition import DurableSagaRuntime, create_durable_saga_runtime, open_saga_runtime_kv
     from sagaloom.discovery import resolve_saga_store_backend
     from sagaloom.publisher import HttpSagaPublisherOptions, create_saga_publisher, create_sync_saga_publisher
-    from sagaloom.stores import KvSagaStore
+    from sagaloom.stores import KvSagaStore, SqlSagaStore
 
 __all__ = [
     "DurableSagaRuntime",
@@ -41,6 +41,7 @@ __all__ = [
     "SagaStorePort",
     "ScheduleStatus",
     "SignalReceipt",
+    "SqlSagaStore",
     "UpdateReceipt",
     "WaitingTimer",
     "create_durable_saga_runtime",
@@ -55,6 +56,7 @@ _ELSEWHERE: Final = {
     "DurableSagaRuntime": "sagaloom.composition",
     "HttpSagaPublisherOptions": "sagaloom.publisher",
     "KvSagaStore": "sagaloom.stores",
+    "SqlSagaStore": "sagaloom.stores",
     "create_durable_saga_runtime": "sagaloom.composition",
     "create_saga_publisher": "sagaloom.publisher",
     "create_sync_saga_publisher": "sagaloom.publisher",
