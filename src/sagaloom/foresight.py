@@ -129,8 +129,9 @@ def place_of(function: Callable[..., object]) -> Place:
 
 
 @functools.lru_cache(maxsize=1024)
-def foresee(handler: Callable[..., object]) -> Foresight:
-    """What `handler`, which takes (saga, event, context), may do.
+def foresee(handler: Callable[..., object], status_field: str = "status") -> Foresight:
+    """What `handler`, which takes (saga, event, context), may do. `status_field` is the field of its state that a
+    business status stands in.
 
     >>> from sagaloom import send
     >>> def placed(saga, event, context):
@@ -142,7 +143,7 @@ def foresee(handler: Callable[..., object]) -> Foresight:
     place = place_of(handler)
     if function is None:
         return Foresight(place, blind_spots=_all_blind(place, f"{handler!r:.80} is no function that could be read"))
-    reader = _Reader()
+    reader = _Reader(status_field)
     parameters = list(inspect.signature(function).parameters)
     if inspect.ismethod(handler):
         parameters = parameters[1:]
@@ -172,7 +173,8 @@ _UNKNOWN: Final = _Unknown()
 class _Reader:
     """Reads a handler and the functions it calls, and collects."""
 
-    def __init__(self) -> None:
+    def __init__(self, status_field: str) -> None:
+        self.status_field = status_field
         self.effects: list[ForeseenEffect] = []
         self.statuses: list[ForeseenStatus] = []
         self.blind_spots: list[BlindSpot] = []
@@ -197,6 +199,7 @@ class _FunctionReader:
 
     def __init__(self, reader: _Reader, function: _Function, node: _Node, roles: Mapping[str, str], depth: int) -> None:
         self._reader = reader
+        self._status_field = reader.status_field
         self._function = function
         self._node = node
         self._roles = roles
@@ -230,7 +233,7 @@ class _FunctionReader:
             self._follow(called, call)
         elif isinstance(call.func, ast.Attribute) and call.func.attr == "update" and self._is_state(call.func.value):
             for keyword in call.keywords:
-                if keyword.arg == "status":
+                if keyword.arg == self._status_field:
                     self._status(keyword.value)
             for argument in call.args:
                 self._state(argument, keeps=True)
@@ -357,11 +360,13 @@ class _FunctionReader:
                     self._state(found.value, keeps=True)
                 else:
                     self._state(found.value)
-            elif isinstance(target, ast.Attribute) and self._is_state(target.value) and target.attr == "status":
+            elif (
+                isinstance(target, ast.Attribute) and self._is_state(target.value) and target.attr == self._status_field
+            ):
                 self._status(found.value)
             elif isinstance(target, ast.Subscript) and self._is_state(target.value):
                 name = self._value(target.slice)
-                if name == "status":
+                if name == self._status_field:
                     self._status(found.value)
                 elif not isinstance(name, str):
                     self._blind(target, "which field of the state it sets is computed", "status")
@@ -384,8 +389,8 @@ class _FunctionReader:
                 self._state(right, keeps=True)
             case ast.Dict():
                 fields = self._fields(node)
-                if "status" in fields:
-                    self._status(fields["status"])
+                if self._status_field in fields:
+                    self._status(fields[self._status_field])
                 elif not keeps and not any(
                     key is None and self._is_state(value) for key, value in zip(node.keys, node.values, strict=True)
                 ):
@@ -399,8 +404,8 @@ class _FunctionReader:
 
     def _made_state(self, call: ast.Call, *, keeps: bool) -> None:
         named = {one.arg: one.value for one in call.keywords}
-        if "status" in named:
-            self._status(named["status"])
+        if self._status_field in named:
+            self._status(named[self._status_field])
             return
         if call.args and self._is_state(call.args[0]) and None not in named:
             return  # replace(saga.state, other=...)
@@ -416,9 +421,9 @@ class _FunctionReader:
             except (TypeError, ValueError):
                 parameters = []
             names = [parameter.name for parameter in parameters]
-            if parameters and "status" not in names:
+            if parameters and self._status_field not in names:
                 return  # A state without a status sets none.
-            number = names.index("status") if parameters else -1
+            number = names.index(self._status_field) if parameters else -1
             if 0 <= number < len(call.args):
                 self._status(call.args[number])
                 return
