@@ -22,9 +22,9 @@ from sagaloom import (
 from sagaloom.errors import BackendUnavailable
 from sagaloom.kv.sqlite import SqliteKeyValue
 from sagaloom.runtime.receipts import PublishReceipt, PublishRejected
-from tests.runtime.conftest import Bench
+from tests.runtime.conftest import STORES, Bench
 
-pytestmark = pytest.mark.anyio
+__all__ = ["STORES"]
 
 
 def _note(saga: Any, event: Any, context: Any) -> list[Any]:

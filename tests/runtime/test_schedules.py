@@ -22,9 +22,10 @@ from sagaloom.runtime.scheduler import ScheduleStatus
 from sagaloom.testing.clock import ManualClock
 from sagaloom.testing.faults import Cut
 from sagaloom.testing.memory_store import MemoryStore
-from tests.runtime.conftest import Bench, Life
+from tests.runtime.conftest import STORES, Bench, Life
 
-pytestmark = pytest.mark.anyio
+__all__ = ["STORES"]
+
 
 HOUR = timedelta(hours=1)
 NEW_YEAR = datetime(2026, 1, 1, tzinfo=UTC)
