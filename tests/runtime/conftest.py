@@ -111,6 +111,18 @@ class Bench:
         presence = PostgresPresence(rows.database, lease_seconds=lease_seconds, files=files)
         return SqlSagaStore(rows, presence=presence), rows
 
+    async def damage(self, pk: int, run: int) -> None:
+        """Makes the state of a run unreadable."""
+        if self.schema is None:
+            kv = await SqliteKeyValue.open(self.path)
+            await kv.commit(puts=[(("state", pk, run), b"\xc1 no record")])
+            await kv.close()
+        else:
+            connection = await self.schema.connect()
+            changed = "UPDATE saga_runtime_state SET v = $3 WHERE pk = $1 AND run = $2"
+            await connection.execute(changed, pk, run, b"\xc1 no record")
+            await connection.close()
+
     async def die(self, life: Life) -> None:
         """Ends a life as a kill would: nothing is drained."""
         await life.runtime.abandon()
@@ -141,7 +153,8 @@ STORES = ("sqlite", "postgres")
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     stores = getattr(metafunc.module, "STORES", None)
-    if stores is not None and "store_kind" in metafunc.fixturenames:
+    chosen = any("store_kind" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    if stores is not None and "store_kind" in metafunc.fixturenames and not chosen:
         marks = {"postgres": (pytest.mark.server("postgres"),)}
         metafunc.parametrize("store_kind", [pytest.param(each, marks=marks.get(each, ())) for each in stores])
 

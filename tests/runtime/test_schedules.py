@@ -363,6 +363,7 @@ def hourly_counter() -> SagaDefinition[Any]:
     )
 
 
+@pytest.mark.parametrize("store_kind", ["sqlite"])  # thousands of commits, one after the other
 async def test_a_year_of_hourly_ticks_with_kills_is_applied_once_each(bench: Bench) -> None:
     saga = hourly_counter()
     overdue: list[timedelta] = []
@@ -385,6 +386,7 @@ async def test_a_year_of_hourly_ticks_with_kills_is_applied_once_each(bench: Ben
     assert json.loads(instance.state) == {"count": 8760, "gaps": 0, "last": "2027-01-01T00:00:00+00:00"}
 
 
+@pytest.mark.parametrize("store_kind", ["sqlite"])  # thousands of commits, one after the other
 async def test_a_year_of_hourly_ticks_over_two_processes_with_kills_is_applied_once_each(bench: Bench) -> None:
     saga = hourly_counter()
     lives = [await bench.live(saga), await bench.live(saga)]
