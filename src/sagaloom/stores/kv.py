@@ -24,7 +24,8 @@ How a commit works:
    and what the units before it changed. A unit that does not fit is left out with its conflict, and so are the later
    units of the same instance, which were decided on top of it. Everything is encoded here, so that a value that cannot
    be stored is refused as the fault of its own unit.
-2. What planning needs and is not in memory is read first, in one read.
+2. A unit that does not fit what is in memory, or of which memory does not know enough, is doubted: its rows are read,
+   all in one read, and the batch is planned once more.
 3. The rest is one key-value commit. It checks the member row of its writer, the versionstamp of each head that it
    replaces, and the absence of each mark, new head, new run and new history row; while there are others, also that
    nothing has arrived in the partitions it applies messages of. A failed check is news: it is read, and the batch
@@ -89,7 +90,6 @@ from sagaloom.stores.planning import (
     Beliefs,
     Plan,
     brings_only,
-    check_size,
     consumed_row,
     decided_key,
     doubt,
@@ -97,7 +97,6 @@ from sagaloom.stores.planning import (
     refused,
 )
 from sagaloom.stores.rows import (
-    FEED_KEY,
     decode_cursor,
     decode_dead_letter,
     decode_definition,
@@ -340,11 +339,13 @@ class KvSagaStore:
         member = member_key(lease.holder)
         arrived = 0
         marks_there: set[Key] = set()
+        dead_letters: dict[str, tuple[DeadLetter, int]] = {}
         doubted: list[Key] = []
-        looked_twice = False
+        looked_twice = is_careful = False
         for _ in range(_ROUNDS_MAX):
-            dead_letters = await self._beliefs.read_unknown(units, doubted, marks_there)
-            plan = Plan(indexes=self._keeps_indexes)
+            if doubted:
+                await self._beliefs.look_up(doubted, marks_there, dead_letters)
+            plan = Plan(indexes=self._keeps_indexes, is_careful=is_careful)
             plan.lost |= lost
             minded: set[int] = set()
             for index, unit in enumerate(units):
@@ -374,12 +375,19 @@ class KvSagaStore:
                     plan.lost.add(pk_of(unit))
             if plan.conflicts and not looked_twice:
                 looked_twice = True
-                doubted = [key for index in plan.conflicts for key in doubt(units[index])]
+                doubted = list({key: None for index in plan.conflicts for key in doubt(units[index])})
                 if doubted:
                     continue
 
+            try:
+                events = plan.seal()
+            except (TypeError, ValueError, OverflowError):
+                if is_careful:
+                    raise
+                is_careful = True
+                continue
             plan.checks += tenure.arrival_checks(minded)
-            done = await self._write(plan, member)
+            done = await self._write(plan, events, member)
             if isinstance(done, Committed):
                 tenure.nothing_arrived(minded)
                 lost |= plan.lost
@@ -400,10 +408,10 @@ class KvSagaStore:
                     doubted.append(key)
         raise BackendUnavailable(f"{self._kv.name}: somebody without the lease keeps changing the rows of this batch")
 
-    async def _write(self, plan: Plan, member: Key) -> Committed | Conflicted:
+    async def _write(self, plan: Plan, events: int, member: Key) -> Committed | Conflicted:
         """One key-value commit for `plan`, and what is learnt from it."""
         tenure = self._tenure
-        if not plan.writes and not plan.inserts and not plan.feed_count:
+        if not plan.writes and not plan.inserts:
             row = await self._kv.get(member)
             if row is None or row.versionstamp != tenure.stamp:
                 return Conflicted((member,))
@@ -425,11 +433,8 @@ class KvSagaStore:
             puts += [(("arrivals", part), b"") for part in set(plan.inbox) - tenure.parts]
         if plan.outbox:
             reserve["outbox"] = len(plan.outbox)
-        if plan.feed_count:
-            reserve["feed"] = plan.feed_count
-            feed = encode(plan.feed)
-            check_size(len(feed))
-            inserts.append((FEED_KEY, feed))
+        if events:
+            reserve["feed"] = events
         done = await self._commit_kv(
             checks=[Check(member, tenure.stamp), *plan.checks],
             inserts=inserts,

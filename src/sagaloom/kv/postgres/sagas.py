@@ -34,7 +34,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
-from typing import Final
+from typing import Any, Final
 
 from sagaloom.errors import BackendUnavailable
 from sagaloom.kv.packing import pack, table_of
@@ -513,10 +513,21 @@ def _batch_of(
                 batch.letters_gone.append((letter,))
             case _:
                 raise NotImplementedError(f"a commit of saga rows does not delete {key!r}")
-    # In one order, so that of two commits that want the same rows none waits for the other.
+    # In one order, so that no two commits that want the same rows wait for each other. Heads that will be changed are
+    # locked together with those that are checked: the holder changes what somebody else, who brings, checks.
     batch.parts = sorted(parts.items())
-    batch.head_checks.sort()
+    checked = {hashed for hashed, _ in batch.head_checks}
+    batch.head_checks += [(row[0], None) for row in batch.heads if row[0] not in checked]
+    batch.head_checks.sort(key=_first)
+    batch.letter_checks.sort()
+    batch.marks.sort()
+    batch.heads_new = dict(sorted(batch.heads_new.items()))
+    batch.sagas_seen.sort()
     return batch
+
+
+def _first(row: tuple[object, ...]) -> Any:
+    return row[0]
 
 
 def _typed(key: Key, width: int) -> tuple[object, ...]:

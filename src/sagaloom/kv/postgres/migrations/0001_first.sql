@@ -359,7 +359,7 @@ BEGIN
         CROSS JOIN LATERAL (
             SELECT h.s FROM @schema@.saga_runtime_correlation h WHERE h.key_hash = c.hash FOR NO KEY UPDATE
         ) h
-        WHERE h.s = c.s;
+        WHERE h.s = c.s OR c.s IS NULL; -- without a versionstamp it is only locked
         IF v_count <> cardinality(p_head_check_hash) THEN
             outcome := 'checks';
             RETURN;
