@@ -342,6 +342,46 @@ def instances_show(
         _print_one(api.get(instance_path(saga, key), run=run), as_json=as_json)
 
 
+@instances_app.command("children")
+def instances_children(
+    saga: Saga,
+    key: Key,
+    run: Run = None,
+    status: Annotated[
+        str, typer.Option("--status", help="live, or how they ended: completed, failed, cancelled.")
+    ] = "live",
+    limit: Limit = 50,
+    cursor: Annotated[str | None, typer.Option("--cursor", help="The next page, as the page before named it.")] = None,
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """List what an instance has spawned, in that order, and count it."""
+    from sagaloom.cli.output import print_json, print_table
+
+    with ApiClient(url, token) as api:
+        answer = api.get(f"{instance_path(saga, key)}/children", run=run, status=status, limit=limit, cursor=cursor)
+    if as_json:
+        print_json(answer)
+        return
+    print_table(
+        ("instance", "status", "with its parent", "spawned", "ended"),
+        [
+            (
+                one.get("instanceId", f"{one['sagaName']}: a dead letter"),
+                one["status"],
+                one["onParentCancel"],
+                one["spawnedAt"],
+                one.get("endedAt"),
+            )
+            for one in answer["children"]
+        ],
+        empty=f"no {status} children",
+    )
+    print(", ".join(f"{count} {name}" for name, count in answer["counts"].items()))
+    _print_next_page(answer)
+
+
 @instances_app.command("history")
 def instances_history(
     saga: Saga,

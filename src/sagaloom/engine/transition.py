@@ -206,7 +206,7 @@ class Transition(Ledger):
         """All that a step changes, to `roll_back` to."""
         return (
             (self.state, self.status, self.reason, self.result, self.applied, self.is_current_undone, self.undoing),
-            (self._position, self._bytes, self.timers, self.timers_ended, self.open_timers),
+            (self._position, self._bytes, self.spawned, self.timers, self.timers_ended, self.open_timers),
             (len(self._steps), len(self.effects), len(self.outgoing)),
         )
 
@@ -214,7 +214,7 @@ class Transition(Ledger):
         """Takes back whatever came after `savepoint`. Positions are given out anew: what had them was not written."""
         run, ledger, (steps, effects, outgoing) = to
         self.state, self.status, self.reason, self.result, self.applied, self.is_current_undone, self.undoing = run
-        self._position, self._bytes, self.timers, self.timers_ended, self.open_timers = ledger
+        self._position, self._bytes, self.spawned, self.timers, self.timers_ended, self.open_timers = ledger
         del self._steps[steps:]
         del self.effects[effects:]
         del self.outgoing[outgoing:]

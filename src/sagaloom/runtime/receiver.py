@@ -44,8 +44,10 @@ from sagaloom.clock import Clock
 from sagaloom.engine.controls import ends_pause
 from sagaloom.engine.correlation import DefinitionSet, dead_letter_id, route
 from sagaloom.engine.decide import DecideContext, decide, steer
+from sagaloom.engine.families import CANCEL_CHILDREN, child_spawned
 from sagaloom.engine.lifecycle import is_terminal
 from sagaloom.engine.records import (
+    Child,
     DeadLetter,
     Decision,
     Envelope,
@@ -86,7 +88,8 @@ __all__ = ["DISCARD", "REDRIVE", "Receiver", "Work"]
 
 REDRIVE: Final = "saga:redrive"
 DISCARD: Final = "saga:discard"
-_REPAIRS: Final = frozenset((REDRIVE, DISCARD))
+_CARRIED_OUT: Final = frozenset((REDRIVE, DISCARD, CANCEL_CHILDREN))
+"""What operators ask of the process that holds a partition, without a decision."""
 
 _log = logging.getLogger("sagaloom.receiver")
 _PKS_AT_ONCE = 1_000
@@ -340,7 +343,7 @@ class Receiver:
                 unit = unit_of_accept(delivery, head, known.head)
                 newest[key] = Hot(head, known.instance)
                 step = _Planned(delivery, unit, None, None)
-            elif envelope.origin == "operator" and envelope.type in _REPAIRS:
+            elif envelope.origin == "operator" and envelope.type in _CARRIED_OUT:
                 self._on_repair(delivery)
                 continue
             elif (holds_some and self._backlog.is_held(delivery)) or (key in holding and not delivery.passes):
@@ -408,7 +411,7 @@ class Receiver:
             return Decision("pending", missing, retry_at=now + _UNKNOWN_AGAIN, error=missing, spends_attempt=False)
         if definition is None or corrupt is not None or delivery.refusal is not None:
             return _give_up(envelope, now, corrupt or delivery.refusal or _vanished(envelope.saga_id))
-        if not definition.about.enabled and envelope.origin != "operator":
+        if not definition.about.enabled and envelope.origin not in ("operator", "parent"):
             why = f"saga {envelope.saga_id!r} is disabled by its configuration"
             return Decision("pending", why, retry_at=now + _UNKNOWN_AGAIN, error=why, spends_attempt=False)
         typed, delivery.typed = delivery.typed, None
@@ -441,8 +444,12 @@ class Receiver:
             head = msgspec.structs.replace(head, awaits_start=waits)
         cascaded: list[Envelope] = list(decision.follow_ups)
         dead_letters: list[DeadLetter] = []
+        children: list[Child] = []
         for outgoing in decision.outgoing:
             routed = route(definitions, outgoing, now=now)
+            if outgoing.kind == "spawn":
+                child_key = routed.envelopes[0].key if routed.envelopes else ""
+                children.append(child_spawned(outgoing, child_key, now))
             cascaded.extend(routed.envelopes)
             dead_letters.extend(routed.dead_letters)
         unit = unit_of_decision(
@@ -454,6 +461,8 @@ class Receiver:
             cascaded=cascaded,
             dead_letters=dead_letters,
         )
+        if children or decision.child_end is not None:
+            unit = msgspec.structs.replace(unit, children_add=tuple(children), child_done=decision.child_end)
         newest, hot = known.instance, None
         if head_before is not None or unit.head is not None:
             hot = Hot(head, instance if instance is not None and instance.run == head.run else newest)

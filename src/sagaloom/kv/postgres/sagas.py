@@ -12,6 +12,7 @@ the other.
     outbox       saga_runtime_outbox        partition, number
     timer        saga_runtime_timer         due, id
     dead_letter  saga_runtime_dead_letter   id
+    child        saga_runtime_child         parent's pk, run, status, place
     arrivals     saga_runtime_arrivals      partition
     feed         saga_runtime_feed          written only; read by number
 
@@ -40,6 +41,7 @@ from sagaloom.errors import BackendUnavailable
 from sagaloom.kv.packing import pack, table_of
 from sagaloom.kv.postgres.batch import COMMIT, SagaBatch
 from sagaloom.kv.postgres.columns import (
+    child_row,
     entry_row,
     head_changes,
     head_row,
@@ -70,6 +72,7 @@ _COLUMNS: Final[dict[str, tuple[tuple[str, str], ...]]] = {
     "outbox": (("part", "int"), ("seq", "bigint")),
     "timer": (("due", "bigint"), ("id", "text")),
     "dead_letter": (("id", "text"),),
+    "child": (("pk", "bigint"), ("parent_run", "int"), ("status", "int"), ("revision", "int"), ("position", "int")),
     "arrivals": (("part", "int"),),
 }
 _VALUE: Final = {"arrivals": "''::bytea"}
@@ -495,6 +498,8 @@ def _batch_of(
                 batch.inbox.append(inbox_changes(part, seq, value))
             case ("dead_letter", str(letter)):
                 batch.letters.append(letter_row(letter, value))
+            case ("child", int(pk), int(run), int(status), int(revision), int(position)):
+                batch.children.append(child_row((pk, run, status, revision, position), value))
             case ("arrivals", int(part)):
                 batch.part_puts.append((part,))
                 parts.setdefault(part, None)
@@ -512,6 +517,8 @@ def _batch_of(
                 batch.timers_gone.append((due, timer))
             case ("dedupe", int(pk), bytes(hashed)):
                 batch.marks_gone.append((pk, hashed))
+            case ("child", *place):
+                batch.children_gone.append(tuple(place))
             case ("dead_letter", str(letter)):
                 batch.letters_gone.append((letter,))
             case _:
