@@ -22,14 +22,16 @@ def sagaloom(*arguments: str, **environment: str) -> subprocess.CompletedProcess
     )
 
 
-def test_an_upgrade_makes_the_tables_and_the_status_tells_their_version(schema: Schema) -> None:
+async def test_an_upgrade_makes_the_tables_and_the_status_tells_their_version(schema: Schema) -> None:
     address = f"{schema.server_url}?schema={schema.name}_cli"
 
     before = sagaloom("db", "status", DATABASE_URL=address)
     upgraded = sagaloom("db", "upgrade", "--json", DATABASE_URL=address)
     again = sagaloom("db", "upgrade", "--json", DATABASE_URL=address)
     after = sagaloom("db", "status", "--json", DATABASE_URL=address)
-    subprocess.run(["psql", "-qc", f"DROP SCHEMA {schema.name}_cli CASCADE", schema.server_url], check=True)
+    connection = await schema.connect()
+    await connection.execute(f"DROP SCHEMA {schema.name}_cli CASCADE")
+    await connection.close()
 
     assert before.returncode == 1
     assert "run sagaloom db upgrade" in before.stderr
