@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from sagaloom.codec import Codec
-from sagaloom.definitions import RetryPolicy, SagaDefinition, SchedulePolicy
+from sagaloom.definitions import HandlerBinding, RetryPolicy, SagaDefinition, SchedulePolicy
 from sagaloom.graph import graph_of
 
 __all__ = ["describe"]
@@ -44,7 +44,13 @@ def describe(definition: SagaDefinition[Any]) -> dict[str, Any]:
         "version": definition.version,
         "durabilityTier": definition.durability,
         "handledMessageTypes": [
-            {"type": one.type, "starts": one.starts, "onMissing": one.on_missing, "schema": _schema(one.codec)}
+            {
+                "type": one.type,
+                "starts": one.starts,
+                "onMissing": one.on_missing,
+                "schema": _schema(one.codec),
+                **_conditions(one),
+            }
             for one in handlers
         ],
         "compensations": [{"type": one.type, "schema": _schema(one.codec)} for one in compensations],
@@ -53,6 +59,8 @@ def describe(definition: SagaDefinition[Any]) -> dict[str, Any]:
         "signals": [{"name": one.type, "schema": _schema(one.codec)} for one in definition.signals.values()],
         "updates": [{"name": one.type, "schema": _schema(one.codec)} for one in definition.updates.values()],
         "queries": [{"name": one.name, "schema": _schema(one.codec)} for one in definition.queries.values()],
+        "joins": [list(one.codecs) for one in definition.joins],
+        "statusField": definition.status_field,
         "retry": _retry(definition.retry),
         "concurrency": concurrency and {"limit": concurrency.limit, "onLimit": concurrency.on_limit},
         "schedule": _schedule(definition.schedule),
@@ -76,6 +84,16 @@ def describe(definition: SagaDefinition[Any]) -> dict[str, Any]:
 
 def _schema(codec: Codec[Any]) -> dict[str, Any]:
     return dict(codec.json_schema())
+
+
+def _conditions(binding: HandlerBinding) -> dict[str, Any]:
+    """When a type is handled, for one that is not always."""
+    conditions: dict[str, Any] = {}
+    if binding.during is not None:
+        conditions |= {"during": list(binding.during), "onUnexpected": binding.on_unexpected}
+    if binding.on_missing == "wait":
+        conditions["patience"] = _milliseconds(binding.patience)
+    return conditions
 
 
 def _schedule(policy: SchedulePolicy | None) -> dict[str, Any] | None:

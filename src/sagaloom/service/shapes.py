@@ -964,6 +964,13 @@ class HandledTypeView(_Shape, frozen=True, kw_only=True):
     starts: bool
     on_missing: str
     schema: Mapping[str, Any]
+    during: Annotated[
+        Sequence[str] | UnsetType, Meta(description="The business statuses it is handled in, when not in all.")
+    ] = UNSET
+    on_unexpected: Annotated[str | UnsetType, Meta(description="What becomes of it in any other status.")] = UNSET
+    patience: Annotated[
+        int | UnsetType, Meta(description="How long it waits for its instance, in milliseconds, with onMissing `wait`.")
+    ] = UNSET
 
 
 class CompensationView(_Shape, frozen=True, kw_only=True):
@@ -1074,6 +1081,8 @@ class SagaView(_Shape, frozen=True, kw_only=True):
     signals: Sequence[SignalView]
     updates: Sequence[SignalView]
     queries: Sequence[QueryView]
+    joins: Annotated[Sequence[Sequence[str]], Meta(description="Message types that one handler waits for together.")]
+    status_field: Annotated[str, Meta(description="The field of the state that holds the business status.")]
     retry: RetryView
     concurrency: ConcurrencyView | None
     schedule: ScheduleView | None
