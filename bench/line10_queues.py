@@ -1,5 +1,5 @@
-"""Line 10: queues with 64 in flight, each message acknowledged after its own handler and recovered after a kill. Against
-the best peer on Redis and on PostgreSQL, and against a bare loop with the same driver elsewhere.
+"""Line 10: queues with 64 in flight, each message acknowledged after its own handler and recovered after a kill.
+Against the best peer on Redis and on PostgreSQL, and a bare loop with the same driver elsewhere.
 
 The clock runs from the moment at which a filled queue is listened to until the last handler has run. Handlers do
 nothing, so that what is measured is the queue. Both sides take turns, and of the rounds the best of each counts.
