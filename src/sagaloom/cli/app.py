@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sagaloom.cli.client import DEFAULT_URL, ApiClient, CommandFailed, instance_path
+from sagaloom.cli.evolving import add_saga_commands
 from sagaloom.cli.jobs import jobs_app
 from sagaloom.cli.operating import add_dead_letter_commands, add_instance_commands
 from sagaloom.cli.options import AsJson, Host, Insecure, Key, Limit, Run, Saga, Token, Topic, Url
@@ -277,7 +278,7 @@ def sagas_list(
                 one["topic"],
                 one["version"],
                 one["durabilityTier"],
-                "yes" if one["enabled"] else "no",
+                ("paused" if one["paused"] else "yes") if one["enabled"] else "no",
                 ", ".join(handled["type"] for handled in one["handledMessageTypes"]),
             )
             for one in answer["sagas"]
@@ -441,6 +442,7 @@ def instances_watch(
 
 
 add_instance_commands(instances_app)
+add_saga_commands(app, sagas_app)
 
 
 def _effect_text(effect: Mapping[str, Any]) -> str:
