@@ -122,7 +122,7 @@ def _add_saga_controls(table: RouteTable, runtime: SagaRuntime, reader: BodyRead
         definition = runtime.definitions.get(change.standing.saga_id)
         if definition is None:
             raise SagaNotFound(
-                f"saga {change.standing.saga_id!r} stands as asked for, but it is not loaded here: there is nothing to show"
+                f"saga {change.standing.saga_id!r} stands as asked for, but is not loaded here: there is nothing to show"
             )
         control = shapes.ControlView(
             disposition="applied" if change.has_changed else "ignored",
