@@ -121,9 +121,8 @@ def _add_saga_controls(table: RouteTable, runtime: SagaRuntime, reader: BodyRead
     def show(change: StandingChange) -> Response:
         definition = runtime.definitions.get(change.standing.saga_id)
         if definition is None:
-            raise SagaNotFound(
-                f"saga {change.standing.saga_id!r} stands as asked for, but is not loaded here: there is nothing to show"
-            )
+            saga_id = change.standing.saga_id
+            raise SagaNotFound(f"it was done, but saga {saga_id!r} is not loaded here: there is nothing to show")
         control = shapes.ControlView(
             disposition="applied" if change.has_changed else "ignored",
             reason=UNSET if change.reason is None else change.reason,
