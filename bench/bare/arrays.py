@@ -26,21 +26,25 @@ NUMBERS = "SELECT max(nextval('saga_runtime_outbox_number')) FROM generate_serie
 HEADS = """INSERT INTO saga_runtime_correlation SELECT h, 'bench-order', k, pk, part, 1, false, $5::timestamptz, v, 1
     FROM unnest($1::bytea[], $2::text[], $3::bigint[], $4::int[], $6::bytea[]) AS t(h, k, pk, part, v)"""
 NEW = """INSERT INTO saga_runtime_state SELECT pk, 1, 'bench-order', k, 'running', 1, s, NULL, NULL, 'OrderPlaced',
-    false, $4::timestamptz, $4, NULL, v FROM unnest($1::bigint[], $2::text[], $3::text[], $5::bytea[]) AS t(pk, k, s, v)"""
-CHANGED = """UPDATE saga_runtime_state t SET revision = $2::int, status = $3, state = c.s, updated_at = $5::timestamptz, v = c.v
+    false, $4::timestamptz, $4, NULL, v
+    FROM unnest($1::bigint[], $2::text[], $3::text[], $5::bytea[]) AS t(pk, k, s, v)"""
+CHANGED = """UPDATE saga_runtime_state t
+    SET revision = $2::int, status = $3, state = c.s, updated_at = $5::timestamptz, v = c.v
     FROM unnest($1::bigint[], $4::text[], $6::bytea[]) AS c(pk, s, v)
     WHERE t.pk = c.pk AND t.run = 1 AND t.revision = $2 - 1"""
 ENTRIES = """INSERT INTO saga_runtime_transition SELECT pk, 1, $2::int, $2, 'applied', 'OrderPlaced', i, 'running',
     NULL, $4::timestamptz, v FROM unnest($1::bigint[], $3::text[], $5::bytea[]) AS t(pk, i, v)"""
 MARKS = "INSERT INTO saga_runtime_dedupe SELECT * FROM unnest($1::bigint[], $2::bytea[], $3::bytea[])"
 EFFECTS = """INSERT INTO saga_runtime_outbox SELECT part, seq, 'bench-order', k, 1, 'bench:payments', e, 0, NULL,
-    $5::timestamptz, NULL, NULL, v FROM unnest($1::int[], $2::bigint[], $3::text[], $4::text[], $6::bytea[]) AS t(part, seq, k, e, v)"""
+    $5::timestamptz, NULL, NULL, v
+    FROM unnest($1::int[], $2::bigint[], $3::text[], $4::text[], $6::bytea[]) AS t(part, seq, k, e, v)"""
 SETTLED = """DELETE FROM saga_runtime_outbox t USING unnest($1::int[], $2::bigint[]) AS g(part, seq)
     WHERE t.part = g.part AND t.seq = g.seq"""
 FEED = "INSERT INTO saga_runtime_feed (base, n, v) VALUES ($1, $2, $3)"
 HEAD = "UPDATE saga_runtime_feed_head SET next = next + $1"
 INBOX = """INSERT INTO saga_runtime_inbox SELECT part, seq, 'bench-order', k, 'OrderPlaced', i, 0, NULL,
-    $5::timestamptz, NULL, v FROM unnest($1::int[], $2::bigint[], $3::text[], $4::text[], $6::bytea[]) AS t(part, seq, k, i, v)"""
+    $5::timestamptz, NULL, v
+    FROM unnest($1::int[], $2::bigint[], $3::text[], $4::text[], $6::bytea[]) AS t(part, seq, k, i, v)"""
 TAKEN = """DELETE FROM saga_runtime_inbox t USING unnest($1::int[], $2::bigint[]) AS g(part, seq)
     WHERE t.part = g.part AND t.seq = g.seq"""
 
