@@ -21,7 +21,7 @@ from typing import Any, cast
 
 from sagaloom.errors import ConfigurationError
 
-__all__ = ["ModuleKind", "attribute_of", "import_named", "modules_named"]
+__all__ = ["ModuleKind", "attribute_of", "import_named", "module_at", "modules_named"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +71,12 @@ def import_named(kind: ModuleKind, name: str, *, directory: Path | None = None) 
         sys.path.insert(0, str(folder))
     module_name, attribute = _split(name)
     return _import(kind.label, module_name, folder), attribute
+
+
+def module_at(name: str, file: str | None) -> ModuleType:
+    """The module that another process has told us of: by its name, or from the file that it was loaded from. Raises
+    `ConfigurationError`."""
+    return _import("module", file or name, Path.cwd())
 
 
 def attribute_of(kind: ModuleKind, module: ModuleType, attribute: str, *, name: str) -> object:
