@@ -15,7 +15,7 @@ import pytest
 from tests.servers.finding import KINDS, found_or_skipped
 
 GROUPS = (
-    *("core", "authoring", "servers", "stores", "runtime", "publisher", "doors", "workers", "telemetry"),
+    *("core", "authoring", "servers", "stores", "runtime", "publisher", "doors", "workers", "telemetry", "crash"),
     *("typing", "examples", "bugs"),
 )
 

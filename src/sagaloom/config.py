@@ -1,7 +1,14 @@
-"""The entry of a saga in a project's configuration: where it lives and what people call it.
+"""The entry of a saga in a project's configuration: where it lives, what people call it, and how it is run.
 
 It is separate from the definition that `define_saga(...).build()` makes: tools read entries without importing the
-sagas they point to.
+sagas they point to. A module with entries is named like one with sagas (`sagaloom serve shop.config`), and each entry
+brings the saga of its entrypoint along. What it says goes before what the definition says:
+
+    name, description, topic, tags, metadata   shown and filtered by; a group gives its topic to all of its sagas
+    enabled                                    a disabled saga takes nothing in; what was accepted for it waits
+    retry                                      in place of the definition's policy
+    timeout                                    a run that is still live after that long is cancelled
+    retention                                  how long finished runs are kept
 """
 
 from __future__ import annotations
@@ -12,14 +19,34 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
+import msgspec
+
+from sagaloom.definitions import RetentionPolicy, RetryPolicy, SagaAbout, SagaDefinition, TimeoutPolicy
 from sagaloom.durations import parse_duration
 from sagaloom.errors import DefinitionError
+from sagaloom.fingerprint import fingerprint_of
+from sagaloom.messages import RESERVED_PREFIX
 
-__all__ = ["SagaConfigBuilder", "SagaConfigEntry", "SagaConfigRetry", "SagaConfigTimeout", "define_saga_config"]
+__all__ = [
+    "SagaConfigBuilder",
+    "SagaConfigEntry",
+    "SagaConfigGroup",
+    "SagaConfigRetention",
+    "SagaConfigRetry",
+    "SagaConfigTimeout",
+    "configured",
+    "define_saga_config",
+    "define_saga_group",
+]
+
+S = TypeVar("S")
 
 _WEEK_MS: Final = 7 * 24 * 3_600_000
+_DAYS_MAX: Final = 36_500
+_COMPLETION: Final = f"{RESERVED_PREFIX}completion"
+"""The name of the timer that bounds a run; no timer of a saga's own can be in its way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +70,15 @@ class SagaConfigRetry:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SagaConfigRetention:
+    """How many days a finished run is kept, and how old a live one may get before somebody should look at it. Days may
+    have a fraction; None keeps for ever, and never alerts."""
+
+    completed_days: float | None = None
+    active_days: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SagaConfigEntry:
     """What `build()` returns."""
 
@@ -56,6 +92,15 @@ class SagaConfigEntry:
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=lambda: MappingProxyType({}))
     timeout: SagaConfigTimeout | None = None
     retry: SagaConfigRetry | None = None
+    retention: SagaConfigRetention | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SagaConfigGroup:
+    """Sagas that are spoken of together: each has the topic of its group, and is disabled when the group is."""
+
+    topic: str
+    sagas: tuple[SagaConfigEntry, ...]
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
@@ -134,6 +179,10 @@ class SagaConfigBuilder:
             )
         )
 
+    def retention(self, *, completed_days: float | None = None, active_days: float | None = None) -> SagaConfigBuilder:
+        """How many days finished runs are kept, and after how many a live one is worth an alert."""
+        return self._with(retention=_retention(completed_days, active_days, f"Saga {self._entry.id!r}"))
+
     def enabled(self, enabled: bool = True) -> SagaConfigBuilder:  # noqa: FBT001, FBT002  # reads as a sentence
         """Whether the saga is loaded; it is, unless told otherwise."""
         if not isinstance(enabled, bool):
@@ -182,3 +231,101 @@ def define_saga_config(id: str, entrypoint: str) -> SagaConfigBuilder:
     if not isinstance(entrypoint, str) or not entrypoint.strip():
         raise DefinitionError(f"Saga entrypoint is required. Saga {id.strip()!r}: got {entrypoint!r:.80}.")
     return SagaConfigBuilder(SagaConfigEntry(id=id.strip(), entrypoint=entrypoint.strip(), name=id.strip()))
+
+
+def define_saga_group(
+    topic: str,
+    *sagas: SagaConfigEntry,
+    enabled: bool = True,
+    completed_days: float | None = None,
+    active_days: float | None = None,
+) -> SagaConfigGroup:
+    """Puts entries under one topic. Retention, and `enabled=False`, hold for those that say nothing else themselves.
+
+    >>> entry = define_saga_config("order-saga", "sagas/order.py").build()
+    >>> define_saga_group("orders", entry, completed_days=7).sagas[0].topic
+    'orders'
+    """
+    if not isinstance(topic, str) or not topic.strip():
+        raise DefinitionError(f"Saga group topic must not be empty. Got {topic!r:.80}.")
+    topic = topic.strip()
+    where = f"Saga group {topic!r}"
+    if not isinstance(enabled, bool):
+        raise DefinitionError(f"{where}: enabled must be True or False, got {enabled!r:.80}.")
+    shared = None
+    if completed_days is not None or active_days is not None:
+        shared = _retention(completed_days, active_days, where)
+    members: dict[str, SagaConfigEntry] = {}
+    for entry in sagas:
+        if not isinstance(entry, SagaConfigEntry):
+            raise DefinitionError(f"{where} holds entries, got {entry!r:.80}: did you forget .build()?")
+        if entry.topic not in (None, topic):
+            raise DefinitionError(f"{where}: saga {entry.id!r} has the topic {entry.topic!r} itself: leave one out.")
+        if entry.id in members:
+            raise DefinitionError(f"{where} has two entries for saga {entry.id!r}: keep one.")
+        members[entry.id] = dataclasses.replace(
+            entry, topic=topic, enabled=entry.enabled and enabled, retention=entry.retention or shared
+        )
+    if not members:
+        raise DefinitionError(f"{where} has no sagas: name at least one entry.")
+    return SagaConfigGroup(topic=topic, sagas=tuple(members.values()))
+
+
+def configured(definition: SagaDefinition[S], entry: SagaConfigEntry) -> SagaDefinition[S]:
+    """`definition` as `entry` wants it run. Raises `DefinitionError` when they are not of one saga.
+
+    >>> from sagaloom import define_saga
+    >>> saga = define_saga("order").state({}).on("OrderPlaced", lambda saga, event, context: []).build()
+    >>> configured(saga, define_saga_config("order", "sagas/order.py").topic("orders").retry(2).build()).about.topic
+    'orders'
+    """
+    if definition.id != entry.id:
+        raise DefinitionError(
+            f"the configuration of saga {entry.id!r} was given the definition of {definition.id!r}: let its entrypoint "
+            f"{entry.entrypoint!r} name the right one"
+        )
+    retention = entry.retention or SagaConfigRetention()
+    about = SagaAbout(
+        name=entry.name,
+        description=entry.description,
+        topic=entry.topic or "default",
+        enabled=entry.enabled,
+        entrypoint=entry.entrypoint,
+        tags=entry.tags,
+        metadata=entry.metadata,
+        retention=RetentionPolicy(completed_days=retention.completed_days, active_days=retention.active_days),
+    )
+    timeouts = tuple(one for one in definition.timeouts if one.name != _COMPLETION)
+    if entry.timeout is not None:
+        timeouts = (*timeouts, _bound(entry.timeout))
+    changed = dataclasses.replace(
+        definition, about=about, retry=_policy(definition.retry, entry.retry), timeouts=timeouts
+    )
+    return dataclasses.replace(changed, fingerprint=fingerprint_of(changed))
+
+
+def _policy(own: RetryPolicy, retry: SagaConfigRetry | None) -> RetryPolicy:
+    if retry is None:
+        return own
+    return RetryPolicy(
+        maximum_attempts=retry.max_attempts + 1,  # The first attempt is no retry.
+        initial_interval_ms=round(retry.initial_delay),
+        maximum_interval_ms=round(retry.max_delay),
+        backoff_coefficient=float(retry.backoff_multiplier),
+        jitter=RetryPolicy().jitter if retry.jitter else 0.0,
+        non_retryable_error_types=own.non_retryable_error_types,
+    )
+
+
+def _bound(timeout: SagaConfigTimeout) -> TimeoutPolicy:
+    length = timedelta(milliseconds=timeout.completion_timeout)
+    payload = msgspec.json.encode({"reason": f"not finished within {length}, the timeout of its configuration"})
+    return TimeoutPolicy(length, f"{RESERVED_PREFIX}cancel", _COMPLETION, payload)
+
+
+def _retention(completed_days: float | None, active_days: float | None, where: str) -> SagaConfigRetention:
+    for name, days in (("completed_days", completed_days), ("active_days", active_days)):
+        is_number = isinstance(days, (int, float)) and not isinstance(days, bool)
+        if days is not None and not (is_number and 0 < days <= _DAYS_MAX):
+            raise DefinitionError(f"{where}: {name} must be a number of days, more than 0, got {days!r:.80}.")
+    return SagaConfigRetention(completed_days=completed_days, active_days=active_days)

@@ -32,9 +32,11 @@ __all__ = [
     "Invariant",
     "OnMissing",
     "QueryDefinition",
+    "RetentionPolicy",
     "RetryPolicy",
     "Reuse",
     "Saga",
+    "SagaAbout",
     "SagaContext",
     "SagaCorrelation",
     "SagaDefinition",
@@ -274,6 +276,29 @@ class TimeoutPolicy:
 _NOTHING: Mapping[Any, Any] = MappingProxyType({})
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetentionPolicy:
+    """How many days a finished run is kept, and after how many a live one is worth a look. None: for ever, never."""
+
+    completed_days: float | None = None
+    active_days: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SagaAbout:
+    """What a project's configuration says of a saga beside its definition (`sagaloom.config`): for people and tools,
+    except for `enabled` and `retention`. A disabled saga takes nothing in, and what was accepted for it waits."""
+
+    name: str | None = None
+    description: str | None = None
+    topic: str = "default"
+    enabled: bool = True
+    entrypoint: str = ""
+    tags: tuple[str, ...] = ()
+    metadata: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
+    retention: RetentionPolicy = field(default_factory=RetentionPolicy)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SagaDefinition(Generic[S]):
     """The frozen saga that `build()` returns.
@@ -303,6 +328,8 @@ class SagaDefinition(Generic[S]):
     fingerprint: str = ""
     source: str = ""
     """Where the definition was built, as `file:line`, for errors; no part of the fingerprint."""
+    about: SagaAbout = field(default_factory=SagaAbout)
+    """What its configuration says of it; no part of the fingerprint."""
     initial_json: bytes = b""
     """The initial state as JSON, from which every instance gets a state of its own."""
 

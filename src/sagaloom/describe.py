@@ -27,10 +27,18 @@ def describe(definition: SagaDefinition[Any]) -> dict[str, Any]:
     [{'from': 'start', 'to': 'OrderPlaced', 'kind': 'starts'}]
     """
     handlers, compensations = definition.handlers.values(), definition.compensations.values()
+    about = definition.about
     concurrency = definition.concurrency
     return {
         "id": definition.id,
-        "name": definition.id,
+        "name": about.name or definition.id,
+        "description": about.description or definition.id,
+        "topic": about.topic,
+        "enabled": about.enabled,
+        "entrypoint": about.entrypoint,
+        "tags": list(about.tags),
+        "metadata": dict(about.metadata),
+        "retention": {"completedDays": about.retention.completed_days, "activeDays": about.retention.active_days},
         "version": definition.version,
         "durabilityTier": definition.durability,
         "handledMessageTypes": [

@@ -9,7 +9,9 @@ from typing import Any, Literal, Self
 
 from sagaloom.clock import Clock
 from sagaloom.composition import DurableSagaRuntime, Opening, create_durable_saga_runtime
+from sagaloom.config import SagaConfigEntry, SagaConfigGroup, configured
 from sagaloom.definitions import SagaDefinition
+from sagaloom.errors import ConfigurationError
 from sagaloom.ports.keyvalue import KeyValue
 from sagaloom.ports.store import SagaStore
 from sagaloom.ports.targets import EffectTarget
@@ -45,6 +47,7 @@ class StartedSagas:
 def start_sagas(
     definitions: Iterable[SagaDefinition[Any]],
     *,
+    config: Iterable[SagaConfigEntry | SagaConfigGroup] = (),
     auto_start: bool = True,
     backend: Literal["kv", "sql", "prisma"] | None = None,
     kv: KeyValue | None = None,
@@ -57,14 +60,15 @@ def start_sagas(
     clock: Clock | None = None,
     options: RuntimeOptions | None = None,
 ) -> Opening[StartedSagas]:
-    """Runs `definitions`; the other options are those of `create_durable_saga_runtime`.
+    """Runs `definitions`, as their entries in `config` say (`sagaloom.config`); the other options are those of
+    `create_durable_saga_runtime`.
 
         async with start_sagas([order_saga]) as sagas:
             await sagas.bus.publish({"type": "OrderPlaced", "payload": {"orderId": "o-1"}})
 
     or `sagas = await start_sagas([order_saga])` and, in the end, `await sagas.shutdown()`.
     """
-    chosen = list(definitions)
+    chosen = _configured(definitions, config)
 
     async def opener() -> StartedSagas:
         durable = await create_durable_saga_runtime(
@@ -89,6 +93,21 @@ def start_sagas(
         return StartedSagas(durable, saga_count=len({definition.id for definition in chosen}))
 
     return Opening(opener)
+
+
+def _configured(
+    definitions: Iterable[SagaDefinition[Any]], config: Iterable[SagaConfigEntry | SagaConfigGroup]
+) -> list[SagaDefinition[Any]]:
+    entries = {
+        entry.id: entry for part in config for entry in (part.sagas if isinstance(part, SagaConfigGroup) else (part,))
+    }
+    chosen = [configured(each, entries[each.id]) if each.id in entries else each for each in definitions]
+    if unknown := sorted(entries.keys() - {each.id for each in chosen}):
+        raise ConfigurationError(
+            f"config= is about the sagas {', '.join(unknown)}, which are not among the definitions: hand them in, or "
+            "leave their entries out"
+        )
+    return chosen
 
 
 start_saga_handlers = start_sagas

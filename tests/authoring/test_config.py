@@ -6,10 +6,20 @@ from typing import Any
 
 import pytest
 
-from sagaloom import DefinitionError
-from sagaloom.config import SagaConfigEntry, SagaConfigRetry, SagaConfigTimeout, define_saga_config
+from sagaloom import DefinitionError, RetryPolicy, define_saga
+from sagaloom.config import (
+    SagaConfigEntry,
+    SagaConfigRetention,
+    SagaConfigRetry,
+    SagaConfigTimeout,
+    configured,
+    define_saga_config,
+    define_saga_group,
+)
+from sagaloom.definitions import RetentionPolicy
 
 DRAFT: Any = define_saga_config(" order-saga ", " ./sagas/order.py ")
+A_SAGA = define_saga("order-saga").state({}).on("OrderPlaced", lambda saga, event, context: []).build()
 
 
 def test_an_entry_needs_no_more_than_an_id_and_an_entrypoint() -> None:
@@ -94,8 +104,62 @@ def test_an_entry_is_frozen() -> None:
         (lambda: DRAFT.retry(1, jitter=0.5), r"Saga retry jitter must be True or False\."),
         (lambda: DRAFT.enabled("no"), r"Saga enabled must be True or False\."),
         (lambda: DRAFT.metadata(["a"]), r"Saga metadata must be a mapping\."),
+        (lambda: DRAFT.retention(completed_days=0), r"completed_days must be a number of days, more than 0, got 0\."),
+        (lambda: DRAFT.retention(active_days="7"), r"active_days must be a number of days, more than 0, got '7'\."),
+        (lambda: define_saga_group(" ", DRAFT.build()), r"Saga group topic must not be empty\."),
+        (lambda: define_saga_group("orders"), r"Saga group 'orders' has no sagas"),
+        (lambda: define_saga_group("orders", DRAFT), r"did you forget \.build\(\)\?"),
+        (lambda: define_saga_group("orders", DRAFT.topic("other").build()), r"has the topic 'other' itself"),
+        (lambda: define_saga_group("orders", DRAFT.build(), DRAFT.build()), r"two entries for saga 'order-saga'"),
+        (lambda: configured(A_SAGA, define_saga_config("other", "x").build()), r"was given the definition of 'order"),
     ],
 )
 def test_what_makes_no_sense_is_refused_with_the_value(call: Any, reason: str) -> None:
     with pytest.raises(DefinitionError, match=reason):
         call()
+
+
+def test_a_group_gives_its_topic_and_what_its_sagas_do_not_say_themselves() -> None:
+    kept = SagaConfigRetention(completed_days=90)
+    orders = define_saga_group(
+        "orders",
+        define_saga_config("a", "a.py").build(),
+        define_saga_config("b", "b.py").topic("orders").retention(completed_days=90).disabled().build(),
+        completed_days=7,
+    )
+
+    assert [(each.id, each.topic, each.enabled) for each in orders.sagas] == [
+        ("a", "orders", True),
+        ("b", "orders", False),
+    ]
+    assert [each.retention for each in orders.sagas] == [SagaConfigRetention(completed_days=7), kept]
+
+
+def test_a_group_that_is_disabled_disables_its_sagas() -> None:
+    (entry,) = define_saga_group("orders", DRAFT.build(), enabled=False).sagas
+
+    assert not entry.enabled
+
+
+def test_a_definition_is_run_as_its_entry_says() -> None:
+    entry = DRAFT.topic("orders").tags("shop").retry(2, initial_delay=10, jitter=False).timeout("5m").disabled()
+
+    saga = configured(A_SAGA, entry.retention(completed_days=7).build())
+
+    assert (saga.about.topic, saga.about.tags, saga.about.enabled) == ("orders", ("shop",), False)
+    assert saga.about.retention == RetentionPolicy(completed_days=7)
+    assert saga.retry == RetryPolicy(maximum_attempts=3, initial_interval_ms=10, jitter=0.0)
+    assert [(one.delay, one.message_type) for one in saga.timeouts] == [(timedelta(minutes=5), "saga:cancel")]
+    assert saga.fingerprint != A_SAGA.fingerprint
+
+
+def test_an_entry_that_says_nothing_of_how_a_saga_runs_leaves_its_fingerprint() -> None:
+    saga = configured(A_SAGA, DRAFT.name("Order saga").topic("orders").disabled().build())
+
+    assert saga.fingerprint == A_SAGA.fingerprint
+
+
+def test_a_definition_may_be_configured_again() -> None:
+    once = configured(A_SAGA, DRAFT.timeout("5m").build())
+
+    assert configured(once, DRAFT.build()).timeouts == ()

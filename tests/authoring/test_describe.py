@@ -66,6 +66,13 @@ def test_a_description_has_the_facts_under_the_names_of_the_wire() -> None:
         "correlations": ["*"],
         "signals": [],
         "queries": [],
+        "description": "order",
+        "topic": "default",
+        "enabled": True,
+        "entrypoint": "",
+        "tags": [],
+        "metadata": {},
+        "retention": {"completedDays": None, "activeDays": None},
         "retry": {
             "maxAttempts": 3,
             "initialDelay": 1000,

@@ -257,3 +257,71 @@ def test_a_bad_list_in_the_project_file_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigurationError, match="must be a list of module names"):
         named_modules(env={}, directory=tmp_path)
+
+
+CONFIG = """
+from sagaloom.config import define_saga_config, define_saga_group
+"""
+
+
+@pytest.mark.parametrize("entrypoint", ["shop.orders", "shop.orders:saga", "shop/orders.py", "./shop/orders.py:saga"])
+def test_an_entry_brings_its_saga_along_and_has_it_run_as_it_says(project: Path, entrypoint: str) -> None:
+    (project / "shop").mkdir()
+    (project / "shop" / "orders.py").write_text(SAGA + "saga = a_saga('a')")
+    (project / "config.py").write_text(
+        CONFIG + f"entry = define_saga_config('a', {entrypoint!r}).name('A saga').topic('orders').retry(1).build()"
+    )
+
+    (saga,) = load_definitions(["config"], env={}, directory=project).definitions
+
+    assert (saga.id, saga.about.name, saga.about.topic, saga.about.entrypoint) == ("a", "A saga", "orders", entrypoint)
+    assert saga.retry.maximum_attempts == 2
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "entry = define_saga_config('a', 'x').build()\ngroup = define_saga_group('orders', entry)",
+        "group = [define_saga_group('orders', define_saga_config('a', 'x').build())]",
+        "sagas = [define_saga_group('orders', define_saga_config('a', 'x').build()), a_saga('b')]",
+        "definitions = (define_saga_config('a', 'x').topic('orders').build(),)",
+    ],
+)
+def test_entries_stand_alone_in_groups_or_among_sagas(project: Path, code: str) -> None:
+    (project / "x.py").write_text(SAGA + "saga = a_saga('a')")
+    (project / "config.py").write_text(SAGA + CONFIG + code)
+
+    found = {one.id: one.about.topic for one in load_definitions(["config"], env={}, directory=project).definitions}
+
+    assert found.pop("b", "default") == "default"
+    assert found == {"a": "orders"}
+
+
+def test_an_entry_is_about_a_saga_of_another_module_that_is_named_too(project: Path) -> None:
+    (project / "orders.py").write_text(SAGA + "saga = a_saga('a')")
+    (project / "config.py").write_text(CONFIG + "entry = define_saga_config('a', 'orders').disabled().build()")
+
+    for names in (["orders", "config"], ["config", "orders"]):
+        (saga,) = load_definitions(names, env={}, directory=project).definitions
+
+        assert not saga.about.enabled
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("entry = define_saga_config('b', 'orders').build()", "entrypoint orders has no such saga: it has a"),
+        ("entry = define_saga_config('a', 'nowhere').build()", "nowhere was not found"),
+        ("entry = define_saga_config('a', 'orders')", r"finish it with \.build\(\)"),
+        (
+            "one = define_saga_config('a', 'orders').build()\ntwo = define_saga_config('a', 'other').build()",
+            "two configurations for saga 'a'",
+        ),
+    ],
+)
+def test_an_entry_that_leads_nowhere_says_so(project: Path, code: str, message: str) -> None:
+    (project / "orders.py").write_text(SAGA + "saga = a_saga('a')")
+    (project / "config.py").write_text(CONFIG + code)
+
+    with pytest.raises(ConfigurationError, match=message):
+        load_definitions(["config"], env={}, directory=project)

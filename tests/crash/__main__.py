@@ -24,6 +24,7 @@ from statistics import median
 
 from sagaloom.testing.faults import STEPS
 from tests.crash.driver import ALL_AT_ONCE, RANDOM, STOPS, CrashRun, Report, plan_kills, plan_stops
+from tests.crash.places import FilePlace, Place
 from tests.crash.power import AT_RANDOM, AT_SYNC, PowerReport, PowerRun, plan_power_losses
 from tests.crash.story import orders
 
@@ -56,12 +57,14 @@ async def _run(directory: Path, *, kills: int, messages: int, processes: int, se
     again = f"make crash KILLS={kills} MESSAGES={messages} PROCESSES={processes} SEED={seed}"
     print(f"SEED={seed}; the same choices again: {again}", flush=True)
     rng = random.Random(seed)
-    plan = plan_kills(kills, rng, processes=processes)
+    place = FilePlace(directory / "saga.db")
+    plan = plan_kills(kills, rng, steps=place.steps, processes=processes)
     stops = plan_stops(kills) if processes > 1 else []
     stopped = f" and {len(stops)} stops" if stops else ""
     print(f"kill -9: {len(plan)} kills{stopped}, {messages} messages, {processes} processes", flush=True)
     killed = await CrashRun(
         directory,
+        place,
         orders=orders(messages, rng),
         kills=plan,
         stops=stops,
@@ -69,7 +72,7 @@ async def _run(directory: Path, *, kills: int, messages: int, processes: int, se
         rng=rng,
         tell=lambda line: print(line, flush=True),
     ).run()
-    _print_kills(killed)
+    _print_kills(killed, place)
     if processes > 1:
         _print_sharing(killed)
         if not killed.verdict.is_clean:
@@ -91,9 +94,9 @@ async def _run(directory: Path, *, kills: int, messages: int, processes: int, se
     return 0 if is_clean else 1
 
 
-def _print_kills(report: Report) -> None:
+def _print_kills(report: Report, place: Place) -> None:
     is_shared = bool(report.shares)
-    _table("killed", report.kills, [*STEPS, RANDOM, *([ALL_AT_ONCE] if is_shared else [])])
+    _table("killed", report.kills, [*place.steps, RANDOM, *([ALL_AT_ONCE] if is_shared else [])])
     if is_shared:
         print("".join(f"{how}: {report.stops[how]}\n" for how in STOPS), end="")
     print(
@@ -102,10 +105,7 @@ def _print_kills(report: Report) -> None:
         f"off, {report.duplicates_sent} duplicates sent; told to try again: {dict(report.refused_retryably) or 'none'}"
     )
     verdict = report.verdict
-    print(
-        f"kills={report.kills.total()} messages={report.messages} lost={len(verdict.lost)} "
-        f"duplicated={len(verdict.duplicated)} stuck={len(verdict.stuck)} repeats={verdict.repeats}"
-    )
+    print(f"kills={report.kills.total()} messages={report.messages} {verdict.counts()} repeats={verdict.repeats}")
     print("\n".join(verdict.lines()), flush=True)
 
 
@@ -133,8 +133,7 @@ def _print_losses(report: PowerReport) -> None:
     verdict = report.verdict
     print(f"{report.seconds:.1f} s; {report.unanswered} messages were not answered and were sent again")
     print(
-        f"power_losses={report.losses.total()} messages={report.messages} lost={len(verdict.lost)} "
-        f"duplicated={len(verdict.duplicated)} stuck={len(verdict.stuck)} repeats={verdict.repeats}"
+        f"power_losses={report.losses.total()} messages={report.messages} {verdict.counts()} repeats={verdict.repeats}"
     )
     print("\n".join(verdict.lines()), flush=True)
 

@@ -2,7 +2,7 @@
 
     clients (64) ──HTTP──► workers (killed) ──effects──► receiver (remembers)
          │                    │
-       ledger               store file ◄── witness
+       ledger                store ◄── witness
 
 What happens to workers is planned before anything starts: each named step is a kill at least once, the others come at
 random steps and at random moments. The orders are let out in portions, one before each kill, so that every kill hits
@@ -12,7 +12,7 @@ outside, and the step is planned again. Every process is ended by its process id
 With several workers one dies and the others go on; after a short while another comes in its place, so partitions change
 hands all the time. Now and then all are killed at once. Some are stopped past their lease and woken: whatever they
 still want to write must be refused. In the middle of the run nobody is harmed for a while, and each worker has to do
-its share.
+its share. What can happen to the place of the store itself (`places.py`) happens in between.
 """
 
 from __future__ import annotations
@@ -34,19 +34,16 @@ from typing import Any, Final
 import msgspec
 
 from sagaloom.ids import PARTITIONS
-from sagaloom.kv.presence import FilePresence
-from sagaloom.kv.sqlite import SqliteKeyValue
-from sagaloom.stores.kv import KvSagaStore
-from sagaloom.testing.faults import STEPS
 from tests.crash.clients import Clients
 from tests.crash.fleet import BOOT_SECONDS_MAX, Fleet, Slot
 from tests.crash.ledger import Ledger
+from tests.crash.places import Place
 from tests.crash.receiver import Arrival
 from tests.crash.story import Order, orders
 from tests.crash.verdict import Verdict, judge, refuses_a_stale_lease
 from tests.crash.wire import Client
 from tests.crash.witness import Witness
-from tests.crash.worker import LEASE_SECONDS, Waiting
+from tests.crash.worker import Waiting
 
 __all__ = ["ALL_AT_ONCE", "RANDOM", "STOPS", "CrashRun", "Report", "plan_kills", "plan_stops"]
 
@@ -61,8 +58,6 @@ _PLANNED_AGAIN_MAX: Final = 3
 _SETTLE_SECONDS_MAX: Final = 60.0
 _SHARED_SECONDS_MAX: Final = 10.0
 _TAKEOVER_SECONDS_MAX: Final = 10.0
-_AFTER_KILL_SECONDS_MAX: Final = LEASE_SECONDS / 2
-"""Clearly less than the lease: the dead are told by their lock, and not by their silence."""
 _LOOK_SECONDS: Final = 0.005
 _REFUSED_SECONDS_MAX: Final = 5.0
 _HOLDING_SECONDS_MAX: Final = 2.0
@@ -81,13 +76,13 @@ _NTH_MAX: Final = {"accepted": 3, "compensated": 2, "timer_due": 2, "dispatched"
 _NTH_MAX_OTHERS: Final = 25
 
 
-def plan_kills(kills: int, rng: random.Random, *, processes: int = 1) -> list[tuple[str, int]]:
-    """(step, nth) of each kill: every step once, at the first time or at a random one; at least three at random
+def plan_kills(kills: int, rng: random.Random, *, steps: Sequence[str], processes: int = 1) -> list[tuple[str, int]]:
+    """(step, nth) of each kill: each of `steps` once, at the first time or at a random one; at least three at random
     moments; the rest half and half. So it is never fewer than the steps and three. With several processes one in ten
     hits all of them at once."""
-    steps = [*STEPS, *(rng.choice(STEPS) for _ in range(max(0, kills - len(STEPS) - 3) // 2))]
-    plan = [(step, rng.randint(1, _NTH_MAX.get(step, _NTH_MAX_OTHERS))) for step in steps]
-    at_random = [(RANDOM, 0)] * max(3, kills - len(steps))
+    planned = [*steps, *(rng.choice(steps) for _ in range(max(0, kills - len(steps) - 3) // 2))]
+    plan = [(step, rng.randint(1, _NTH_MAX.get(step, _NTH_MAX_OTHERS))) for step in planned]
+    at_random = [(RANDOM, 0)] * max(3, kills - len(planned))
     if processes > 1:
         at_once = max(1, (len(plan) + len(at_random)) // 10)
         at_random[:at_once] = [(ALL_AT_ONCE, 0)] * at_once
@@ -108,6 +103,7 @@ class Report:
     verdict: Verdict
     kills: Counter[str] = field(default_factory=Counter)
     stops: Counter[str] = field(default_factory=Counter)
+    disasters: Counter[str] = field(default_factory=Counter)
     killed_processes: int = 0
     messages: int = 0
     seconds: float = 0.0
@@ -123,11 +119,11 @@ class Report:
     duplicates_sent: int = 0
     refused_retryably: Counter[str] = field(default_factory=Counter)
 
-    def too_slow(self) -> list[str]:
+    def too_slow(self, after_kill_seconds_max: float) -> list[str]:
         """What several workers did not do as they should: take over in time, and share the work."""
         found: list[str] = []
         for what, seconds, most in (
-            ("kill -9", self.after_kill_seconds, _AFTER_KILL_SECONDS_MAX),
+            ("kill -9", self.after_kill_seconds, after_kill_seconds_max),
             ("SIGSTOP", self.after_stop_seconds, _TAKEOVER_SECONDS_MAX),
         ):
             if seconds and median(seconds) > most:
@@ -142,31 +138,37 @@ class Report:
 
 
 class CrashRun:
-    """One run on one store file in `directory`."""
+    """One run on the store at `place`; its logs go into `directory`."""
 
     def __init__(
         self,
         directory: Path,
+        place: Place,
         *,
         orders: Sequence[Order],
         kills: Sequence[tuple[str, int]],
         stops: Sequence[tuple[str, int]] = (),
+        disasters: Sequence[str] = (),
         processes: int = 1,
         rng: random.Random,
         tell: Callable[[str], None],
+        sabotage: str = "",
+        settle_seconds: float = _SETTLE_SECONDS_MAX,
     ) -> None:
-        self._store_path = directory / "saga.db"
+        self._place = place
         self._log = directory / "worker.log"
         self._arrivals_log = directory / "receiver.log"
         self._orders = list(orders)
-        self._harm = [*kills, *stops]
+        self._harm = [*kills, *stops, *((disaster, 0) for disaster in disasters)]
         rng.shuffle(self._harm)
         self._size = processes
         self._rng = rng
+        self._sabotage = sabotage
+        self._settle_seconds = settle_seconds
         self._tell = tell
         self._ledger = Ledger()
         self._report = Report(Verdict())
-        self._witness = Witness(self._store_path)
+        self._witness = Witness(place)
         self._receiver: asyncio.subprocess.Process | None = None
         self._receiver_port = 0
         self._watching: list[asyncio.Task[None]] = []
@@ -176,7 +178,14 @@ class CrashRun:
         """Does everything; whatever happens, no process is left behind."""
         try:
             await self._start_receiver()
-            fleet = Fleet(self._store_path, self._receiver_port, size=self._size, log=self._log, odd=self._ledger.odd)
+            fleet = Fleet(
+                self._place.address,
+                self._receiver_port,
+                size=self._size,
+                log=self._log,
+                odd=self._ledger.odd,
+                sabotage=self._sabotage,
+            )
             clients = Clients(self._orders, fleet=fleet, ledger=self._ledger, rng=self._rng)
             try:
                 await self._do(fleet, clients)
@@ -186,7 +195,7 @@ class CrashRun:
                 await fleet.end()
             self._report.verdict = await self._judge(await self._arrivals())
         finally:
-            await self._witness.close()
+            await self._place.close()
             await self._end_receiver()
         self._report.messages = sum(len(order.messages()) for order in self._orders)
         self._report.seconds = time.monotonic() - self._began
@@ -240,6 +249,8 @@ class CrashRun:
                 await self._stop_and_wake(fleet, clients, how)
             elif how == ALL_AT_ONCE:
                 await self._kill_all(fleet, clients)
+            elif how in self._place.disasters:
+                await self._strike(fleet, clients, how)
             elif await self._kill_one(fleet, clients, how, nth) or how == RANDOM:
                 self._report.kills[how] += 1
             else:
@@ -302,13 +313,20 @@ class CrashRun:
         """Kills everybody in one moment: nobody is left to take over until the next ones come."""
         await fleet.all_ready()
         await self._wait_for_a_random_moment(fleet, clients, self._rng.choice(fleet.slots))
-        async with self._witness.away():
+        async with self._place.away():
             await fleet.kill(*fleet.slots)
         self._report.killed_processes += len(fleet.slots)
         self._report.kills[ALL_AT_ONCE] += 1
         for slot in fleet.slots:
             if slot.is_empty:
                 fleet.birth_later(slot, self._rng.uniform(0.0, _BACK_SECONDS_MAX))
+
+    async def _strike(self, fleet: Fleet, clients: Clients, disaster: str) -> None:
+        """Has something happen to the place of the store in the middle of the load. Workers survive it."""
+        await fleet.all_ready()
+        await self._wait_for_a_random_moment(fleet, clients, self._rng.choice(fleet.slots))
+        await self._place.strike(disaster)
+        self._report.disasters[disaster] += 1
 
     async def _wait_for_a_random_moment(self, fleet: Fleet, clients: Clients, slot: Slot) -> None:
         """Up to a random number of the acknowledgements of this portion, and a bit: mostly in the middle of the load,
@@ -359,7 +377,7 @@ class CrashRun:
                         await self._let_more_out(clients, _ORDERS_MORE)
             fleet.halted(slot)
         else:
-            async with self._witness.nobody_writes():
+            async with self._place.nobody_writes():
                 await fleet.halt(slot)
         self._report.stops[how] += 1
         holder, since = slot.holder, time.monotonic()
@@ -453,7 +471,7 @@ class CrashRun:
 
     async def _settle(self, fleet: Fleet) -> None:
         """Waits until the store has no work left, or for as long as that may take at most."""
-        deadline = time.monotonic() + _SETTLE_SECONDS_MAX
+        deadline = time.monotonic() + self._settle_seconds
         while time.monotonic() < deadline:
             if not msgspec.json.decode(await fleet.ask(fleet.slots[0], "/waiting"), type=Waiting):
                 return
@@ -471,8 +489,7 @@ class CrashRun:
             self._ledger.odd(f"I7 all workers have stopped in order, and still there are {left_members}")
 
     async def _judge(self, arrivals: list[Arrival]) -> Verdict:
-        store = KvSagaStore(await SqliteKeyValue.open(self._store_path), presence=FilePresence(self._store_path))
-        try:
+        async with self._place.look() as (_, store):
             lease = await store.acquire("judge", now=datetime.now(UTC))
             verdict = await judge(store, orders=self._orders, ledger=self._ledger, arrivals=arrivals)
             verdict.breaches += await refuses_a_stale_lease(store, lease)
@@ -482,9 +499,7 @@ class CrashRun:
                     f"I8 a reader followed the feed up to event {self._witness.feed_seen}, and {newest} is the newest"
                 )
             await store.release(lease)
-        finally:
-            await store.close()
-        verdict.stuck += self._report.too_slow()
+        verdict.stuck += self._report.too_slow(self._place.after_kill_seconds_max)
         return verdict
 
     # ------------------------------------------------------------------ what runs beside

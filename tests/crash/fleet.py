@@ -49,15 +49,24 @@ class Slot:
 
 
 class Fleet:
-    """Has `size` places for workers on one store."""
+    """Has `size` places for workers on the store at one address."""
 
-    def __init__(self, store: Path, receiver_port: int, *, size: int, log: Path, odd: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        address: str,
+        receiver_port: int,
+        *,
+        size: int,
+        log: Path,
+        odd: Callable[[str], None],
+        sabotage: str = "",
+    ) -> None:
         self.slots = [Slot(number) for number in range(size)]
         self.ready_seconds: list[float] = []
         """How long each worker took from its birth until it was ready."""
         self.refused: Counter[str] = Counter()
         """What workers wanted to do when they were told that their lease is over."""
-        self._nursery = Nursery("tests.crash.worker", str(store), str(receiver_port), log=log)
+        self._nursery = Nursery("tests.crash.worker", address, str(receiver_port), sabotage, log=log)
         self._log = log
         self._odd = odd
         self._epochs: dict[int, str] = {}

@@ -240,13 +240,18 @@ class PowerRun:
         await asyncio.gather(*(client() for _ in range(_CLIENTS)))
 
     async def _publish(self, runtime: SagaRuntime, order: Order, message: dict[str, Any]) -> bool:
+        offered = self._ledger.offer(message["id"])
         answer = await runtime.publish(SagaMessage(message["type"], message["payload"], id=message["id"]))
         if isinstance(answer, PublishRejected):
             if not answer.retryable:
                 self._ledger.odd(f"I10 message {message['id']} was refused for good: {answer.code} {answer.reason}")
             return False
         self._ledger.acknowledge(
-            message["id"], order.id, duplicate=answer.duplicate, disposition=answer.outcomes[0].disposition
+            message["id"],
+            order.id,
+            offered=offered,
+            duplicate=answer.duplicate,
+            disposition=answer.outcomes[0].disposition,
         )
         return True
 

@@ -31,6 +31,7 @@ class Arrival(msgspec.Struct):
     key: str
     order_id: str
     step: str
+    amount: int = 0
     sent: int = 0
     taken: int = 0
     first_taken: int = 0
@@ -56,7 +57,9 @@ class Arrivals:
 
     def note(self, key: str, payload: Mapping[str, Any], *, takes: bool) -> Arrival:
         """Writes one attempt down."""
-        arrival = self.by_key.setdefault(key, Arrival(key, str(payload["orderId"]), str(payload["step"])))
+        arrival = self.by_key.setdefault(
+            key, Arrival(key, str(payload["orderId"]), str(payload["step"]), int(payload.get("amount", 0)))
+        )
         arrival.sent += 1
         if takes:
             self._takings += 1

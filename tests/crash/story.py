@@ -1,15 +1,15 @@
 """What the crash run tells: orders, each on one of several courses, and how each of them has to end.
 
-Every order gets three messages, one after the other. The course decides which, and what else happens: an effect that
-leaves, an answer that comes back, a timer, a message to another saga, a child, a handler that fails at first, a
-message that no attempt can save. Handlers are pure and depend on nothing but state, message and attempt, so the end of
-an order does not depend on how often anybody was killed on the way.
+Every order gets three messages, one after the other; of a raced one the second and the third are offered at once, and
+which of them was accepted first decides what is charged. The course decides which messages, and what else happens: an
+effect that leaves, an answer that comes back, a timer, a message to another saga, a child, a handler that fails at
+first, a message that no attempt can save. Handlers are pure and depend on nothing but state, message and attempt, so
+the end of an order does not depend on how often anybody was killed on the way.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -28,7 +28,7 @@ from sagaloom import (
 )
 from sagaloom.definitions import RetryPolicy, Saga, SagaDefinition
 
-__all__ = ["ACCOUNTS", "COURSES", "Course", "Order", "definitions", "orders"]
+__all__ = ["ACCOUNTS", "COURSES", "Course", "Order", "definitions", "orders", "tip_of"]
 
 ACCOUNTS: Final = 10
 _RETRY: Final = RetryPolicy(maximum_attempts=5, initial_interval_ms=20, maximum_interval_ms=100)
@@ -37,24 +37,24 @@ _TIMER_MS_MIN, _TIMER_MS_MAX = 20, 400
 
 @dataclass(frozen=True)
 class Course:
-    """How orders of one kind go. `effects` are the steps that must reach the outside, beside the charge."""
+    """How orders of one kind go. `races`: its second and third message are offered at once."""
 
     name: str
-    ends: str = "completed"
     third: str = "OrderShipped"
-    effects: tuple[str, ...] = ()
+    races: bool = False
     dead_letters: tuple[str, ...] = ()
 
 
 COURSES: Final = (
     Course("plain"),
-    Course("refund", ends="failed", third="FulfillmentFailed", effects=("refund",)),
-    Course("timed", effects=("receipt",)),
+    Course("refund", third="FulfillmentFailed"),
+    Course("raced", third="FulfillmentFailed", races=True),
+    Course("timed"),
     Course("ledger"),
     Course("flaky-start"),
     Course("flaky-middle"),
     Course("confirmed"),
-    Course("parcel", effects=("label",)),
+    Course("parcel"),
     Course("hopeless", dead_letters=("PaymentCaptured",)),
 )
 
@@ -71,8 +71,13 @@ class Order:
     def account(self) -> str:
         return f"account-{self.number % ACCOUNTS}"
 
+    @property
+    def amount(self) -> int:
+        return 100 + 10 * (self.number % 90)
+
     def messages(self) -> list[dict[str, Any]]:
-        """The three messages; `sequence` in the payload is the order in which they are offered."""
+        """The three messages; `sequence` in the payload is the order in which they are offered. Those that race have
+        the same."""
         types = ("OrderPlaced", "PaymentCaptured", self.course.third)
         return [
             {
@@ -82,16 +87,12 @@ class Order:
                     "orderId": self.id,
                     "course": self.course.name,
                     "account": self.account,
-                    "sequence": sequence,
+                    "amount": self.amount,
+                    "sequence": min(sequence, 2) if self.course.races else sequence,
                 },
             }
             for sequence, message_type in enumerate(types, start=1)
         ]
-
-    def effects(self) -> Iterator[tuple[str, str]]:
-        """(order, step) of every effect that has to reach the outside."""
-        for step in ("charge", *self.course.effects):
-            yield self.id, step
 
 
 def orders(messages: int, rng: random.Random, *, prefix: str = "o") -> list[Order]:
@@ -103,6 +104,11 @@ def orders(messages: int, rng: random.Random, *, prefix: str = "o") -> list[Orde
     ]
 
 
+def tip_of(amount: int) -> int:
+    """What is charged beside `amount` when the payment of a raced order comes before its failure."""
+    return amount // 10
+
+
 # ---------------------------------------------------------------------- the sagas
 
 
@@ -111,6 +117,7 @@ class OrderState:
     course: str = ""
     order_id: str = ""
     account: str = ""
+    amount: int = 0
     is_paid: bool = False
     is_shipped: bool = False
     is_confirmed: bool = False
@@ -122,17 +129,18 @@ Event = SagaMessage[dict[str, Any]]
 Effects = list[CascadedMessage]
 
 
-def _payments(state: OrderState, step: str) -> CascadedMessage:
-    return send("service:payments", {"orderId": state.order_id, "step": step})
+def _payments(state: OrderState, step: str, amount: int) -> CascadedMessage:
+    return send("service:payments", {"orderId": state.order_id, "step": step, "amount": amount})
 
 
 def _placed(saga: Saga[OrderState], event: Event, context: SagaContext[OrderState]) -> Effects:
     state, payload = saga.state, event.payload
     state.course, state.order_id, state.account = payload["course"], payload["orderId"], payload["account"]
+    state.amount = payload["amount"]
     state.messages.append(event.type)
     if state.course == "flaky-start" and context.attempt == 1:
         raise ConnectionError("the first attempt of a starter fails")
-    return [_payments(state, "charge")]
+    return [_payments(state, "charge", state.amount)]
 
 
 def _paid(saga: Saga[OrderState], event: Event, context: SagaContext[OrderState]) -> Effects:
@@ -143,6 +151,8 @@ def _paid(saga: Saga[OrderState], event: Event, context: SagaContext[OrderState]
         raise ConnectionError("the first attempt fails, and younger messages may go first")
     if state.course == "hopeless":
         raise SagasError("no attempt can save this one", retryable=False)
+    if state.course == "raced":
+        return [_payments(state, "tip", tip_of(state.amount))]
     return _finish_if_ready(state)
 
 
@@ -203,7 +213,7 @@ def _fulfillment_failed(saga: Saga[OrderState], event: Event, context: SagaConte
 
 def _refund(saga: Saga[OrderState], event: Event, context: SagaContext[OrderState]) -> Effects:
     saga.state.is_refunded = True
-    return [_payments(saga.state, "refund"), saga_fail(f"order {saga.state.order_id} unfulfilled")]
+    return [_payments(saga.state, "refund", saga.state.amount), saga_fail(f"order {saga.state.order_id} unfulfilled")]
 
 
 @dataclass

@@ -2,19 +2,24 @@
 
 lost        a message that was acknowledged, and is neither applied, ignored, pending nor dead-lettered; or an
             effect that was committed, and has neither arrived nor waits nor was given up
-duplicated  two different effect keys for one (order, step) at the receiver
+duplicated  two different effect keys for one (order, step) at the receiver, or a message applied twice
 stuck       something waits though all is settled, or an order is not where it has to end
+out_of_order  a message that was acknowledged before another one was offered, and stands behind it in the history
 repeats     one effect key that was taken more than once: allowed, and counted
+
+How an order has to end, and what has to be charged, the oracle says from the order of acceptance that the store has
+recorded; that this order is true, the ledger of those who published says.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 
+from sagaloom.engine.records import HistoryEntry
 from sagaloom.errors import Fenced
 from sagaloom.ports.store import Lease, SagaStore, UnitOfWork
 from sagaloom.testing.invariants import (
@@ -25,6 +30,7 @@ from sagaloom.testing.invariants import (
     every_instance,
 )
 from tests.crash.ledger import Ledger
+from tests.crash.oracle import Account, balance, fold
 from tests.crash.receiver import Arrival
 from tests.crash.story import Order
 from tests.crash.worker import what_waits
@@ -37,26 +43,40 @@ _SHOWN_MAX = 12
 
 @dataclass
 class Verdict:
-    """What was found. The run passes when nothing was lost, duplicated, stuck or breached."""
+    """What was found. The run passes when nothing was lost, duplicated, stuck, out of order or breached, and the
+    money that arrived is the oracle's."""
 
     lost: list[str] = field(default_factory=list)
     duplicated: list[str] = field(default_factory=list)
     stuck: list[str] = field(default_factory=list)
+    out_of_order: list[str] = field(default_factory=list)
     breaches: list[str] = field(default_factory=list)
     repeats: int = 0
+    net: int = 0
+    """Charges minus refunds, as they arrived."""
+    net_expected: int = 0
 
     @property
     def is_clean(self) -> bool:
-        return not (self.lost or self.duplicated or self.stuck or self.breaches)
+        is_found = self.lost or self.duplicated or self.stuck or self.out_of_order or self.breaches
+        return not is_found and self.net == self.net_expected
+
+    def counts(self) -> str:
+        """The numbers that have to be nothing."""
+        return (
+            f"lost={len(self.lost)} duplicated={len(self.duplicated)} stuck={len(self.stuck)} "
+            f"out_of_order={len(self.out_of_order)}"
+        )
 
     def lines(self) -> list[str]:
         """What is wrong, a few of each kind, and the line about the invariants."""
         told: list[str] = []
-        for name in ("lost", "duplicated", "stuck", "breaches"):
+        for name in ("lost", "duplicated", "stuck", "out_of_order", "breaches"):
             found: list[str] = getattr(self, name)
             told += [f"  {name}: {what}" for what in found[:_SHOWN_MAX]]
             if len(found) > _SHOWN_MAX:
                 told.append(f"  {name}: ... and {len(found) - _SHOWN_MAX} more")
+        told.append(f"charges - refunds = {self.net}, the oracle says {self.net_expected}")
         broken = sorted({breach.split(" ", 1)[0] for breach in self.breaches}, key=lambda name: int(name[1:]))
         holding = " ".join(name for name in CHECKED if name not in broken)
         told.append(f"invariants {holding}: ok" + (f"; BROKEN: {' '.join(broken)}" if broken else ""))
@@ -71,6 +91,8 @@ class _Found:
     committed_effects: dict[str, str] = field(default_factory=dict)
     settled_elsewhere: set[str] = field(default_factory=set)
     dead_letters: Counter[tuple[str, str]] = field(default_factory=Counter)
+    accepted: dict[str, list[HistoryEntry]] = field(default_factory=dict)
+    """Of each order: what came through the door, in the order in which the store says that it came."""
     statuses: dict[str, tuple[str, dict[str, object]]] = field(default_factory=dict)
     ledger_orders: list[str] = field(default_factory=list)
 
@@ -80,9 +102,11 @@ async def judge(store: SagaStore, *, orders: Sequence[Order], ledger: Ledger, ar
     verdict = Verdict(breaches=[*await check_invariants(store), *ledger.oddities])
     found = await _read(store)
     by_key = {arrival.key: arrival for arrival in arrivals}
+    accounts = {order.id: fold(order, [entry.type for entry in found.accepted.get(order.id, ())]) for order in orders}
     _judge_messages(verdict, ledger, found)
-    _judge_effects(verdict, orders, found, by_key)
-    _judge_orders(verdict, orders, found)
+    _judge_acceptance(verdict, ledger, found)
+    _judge_effects(verdict, orders, accounts, found, by_key)
+    _judge_orders(verdict, orders, accounts, found)
     waiting = await what_waits(store)
     if waiting:
         verdict.stuck.append(f"the store still has work: {waiting}")
@@ -111,11 +135,14 @@ async def _read(store: SagaStore) -> _Found:
     async for instance in every_instance(store):
         if instance.saga_id == "order":
             found.statuses[instance.key] = (instance.status, msgspec.json.decode(instance.state))
+            found.accepted[instance.key] = []
         elif instance.saga_id == "ledger":
             found.ledger_orders += msgspec.json.decode(instance.state)["orders"]
         async for entry in every_entry(store, instance):
             if instance.saga_id == "order":
                 found.dispositions[entry.message_id].add(entry.disposition)
+                if entry.origin == "door":
+                    found.accepted[instance.key].append(entry)
             for step in entry.steps:
                 for effect in step.effects:
                     if effect.effect_key is not None and (effect.target or "").startswith("service:"):
@@ -142,7 +169,28 @@ def _judge_messages(verdict: Verdict, ledger: Ledger, found: _Found) -> None:
             verdict.lost.append(f"message {message} of {order} was acknowledged, and the store knows nothing of it")
 
 
-def _judge_effects(verdict: Verdict, orders: Sequence[Order], found: _Found, arrivals: dict[str, Arrival]) -> None:
+def _judge_acceptance(verdict: Verdict, ledger: Ledger, found: _Found) -> None:
+    """Compares the order in each history with what the publishers know of it. Whoever fails at first steps aside."""
+    for order_id, entries in found.accepted.items():
+        known = [entry for entry in entries if entry.message_id in ledger.acknowledged_at]
+        for place, entry in enumerate(known):
+            for later in known[place + 1 :]:
+                if later.attempt == 1 and ledger.is_older(later.message_id, entry.message_id):
+                    verdict.out_of_order.append(
+                        f"{later.message_id} of {order_id} was acknowledged before {entry.message_id} was offered, and "
+                        "stands behind it"
+                    )
+        twice = [message for message, count in Counter(entry.message_id for entry in entries).items() if count > 1]
+        verdict.duplicated += [f"message {message} stands in the history of {order_id} twice" for message in twice]
+
+
+def _judge_effects(
+    verdict: Verdict,
+    orders: Sequence[Order],
+    accounts: Mapping[str, Account],
+    found: _Found,
+    arrivals: dict[str, Arrival],
+) -> None:
     keys: dict[tuple[str, str], list[Arrival]] = defaultdict(list)
     for arrival in arrivals.values():
         keys[arrival.order_id, arrival.step].append(arrival)
@@ -159,22 +207,29 @@ def _judge_effects(verdict: Verdict, orders: Sequence[Order], found: _Found, arr
         if not came and key not in found.settled_elsewhere:
             verdict.lost.append(f"effect {key} ({what}) was committed, and neither arrived nor waits")
     for order in orders:
-        for order_id, step in order.effects():
-            if not any(arrival.taken for arrival in keys.get((order_id, step), ())):
-                verdict.lost.append(f"the {step} of {order_id} ({order.course.name}) never arrived")
+        for step, amount in accounts[order.id].effects.items():
+            taken = [arrival for arrival in keys.get((order.id, step), ()) if arrival.taken]
+            if not taken:
+                verdict.lost.append(f"the {step} of {order.id} ({order.course.name}) never arrived")
+            elif taken[0].amount != amount:
+                verdict.breaches.append(f"I2 the {step} of {order.id} came as {taken[0].amount}, not as {amount}")
         charge, refund = keys.get((order.id, "charge")), keys.get((order.id, "refund"))
         if charge and refund and refund[0].first_taken < charge[0].first_taken:
             verdict.breaches.append(f"I3 the refund of {order.id} overtook its charge")
-    expected = {each for order in orders for each in order.effects()}
+    expected = {(order.id, step) for order in orders for step in accounts[order.id].effects}
     verdict.breaches += [f"I2 {step} of {order_id} was never asked for" for order_id, step in keys.keys() - expected]
 
+    verdict.net = balance((arrival.step, arrival.amount) for arrival in arrivals.values() if arrival.taken)
+    verdict.net_expected = balance(each for account in accounts.values() for each in account.effects.items())
 
-def _judge_orders(verdict: Verdict, orders: Sequence[Order], found: _Found) -> None:
+
+def _judge_orders(verdict: Verdict, orders: Sequence[Order], accounts: Mapping[str, Account], found: _Found) -> None:
     expected_dead: Counter[tuple[str, str]] = Counter()
     for order in orders:
         status, state = found.statuses.get(order.id, ("not there", {}))
-        if status != order.course.ends:
-            verdict.stuck.append(f"{order.id} ({order.course.name}) is {status}, not {order.course.ends}: {state}")
+        expected = accounts[order.id].status
+        if status != expected or expected not in ("completed", "failed"):
+            verdict.stuck.append(f"{order.id} ({order.course.name}) is {status}, expected {expected}: {state}")
         for message_type in order.course.dead_letters:
             expected_dead[order.id, message_type] += 1
     for (key, message_type), count in (found.dead_letters - expected_dead).items():

@@ -1,54 +1,46 @@
-"""The witness: looks at the store file from beside the workers, with a connection of its own.
-
-It says who holds which partition, follows the feed while several processes commit to it, and can hold the write lock
-for a moment: a process that is stopped meanwhile is provably outside a write. (One that is stopped inside a write
-keeps every other from writing; that is the price of one file, and no test of takeover.)
-"""
+"""The witness: looks at the store from beside the workers. It says who holds which partition, and follows the feed
+while several processes commit to it."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import time
-from collections.abc import AsyncIterator, Callable
-from pathlib import Path
-from typing import Final
+from collections.abc import Awaitable, Callable
+from typing import Final, TypeVar
 
-import apsw
 import msgspec
 
+from sagaloom.errors import BackendUnavailable
 from sagaloom.ids import PARTITIONS
-from sagaloom.kv.sqlite import SqliteKeyValue
-from sagaloom.stores.kv import KvSagaStore
+from sagaloom.ports.keyvalue import KeyValue
+from sagaloom.ports.store import SagaStore
+from tests.crash.places import Place
 
 __all__ = ["Witness"]
 
-_LOCK_SECONDS_MAX: Final = 5.0
 _FEED_PAGE: Final = 500
 _FEED_PAUSE_SECONDS: Final = 0.05
+_TRIES: Final = 100
+_TRY_SECONDS: Final = 0.1
+
+T = TypeVar("T")
 
 _decode_lease = msgspec.msgpack.Decoder(tuple[str, int]).decode
 
 
 class Witness:
-    """Reads the store at `path`, opened when it is first asked."""
+    """Reads the store at `place`."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._kv: SqliteKeyValue | None = None
-        self._is_away = asyncio.Lock()
+    def __init__(self, place: Place) -> None:
+        self._place = place
         self.feed_seen = 0
         """The newest number of the feed that it has read."""
 
     async def holders(self) -> dict[int, str]:
         """By whom each partition is held; those that are free are left out."""
-        async with self._is_away:
-            rows = await (await self._open()).scan(("lease",), limit=PARTITIONS)
         found: dict[int, str] = {}
-        for row in rows:
-            part = row.key[1]
+        for part, value in await self._rows("lease"):
             assert isinstance(part, int)
-            holder, _ = _decode_lease(row.value)
+            holder, _ = _decode_lease(value)
             if holder:
                 found[part] = holder
         return found
@@ -58,9 +50,7 @@ class Witness:
 
     async def members(self) -> list[str]:
         """Everybody who has entered, and neither left nor was buried."""
-        async with self._is_away:
-            rows = await (await self._open()).scan(("member",), limit=PARTITIONS)
-        return [str(row.key[1]) for row in rows]
+        return [str(holder) for holder, _ in await self._rows("member")]
 
     async def follow_feed(self, odd: Callable[[str], None]) -> None:
         """Reads the feed from where it was left, until cancelled. Tells of every gap and repeat (I8)."""
@@ -70,51 +60,26 @@ class Witness:
 
     async def read_feed(self, odd: Callable[[str], None]) -> int:
         """Reads one page of the feed, and returns how many events it had."""
-        async with self._is_away:
-            page = await KvSagaStore(await self._open()).feed(after=self.feed_seen, limit=_FEED_PAGE)
+        page = await self._ask(lambda _, store: store.feed(after=self.feed_seen, limit=_FEED_PAGE))
         for number, _ in page:
             if number != self.feed_seen + 1:
                 odd(f"I8 a reader of the feed got event {number} after event {self.feed_seen}")
             self.feed_seen = number
         return len(page)
 
-    @contextlib.asynccontextmanager
-    async def nobody_writes(self) -> AsyncIterator[None]:
-        """Holds the write lock: nobody is inside a write, and nobody can begin one."""
-        connection = apsw.Connection(str(self._path))
-        try:
-            connection.set_busy_timeout(0)
-            deadline = time.monotonic() + _LOCK_SECONDS_MAX
-            while True:
-                try:
-                    connection.execute("BEGIN IMMEDIATE")
-                    break
-                except apsw.BusyError:
-                    if time.monotonic() > deadline:
-                        raise
-                await asyncio.sleep(0.0005)
-            yield
-        finally:
-            # Closing rolls back; there is nothing to keep.
-            connection.close(force=True)
+    async def _rows(self, table: str) -> list[tuple[object, bytes]]:
+        """What follows the name of the table in each key, and the value."""
+        rows = await self._ask(lambda kv, _: kv.scan((table,), limit=PARTITIONS))
+        return [(row.key[1], row.value) for row in rows]
 
-    @contextlib.asynccontextmanager
-    async def away(self) -> AsyncIterator[None]:
-        """Lets go of the file: nobody has it open when everybody is dead, and the next one must recover its log."""
-        async with self._is_away:
-            await self._close()
-            yield
-
-    async def close(self) -> None:
-        async with self._is_away:
-            await self._close()
-
-    async def _open(self) -> SqliteKeyValue:
-        if self._kv is None:
-            self._kv = await SqliteKeyValue.open(self._path)
-        return self._kv
-
-    async def _close(self) -> None:
-        kv, self._kv = self._kv, None
-        if kv is not None:
-            await kv.close()
+    async def _ask(self, question: Callable[[KeyValue, SagaStore], Awaitable[T]]) -> T:
+        """The answer, though the place may be down for a while."""
+        for tried in range(1, _TRIES + 1):
+            try:
+                async with self._place.look() as (kv, store):
+                    return await question(kv, store)
+            except BackendUnavailable:
+                if tried == _TRIES:
+                    raise
+                await asyncio.sleep(_TRY_SECONDS)
+        raise AssertionError("unreachable")

@@ -1,9 +1,9 @@
-"""The process that is killed: a runtime on an embedded store, with a door for messages.
+"""The process that is killed: a runtime on a store, with a door for messages.
 
-`python -m tests.crash.worker STORE RECEIVER_PORT` is the nursery that forks it. `SAGALOOM_FAULT=step:nth` makes it kill
-itself at that step, and so does `POST /arm` later on. Ready, it says on which port it listens and by what name it holds
-partitions. It stops in order on SIGTERM, and at once when the nursery is gone. On SIGUSR1 it stops itself (SIGSTOP) the
-next time that it has decided and is about to commit.
+`python -m tests.crash.worker STORE RECEIVER_PORT [SABOTAGE]` is the nursery that forks it. `SAGALOOM_FAULT=step:nth`
+makes it kill itself at that step, and so does `POST /arm` later on. Ready, it says on which port it listens and by what
+name it holds partitions. It stops in order on SIGTERM, and at once when the nursery is gone. On SIGUSR1 it stops itself
+(SIGSTOP) the next time that it has decided and is about to commit.
 
 What it tells the driver, as notes:
 
@@ -21,31 +21,28 @@ import os
 import signal
 import sys
 from collections.abc import Collection, Sequence
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
 from sagaloom.definitions import RetryPolicy
 from sagaloom.errors import Fenced
 from sagaloom.ids import PARTITIONS
-from sagaloom.kv.presence import FilePresence
-from sagaloom.kv.sqlite import SqliteKeyValue
 from sagaloom.messages import SagaMessage
 from sagaloom.ports.store import CommitResult, Holding, Lease, SagaStore, UnitOfWork
 from sagaloom.runtime.options import RuntimeOptions
 from sagaloom.runtime.receipts import PublishRejected
 from sagaloom.runtime.runtime import SagaRuntime
-from sagaloom.stores.kv import KvSagaStore
 from sagaloom.targets.service import ServiceTarget
 from sagaloom.testing.faults import Faults
 from tests.crash.nursery import serve_births
+from tests.crash.places import LEASE_SECONDS, open_store
+from tests.crash.sabotage import Saboteur
 from tests.crash.story import definitions
 from tests.crash.wire import HOST, Request, serve
 
-__all__ = ["LEASE_SECONDS", "SERVICES", "Standing", "Waiting", "effect_retry", "what_waits"]
+__all__ = ["SERVICES", "Standing", "Waiting", "effect_retry", "what_waits"]
 
-LEASE_SECONDS: Final = 1.0
-"""How long a worker that was stopped is still believed to be alive."""
 SERVICES: Final = ("payments", "mail", "carrier")
 
 
@@ -118,30 +115,26 @@ class _Steps:
             os.kill(os.getpid(), signal.SIGSTOP)
 
 
-class _SilentPresence(FilePresence):
-    """Wakes nobody: the others find out late what it has brought them, as when a nudge is lost."""
+class _ToldStore:
+    """Passes everything on to `inner`, tells what becomes of its lease, and counts what it applies."""
 
-    def nudge(self) -> None:
-        return None
-
-
-class _ToldStore(KvSagaStore):
-    """Tells what becomes of its lease, and counts what it applies."""
-
-    def __init__(self, kv: SqliteKeyValue, *, presence: FilePresence, tell: _Told, steps: _Steps) -> None:
-        super().__init__(kv, presence=presence)
+    def __init__(self, inner: SagaStore, *, tell: _Told, steps: _Steps) -> None:
+        self._inner = inner
         self._tell = tell
         self._steps = steps
         self.applied = 0
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
     async def join(self, holder: str, *, works: bool = True) -> Lease:
-        lease = await super().join(holder, works=works)
+        lease = await self._inner.join(holder, works=works)
         self._tell("joined", lease.epoch, holder)
         return lease
 
     async def tend(self, lease: Lease, *, give_up: Collection[int] = ()) -> Holding:
         try:
-            return await super().tend(lease, give_up=give_up)
+            return await self._inner.tend(lease, give_up=give_up)
         except Fenced:
             self._tell("refused", "look")
             raise
@@ -149,7 +142,7 @@ class _ToldStore(KvSagaStore):
     async def commit(self, units: Sequence[UnitOfWork], *, lease: Lease) -> CommitResult:
         was_stopped, self._steps.was_stopped = self._steps.was_stopped, False
         try:
-            result = await super().commit(units, lease=lease)
+            result = await self._inner.commit(units, lease=lease)
         except Fenced:
             self._tell("refused", "write")
             raise
@@ -162,18 +155,18 @@ class _ToldStore(KvSagaStore):
         return result
 
 
-async def _main(path: str, receiver_port: int, tag: str, life: int) -> int:
+async def _main(address: str, receiver_port: int, sabotage: str, tag: str, life: int) -> int:
     tell = _Told(tag)
     faults = Faults.from_env()
     steps = _Steps(faults, tell)
-    kv = await SqliteKeyValue.open(path, on_step=faults)
     # Every other one is silent, so that messages are decided while older ones lie unread beside them (I9).
-    presence = (_SilentPresence if int(tag) % 2 else FilePresence)(path, lease_seconds=LEASE_SECONDS)
-    store = _ToldStore(kv, presence=presence, tell=tell, steps=steps)
+    inner = await open_store(address, is_silent=bool(int(tag) % 2), on_step=faults)
+    saboteur = Saboteur(sabotage)
+    store = _ToldStore(saboteur.store(inner), tell=tell, steps=steps)
     services = {name: f"http://{HOST}:{receiver_port}/{name}" for name in SERVICES}
     target = ServiceTarget(services, timeout_seconds=5.0)
     options = RuntimeOptions(on_step=steps, effect_retry=effect_retry(), lease_seconds=LEASE_SECONDS)
-    runtime = SagaRuntime(store, definitions=definitions(), targets=[target], options=options)
+    runtime = SagaRuntime(store, definitions=definitions(), targets=[saboteur.target(target)], options=options)
     decode = msgspec.json.Decoder(_Published).decode
 
     async def handle(request: Request) -> tuple[int, bytes]:
@@ -188,7 +181,10 @@ async def _main(path: str, receiver_port: int, tag: str, life: int) -> int:
                 faults.kill_at(step, faults.seen[step] + int(nth))
                 return 200, b"{}"
         published = decode(request.body)
-        answer = await runtime.publish(SagaMessage(published.type, published.payload, id=published.id))
+        message = SagaMessage(published.type, published.payload, id=published.id)
+        if saboteur.takes_over(lambda: runtime.publish(message)):
+            return 202, msgspec.json.encode({"duplicate": True, "dispositions": ["pending"]})
+        answer = await runtime.publish(message)
         if isinstance(answer, PublishRejected):
             status = 503 if answer.retryable else 422
             return status, msgspec.json.encode({"code": answer.code, "message": answer.reason})
@@ -213,14 +209,14 @@ async def _main(path: str, receiver_port: int, tag: str, life: int) -> int:
     return 0
 
 
-def main(path: str, receiver_port: int) -> None:
+def main(address: str, receiver_port: int, sabotage: str) -> None:
     """The nursery of these workers."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     import httpx2
 
     httpx2.AsyncClient()  # What the target imports late, and with its first client, is there before the first fork.
-    serve_births(lambda tag, life: asyncio.run(_main(path, receiver_port, tag, life)))
+    serve_births(lambda tag, life: asyncio.run(_main(address, receiver_port, sabotage, tag, life)))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), *(sys.argv[3:] or [""]))

@@ -17,7 +17,7 @@ import typer
 from sagaloom.cli.client import DEFAULT_URL, ApiClient, CommandFailed, instance_path
 from sagaloom.cli.jobs import jobs_app
 from sagaloom.cli.operating import add_dead_letter_commands, add_instance_commands
-from sagaloom.cli.options import AsJson, Host, Insecure, Key, Limit, Run, Saga, Token, Url
+from sagaloom.cli.options import AsJson, Host, Insecure, Key, Limit, Run, Saga, Token, Topic, Url
 from sagaloom.cli.payloads import json_of
 from sagaloom.cli.timing import add_schedule_commands, add_timer_commands
 
@@ -264,22 +264,34 @@ def _print_receipt(answer: Mapping[str, Any]) -> None:
 
 
 @sagas_app.command("list")
-def sagas_list(url: Url = DEFAULT_URL, token: Token = None, as_json: AsJson = False) -> None:
+def sagas_list(
+    topic: Topic = None,
+    tag: Annotated[list[str] | None, typer.Option("--tag", help="Only those with this tag; may be repeated.")] = None,
+    enabled: Annotated[
+        bool | None, typer.Option("--enabled/--disabled", help="Only those that are, or are not.", show_default=False)
+    ] = None,
+    url: Url = DEFAULT_URL,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
     """List the loaded sagas."""
     from sagaloom.cli.output import print_json, print_table
 
+    wanted = None if enabled is None else str(enabled).lower()
     with ApiClient(url, token) as api:
-        answer = api.get("/sagas", limit=1000)
+        answer = api.get("/sagas", limit=1000, topic=topic, tags=tag or None, enabled=wanted)
     if as_json:
         print_json(answer)
         return
     print_table(
-        ("saga", "version", "tier", "message types"),
+        ("saga", "topic", "version", "tier", "enabled", "message types"),
         [
             (
                 one["id"],
+                one["topic"],
                 one["version"],
                 one["durabilityTier"],
+                "yes" if one["enabled"] else "no",
                 ", ".join(handled["type"] for handled in one["handledMessageTypes"]),
             )
             for one in answer["sagas"]
@@ -302,6 +314,7 @@ def instances_list(
     saga: Annotated[str | None, typer.Option("--saga", help="Only of this saga.")] = None,
     status: Annotated[str | None, typer.Option("--status", help="Only with this status.")] = None,
     prefix: Annotated[str | None, typer.Option("--prefix", help="Only keys that begin so.")] = None,
+    topic: Topic = None,
     limit: Limit = 50,
     cursor: Annotated[str | None, typer.Option("--cursor", help="The next page, as the page before named it.")] = None,
     url: Url = DEFAULT_URL,
@@ -312,7 +325,7 @@ def instances_list(
     from sagaloom.cli.output import print_json, print_table
 
     with ApiClient(url, token) as api:
-        answer = api.get("/instances", sagaName=saga, status=status, q=prefix, limit=limit, cursor=cursor)
+        answer = api.get("/instances", sagaName=saga, status=status, q=prefix, topic=topic, limit=limit, cursor=cursor)
     if as_json:
         print_json(answer)
         return
@@ -385,6 +398,7 @@ def instances_history(
 def instances_watch(
     saga: Annotated[str | None, typer.Option("--saga", help="Only of this saga.")] = None,
     key: Annotated[str | None, typer.Option("--key", help="Only of this correlation key.")] = None,
+    topic: Topic = None,
     after: Annotated[
         str | None,
         typer.Option("--after", help="Begin behind the event with this id; 0 is the oldest one kept. By default now."),
@@ -397,7 +411,7 @@ def instances_watch(
     from sagaloom.cli.watching import watch
 
     with ApiClient(url, token) as api:
-        watch(api, saga=saga, key=key, after=after, as_json=as_json)
+        watch(api, saga=saga, key=key, topic=topic, after=after, as_json=as_json)
 
 
 add_instance_commands(instances_app)

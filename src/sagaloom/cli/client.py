@@ -135,7 +135,7 @@ class ApiClient:
         import httpx2
 
         address = self.url + (path[1:] if path.startswith("//") else _PREFIX + path)
-        given = {name: str(value) for name, value in (params or {}).items() if value is not None}
+        given = {name: _written(value) for name, value in (params or {}).items() if value is not None}
         content = None if body is None else msgspec.json.encode(body)
         try:
             response = self._client.request(
@@ -177,3 +177,8 @@ class ApiClient:
 def instance_path(saga: str, key: str) -> str:
     """The path of an instance; a key may hold anything, slashes included."""
     return f"/instances/{quote(saga, safe='')}/{quote(key, safe='')}"
+
+
+def _written(value: object) -> str | list[str]:
+    """A parameter as it is sent; a list repeats it."""
+    return [str(each) for each in cast("list[object]", value)] if isinstance(value, list) else str(value)

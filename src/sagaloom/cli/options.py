@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["AsJson", "Host", "Insecure", "Key", "Limit", "Run", "Saga", "Token", "Url"]
+__all__ = ["AsJson", "Host", "Insecure", "Key", "Limit", "Run", "Saga", "Token", "Topic", "Url"]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Url = Annotated[str, typer.Option("--url", envvar="SAGALOOM_URL", help="Where the server is.")]
@@ -17,5 +17,6 @@ Limit = Annotated[int, typer.Option("--limit", min=1, max=1000, help="How many a
 Run = Annotated[int | None, typer.Option("--run", min=1, help="Which run; by default the newest.")]
 Saga = Annotated[str, typer.Argument(help="The saga's id.", show_default=False)]
 Key = Annotated[str, typer.Argument(help="The correlation key.", show_default=False)]
+Topic = Annotated[str | None, typer.Option("--topic", help="Only of sagas with this topic, as configured.")]
 Host = Annotated[str | None, typer.Option("--host", help="The address to listen on; by default 127.0.0.1.")]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Listen beyond loopback without a token.")]

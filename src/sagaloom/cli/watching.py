@@ -24,11 +24,13 @@ _PAUSE_SECONDS_MAX: Final = 10.0
 _NAME_WIDTH: Final = len("message_received")
 
 
-def watch(api: ApiClient, *, saga: str | None, key: str | None, after: str | None, as_json: bool) -> None:
+def watch(
+    api: ApiClient, *, saga: str | None, key: str | None, topic: str | None, after: str | None, as_json: bool
+) -> None:
     """Prints what happens until the process is interrupted. Raises what `follow` raises."""
     line = _json_line_of if as_json else line_of
     with contextlib.suppress(KeyboardInterrupt):
-        follow(api, saga=saga, key=key, after=after, show=lambda told: _print_line(line(told)), say=_say)
+        follow(api, saga=saga, key=key, topic=topic, after=after, show=lambda told: _print_line(line(told)), say=_say)
 
 
 class StreamedEvent(NamedTuple):
@@ -44,6 +46,7 @@ def follow(
     *,
     saga: str | None,
     key: str | None,
+    topic: str | None = None,
     after: str | None,
     show: Callable[[StreamedEvent], None],
     say: Callable[[str], None],
@@ -55,7 +58,7 @@ def follow(
     while True:
         wait_seconds: float | None = None
         try:
-            with api.stream("/subscribe", after=place, sagaName=saga, correlationKey=key) as lines:
+            with api.stream("/subscribe", after=place, sagaName=saga, correlationKey=key, topic=topic) as lines:
                 for told in events_of(lines):
                     was_connected, failures = True, 0
                     if told.event != "heartbeat":

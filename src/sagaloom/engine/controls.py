@@ -3,7 +3,8 @@
 A control is a message like any other: it goes through the inbox of its instance, is decided in its turn, makes the
 revision grow by one, and stands in the history. Two things set it apart. Its origin is `operator`, which no door, saga
 or target can give a message; and no definition is asked about it, so a run whose saga is no longer loaded can still be
-cancelled. Message types that begin with `saga:` belong to the engine, and no saga may handle one.
+cancelled. Message types that begin with `saga:` belong to the engine, and no saga may handle one. A cancel may also
+come from a timer: that is how the configuration of a saga bounds how long a run may take.
 
     running, compensating --cancel--> cancelled
     any live run          --pause---> the same status, paused
@@ -152,7 +153,9 @@ def apply_control(instance: Instance, envelope: Envelope, now: datetime) -> Deci
     if not is_over:
         return decision
     outgoing = () if instance.parent is None else (_end(new, envelope, instance.parent),)
-    return msgspec.structs.replace(decision, outgoing=outgoing, timers_ended=instance.timers)
+    # The timer that brought it, when a configured timeout cancels, is consumed as the message that it is.
+    others = tuple(timer for timer in instance.timers if timer.id != envelope.id)
+    return msgspec.structs.replace(decision, outgoing=outgoing, timers_ended=others)
 
 
 def advanced(instance: Instance, envelope: Envelope, now: datetime) -> Instance:

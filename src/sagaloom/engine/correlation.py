@@ -95,6 +95,8 @@ class DefinitionSet:
                 f"{definition.source or 'unknown place'}; an id names one definition"
             )
         for definition in by_id.values():
+            if not definition.about.enabled:
+                continue  # It keeps its id, and what was accepted for it waits; nothing new is for it.
             for message_type in definition.handlers:
                 by_type[message_type] = (*by_type.get(message_type, ()), definition)
         self._by_id = by_id
@@ -113,8 +115,12 @@ class DefinitionSet:
         return self._by_id.get(saga_id)
 
     def handling(self, message_type: str) -> tuple[SagaDefinition[Any], ...]:
-        """The sagas with a handler for this type, in the order in which they were given."""
+        """The enabled sagas with a handler for this type, in the order in which they were given."""
         return self._by_type.get(message_type, ())
+
+    def disabled_for(self, message_type: str) -> tuple[SagaDefinition[Any], ...]:
+        """The sagas that would handle this type, were they not disabled."""
+        return tuple(each for each in self._by_id.values() if not each.about.enabled and message_type in each.handlers)
 
     def with_definition(self, definition: SagaDefinition[Any]) -> DefinitionSet:
         """These definitions and this one, which takes the place of one with the same id."""

@@ -56,7 +56,7 @@ import msgspec
 from sagaloom.codec import encode_any
 from sagaloom.definitions import HandlerBinding, SagaDefinition, SagaInstanceStatus
 from sagaloom.engine.compensation import carry_out
-from sagaloom.engine.controls import apply_control, why_in_vain
+from sagaloom.engine.controls import CANCEL, apply_control, why_in_vain
 from sagaloom.engine.correlation import dead_letter_id
 from sagaloom.engine.ledger import LIMIT_EXCEEDED, Refused, end_of_child
 from sagaloom.engine.lifecycle import is_terminal
@@ -124,7 +124,7 @@ def decide(
         )
     if binding is None:
         # No saga handles a control, so nobody else has to ask whether this is one.
-        if message.origin == "operator":
+        if message.origin == "operator" or (message.origin == "timer" and message.type == CANCEL):
             return steer(instance, message, context)
         if message.origin == "child" and instance is not None:
             return _ignore(instance, message, context, f"saga {definition.id!r} has no handler for {message.type!r}")

@@ -408,6 +408,9 @@ class Receiver:
             return Decision("pending", missing, retry_at=now + _UNKNOWN_AGAIN, error=missing, spends_attempt=False)
         if definition is None or corrupt is not None or delivery.refusal is not None:
             return _give_up(envelope, now, corrupt or delivery.refusal or _vanished(envelope.saga_id))
+        if not definition.about.enabled and envelope.origin != "operator":
+            why = f"saga {envelope.saga_id!r} is disabled by its configuration"
+            return Decision("pending", why, retry_at=now + _UNKNOWN_AGAIN, error=why, spends_attempt=False)
         typed, delivery.typed = delivery.typed, None
         if typed is not None and envelope is not delivery.envelope:
             typed = msgspec.structs.replace(typed, traceparent=envelope.traceparent, tracestate=envelope.tracestate)

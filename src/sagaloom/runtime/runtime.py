@@ -412,6 +412,13 @@ class SagaRuntime:
                 "operator does, and another name for a message of yours",
                 code="MESSAGE_TYPE_RESERVED",
             )
+        if disabled := self.definitions.disabled_for(message_type):
+            names = ", ".join(repr(each.id) for each in disabled)
+            return BackendUnavailable(
+                f"message type {message_type!r:.80} is handled by {names} alone, disabled by configuration: enable it "
+                "there, and try again",
+                code="SAGA_DISABLED",
+            )
         if message_type in self._registry_types:
             return BackendUnavailable(
                 f"message type {message_type!r} is known to this store, but no definition that is loaded here handles "
@@ -509,9 +516,13 @@ class SagaRuntime:
         """Gives a scheduled saga a tick of its own, now: its payload says `{"scheduledFor": <now>, "manual": true}`.
         The schedule goes on as it would have. Answers like `publish`; raises `ScheduleNotFound`."""
         definition = self.definitions.get(saga_id)
-        if definition is None or definition.schedule is None:
-            scheduled = ", ".join(each.id for each in self.definitions if each.schedule is not None)
-            what = "has no schedule" if definition is not None else "is not registered here"
+        if definition is None or definition.schedule is None or not definition.about.enabled:
+            scheduled = ", ".join(
+                each.id for each in self.definitions if each.schedule is not None and each.about.enabled
+            )
+            what = "is not registered here"
+            if definition is not None:
+                what = "has no schedule" if definition.schedule is None else "is disabled by its configuration"
             raise ScheduleNotFound(f"saga {saga_id!r:.80} {what}: scheduled sagas are {scheduled or 'none'}")
         now = self.clock.now()
         tick = tick_message(definition, now, by_hand=new_message_id(now))

@@ -755,8 +755,15 @@ class SagaGraph(_Shape, frozen=True, kw_only=True):
     edges: Sequence[GraphEdge]
 
 
+class RetentionView(_Shape, frozen=True, kw_only=True):
+    """For how many days finished runs are kept, and live ones are nothing to wonder about; null: without an end."""
+
+    completed_days: float | None
+    active_days: float | None
+
+
 class SagaView(_Shape, frozen=True, kw_only=True):
-    """A loaded saga definition."""
+    """A loaded saga definition, with what its configuration says of it."""
 
     id: str
     name: str
@@ -765,6 +772,8 @@ class SagaView(_Shape, frozen=True, kw_only=True):
     enabled: bool
     entrypoint: str
     tags: Sequence[str]
+    metadata: Mapping[str, Any]
+    retention: RetentionView
     version: int
     durability_tier: SagaDurabilityTier
     handled_message_types: Sequence[HandledTypeView]
@@ -795,13 +804,10 @@ class SagaList(_Shape, frozen=True, kw_only=True):
     offset: int
 
 
-_CONFIGURED_BY_DEFAULT: Mapping[str, object] = {"topic": "default", "enabled": True, "entrypoint": "", "tags": []}
-
-
 def saga_view(definition: SagaDefinition[Any]) -> dict[str, Any]:
     """A definition as a document of the shape `SagaView`. What a saga's configuration would say beside its definition
     (topic, tags and the like) has the value it has for a saga without one."""
-    return {**_CONFIGURED_BY_DEFAULT, "description": definition.id, **describe(definition)}
+    return describe(definition)
 
 
 # --- The service itself ----------------------------------------------------------------------------------------------

@@ -73,6 +73,7 @@ STATUS_OF_CODE: Final[Mapping[str, int]] = {
     "BACKEND_UNAVAILABLE": 503,
     "SAGA_FENCED": 503,
     "SAGA_NOT_STARTED": 503,
+    "SAGA_DISABLED": 503,
     "SAGA_NOT_LOADED": 503,
     "SAGA_OVERLOADED": 503,
 }
