@@ -19,6 +19,7 @@ from sagaloom.service.openapi import openapi_document
 from sagaloom.service.operating import add_operating
 from sagaloom.service.publishing import PublishRoute
 from sagaloom.service.reading import add_health, add_reading
+from sagaloom.service.replying import add_replying
 from sagaloom.service.streaming import add_streaming
 from sagaloom.service.timing import add_timing
 from sagaloom.web.app import create_web_app
@@ -84,6 +85,7 @@ def create_app(
         add_metrics(table, runtime)
         add_reading(table, runtime)
         add_operating(table, runtime, reader)
+        add_replying(table, runtime, reader)
         add_timing(table, runtime, reader)
         add_streaming(
             table, runtime, limit=streams, heartbeat_seconds=heartbeat_seconds, write_seconds_max=write_seconds_max

@@ -103,12 +103,14 @@ class Attempts:
         """Under which claim a run is under way here, if it is."""
         return next((claim for claim in self._under_way if claim.run_id == run_id), None)
 
-    async def write_down(self) -> None:
-        """Writes down what handlers have said since the last time."""
+    async def write_down(self) -> bool:
+        """Writes down what handlers have said since the last time. Whether there was anything."""
+        has_written = False
         for claim, attempt in list(self._under_way.items()):
             note = attempt.reports.take()
             if note is None:
                 continue
+            has_written = True
             try:
                 await self._store.note(claim, note)
             except Fenced:
@@ -116,6 +118,7 @@ class Attempts:
             except SagasError:
                 attempt.reports.put_back(note)
                 raise
+        return has_written
 
     async def drain(self, seconds: float) -> None:
         """Waits until nothing is under way, for a while; what is not done then is given back."""

@@ -87,11 +87,11 @@ class JobLog:
         self._write(logging.ERROR, text, args)
 
     def _write(self, level: int, text: str, args: tuple[object, ...]) -> None:
-        self._logger.log(level, text, *args)
         try:
             line = text % args if args else text
         except (TypeError, ValueError):
             line = f"{text} {args!r}"  # a slip in a log line must not fail the job
+        self._logger.log(level, "%s", line)
         self._speaker.log(logging.getLevelName(level).lower(), storable(line)[:_TEXT_MAX])
 
 
@@ -161,8 +161,7 @@ class Reports:
         self._lock = threading.Lock()
         self._progress: JobProgress | None = None
         self._lines: deque[JobLogLine] = deque(maxlen=LOG_LINES_KEPT)
-        self.cancelled_at: float | None = None
-        """When the run was asked to end, by the monotonic clock."""
+        self.is_cancelled = False
         self.on_cancel: Callable[[], None] | None = None
         """How the handler hears of a cancellation, if not by asking."""
         self.last_beat = time.monotonic()
@@ -181,15 +180,11 @@ class Reports:
     def beat(self) -> None:
         self.last_beat = time.monotonic()
 
-    @property
-    def is_cancelled(self) -> bool:
-        return self.cancelled_at is not None
-
     def cancel(self) -> None:
         """The run was asked to end."""
-        if self.cancelled_at is not None:
+        if self.is_cancelled:
             return
-        self.cancelled_at = time.monotonic()
+        self.is_cancelled = True
         if self.on_cancel is not None:
             self.on_cancel()
 

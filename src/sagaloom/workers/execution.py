@@ -1,8 +1,8 @@
 """Where handlers run, and how they are ended.
 
     loop      async handlers, on ours      ended by cancelling them, at their deadline or when somebody asks
-    thread    sync handlers, each its own  a thread cannot be stopped: the run goes on without it, and its place is taken
-                                           until it ends
+    thread    sync handlers, each its own  a thread cannot be stopped: the run goes on without it, and its place is
+                                           taken until it ends
     process   what says so, in the pool    killed at its deadline, or a while after it was asked to end
 
 An attempt has until its deadline, and between two signs of life until its `heartbeat_timeout`. One that was asked to
@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine
 from datetime import timedelta
-from typing import Any, Final, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 from sagaloom.clock import Clock
 from sagaloom.engine.retrying import USER_ERRORS
@@ -44,8 +44,6 @@ __all__ = ["Execution"]
 
 Came: TypeAlias = Returned | Raised | Settlement
 """What an attempt has come to: what its handler did, or what another process has made of that."""
-
-_TICK_SECONDS_MAX: Final = 1.0
 
 
 class Execution:
@@ -99,8 +97,7 @@ class Execution:
     async def _in_time(self, job: JobDefinition[Any], reports: Reports, work: Coroutine[Any, Any, Came]) -> Came:
         """What `work` comes to, in a task of its own; in the end why it was given up."""
         task = asyncio.create_task(work)
-        if job.run_in == "loop":
-            reports.on_cancel = lambda: _cancel(task)
+        reports.on_cancel = lambda: self._ask_to_end(job, task)
         began = reports.last_beat = time.monotonic()
         trouble: BaseException | None = None
         try:
@@ -117,6 +114,12 @@ class Execution:
         trouble.__cause__ = came.error  # which shows where it was
         return Raised(trouble)
 
+    def _ask_to_end(self, job: JobDefinition[Any], task: asyncio.Task[Came]) -> None:
+        """The run was asked to end: an async handler is cancelled at once, whoever else was told has a while."""
+        if job.run_in == "loop":
+            task.cancel()
+        asyncio.get_running_loop().call_later(self._options.cancel_grace_seconds, task.cancel)
+
     async def _end(self, task: asyncio.Task[Came]) -> None:
         """Cancels `task`, and gives it a moment to clean up. What does not end then is left behind."""
         task.cancel()
@@ -130,19 +133,14 @@ class Execution:
         self._on_free()
 
     def _patience(self, job: JobDefinition[Any], reports: Reports, began: float) -> float:
-        """Seconds until the next moment at which the attempt may have to be given up. A cancellation can come at any
-        time, from another thread too, so that is asked for now and then."""
+        """Seconds until the next moment at which the attempt may have to be given up."""
         moments = [began + job.timeout.total_seconds()]
         if job.heartbeat_timeout is not None:
             moments.append(reports.last_beat + job.heartbeat_timeout.total_seconds())
-        if reports.cancelled_at is not None:
-            moments.append(reports.cancelled_at + self._options.cancel_grace_seconds)
-        return min(max(min(moments) - time.monotonic(), 0.0), _TICK_SECONDS_MAX)
+        return max(min(moments) - time.monotonic(), 0.0)
 
     def _trouble(self, job: JobDefinition[Any], reports: Reports, began: float) -> BaseException | None:
         now = time.monotonic()
-        if reports.cancelled_at is not None and now >= reports.cancelled_at + self._options.cancel_grace_seconds:
-            return asyncio.CancelledError()
         if now >= began + job.timeout.total_seconds():
             return AttemptTimedOut(
                 f"job {job.id!r} did not end within {_text(job.timeout)}: give it more time (timeout=)"
@@ -213,10 +211,6 @@ class Execution:
             return came
         finally:
             self._pool.give(process, is_clean=came is not None and not isinstance(came, (Returned, Raised)))
-
-
-def _cancel(task: asyncio.Task[Came]) -> None:
-    task.cancel()
 
 
 def _may_travel(error: BaseException) -> bool:

@@ -71,6 +71,11 @@ class PoolProcess:
         reader, writer = await asyncio.open_connection(sock=ours)
         started = cls(process, reader, writer)
         started.say(Hello(list(sys.path)))
+        try:
+            await started.hear()  # it has started: the time of its first run begins with that
+        except BaseException:
+            started.kill()
+            raise
         return started
 
     @property
@@ -101,7 +106,14 @@ class PoolProcess:
 
     async def work(self, task: Task, reports: Reports) -> Settlement:
         """Does `task`, and returns how the run is to be settled. Raises `ProcessDied`."""
-        reports.on_cancel = lambda: self.say(Stop())
+        ask_to_end = reports.on_cancel
+
+        def stop() -> None:
+            self.say(Stop())
+            if ask_to_end is not None:
+                ask_to_end()
+
+        reports.on_cancel = stop
         self.say(task)
         while True:
             heard = await self.hear()

@@ -100,6 +100,7 @@ def main() -> None:
     hello = line.hear()
     assert isinstance(hello, Hello)
     sys.path[:] = hello.path
+    line.say(Said())
     tasks: queue.SimpleQueue[Task] = queue.SimpleQueue()
     work = _Work()
 

@@ -1,6 +1,7 @@
 """What a job runtime and the processes of its pool say to each other: frames of msgpack over a socket of two ends.
 
-    runtime ──Hello, Task──▶ process        once; then one task at a time
+    runtime ──Hello────────▶ process        once, and answered by an empty Said
+            ──Task─────────▶                one at a time
             ──Stop─────────▶                the run was asked to end
             ◀──Said─────────                as often as the handler speaks
             ◀──Done─────────                how the run is to be settled

@@ -179,6 +179,7 @@ class Scribe(Role):
         self._wait = timedelta(seconds=options.note_seconds)
         self._loop_of: asyncio.AbstractEventLoop | None = None
         self._news = asyncio.Event()
+        self._not_before = clock.now()
 
     async def start(self) -> None:
         self._loop_of = asyncio.get_running_loop()
@@ -192,13 +193,13 @@ class Scribe(Role):
 
     async def _turn(self) -> None:
         self._news.clear()
-        await self._attempts.write_down()
+        if await self._attempts.write_down():
+            self._not_before = self._clock.now() + self._wait
 
     async def _pause(self) -> None:
-        # The wait comes after a turn, and not before it: what a handler says first is seen at once.
-        await self._clock.sleep_until(self._clock.now() + self._wait)
         if self.problem is None:
             await self._news.wait()
+        await self._clock.sleep_until(self._not_before if self.problem is None else self._clock.now() + self._wait)
 
 
 class Pruner(Role):

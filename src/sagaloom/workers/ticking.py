@@ -24,6 +24,7 @@ from sagaloom.workers.roles import Role
 __all__ = ["Ticker", "tick_key"]
 
 _NAP: Final = timedelta(seconds=30)
+_BREATH: Final = timedelta(milliseconds=100)
 
 
 def tick_key(tick: datetime) -> str:
@@ -104,4 +105,5 @@ class Ticker(Role):
         now = self._clock.now()
         # A clock that jumps, or a schedule that another process has moved on, is noticed after a while.
         moment = now + _NAP if self._next_at is None else min(self._next_at, now + _NAP)
-        await self._clock.sleep_until(moment)
+        # Whoever lost a race looks again, and not in the same moment for ever.
+        await self._clock.sleep_until(max(moment, now + _BREATH))
