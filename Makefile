@@ -15,7 +15,7 @@ unexport VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install serve test check crash bench docs format clean
+.PHONY: help install serve test check crash examples bench docs format clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ check: install  ## Check format, lint, types (mypy and pyright) and floors
 # make hands what is set on its command line to the run as environment variables: KILLS, MESSAGES, PROCESSES, SEED.
 crash: install  ## Kill workers and count what was lost (shorter: KILLS=12 MESSAGES=1200; two on one store: PROCESSES=2)
 	$(BIN)/python -m tests.crash
+
+examples: install  ## Stop every example at every commit and kill it (some of them: make examples ARGS="-k orders")
+	SAGALOOM_EXAMPLES=all $(BIN)/python -m pytest tests/examples/test_stories.py $(ARGS)
 
 bench: install  ## Measure throughput and latency on this machine
 	$(BIN)/python -m bench

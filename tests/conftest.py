@@ -12,11 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.schemas import schema, schema_of_the_session
 from tests.servers.finding import KINDS, found_or_skipped
 
+__all__ = ["schema", "schema_of_the_session"]
+
 GROUPS = (
-    *("core", "authoring", "servers", "stores", "runtime", "publisher", "doors", "workers", "telemetry", "crash"),
-    *("typing", "examples", "bugs"),
+    *("core", "authoring", "servers", "stores", "queues", "runtime", "publisher", "doors", "workers"),
+    *("middleware", "telemetry"),
+    *("crash", "typing", "examples", "bugs"),
 )
 
 _HERE = Path(__file__).parent

@@ -32,6 +32,7 @@ from sagaloom.definitions import (
     HandlerBinding,
     Invariant,
     OnMissing,
+    QueryBinding,
     QueryDefinition,
     RetryPolicy,
     Reuse,
@@ -42,6 +43,7 @@ from sagaloom.definitions import (
     SchedulePolicy,
     SignalDefinition,
     TimeoutPolicy,
+    UpdateBinding,
 )
 from sagaloom.durations import parse_duration
 from sagaloom.errors import DefinitionError, NotImplementedYet, SagasError
@@ -80,6 +82,9 @@ class _Data:
     correlations: Mapping[str, SagaCorrelation[Any]] = dataclasses.field(
         default_factory=dict[str, SagaCorrelation[Any]]
     )
+    signals: Mapping[str, HandlerBinding] = dataclasses.field(default_factory=dict[str, HandlerBinding])
+    updates: Mapping[str, UpdateBinding] = dataclasses.field(default_factory=dict[str, UpdateBinding])
+    queries: Mapping[str, QueryBinding] = dataclasses.field(default_factory=dict[str, QueryBinding])
     retry: RetryPolicy = dataclasses.field(default_factory=RetryPolicy)
     reuse: Reuse = "reject"
     is_singleton: bool = False
@@ -87,6 +92,7 @@ class _Data:
     migrations: Mapping[int, _Migration] = dataclasses.field(default_factory=dict[int, Callable[[Any], Any]])
     schedule: SchedulePolicy | None = None
     timeouts: tuple[TimeoutPolicy, ...] = ()
+    pivots: frozenset[str] = frozenset()
 
     @property
     def where(self) -> str:
@@ -353,6 +359,7 @@ class SagaWithState(_Stage, Generic[S]):
         *,
         starts: bool = True,
         on_missing: OnMissing = "dead_letter",
+        pivot: bool = False,
     ) -> SagaWithHandlers[S]: ...
     @overload
     def on(
@@ -363,6 +370,7 @@ class SagaWithState(_Stage, Generic[S]):
         payload: type[P],
         starts: bool = True,
         on_missing: OnMissing = "dead_letter",
+        pivot: bool = False,
     ) -> SagaWithHandlers[S]: ...
     @overload
     def on(
@@ -372,6 +380,7 @@ class SagaWithState(_Stage, Generic[S]):
         *,
         starts: bool = True,
         on_missing: OnMissing = "dead_letter",
+        pivot: bool = False,
     ) -> SagaWithHandlers[S]: ...
     def on(
         self,
@@ -381,11 +390,14 @@ class SagaWithState(_Stage, Generic[S]):
         payload: Any = None,
         starts: bool = True,
         on_missing: OnMissing = "dead_letter",
+        pivot: bool = False,
     ) -> SagaWithHandlers[S]:
         """Registers the handler of a message type, given as a message class or as the wire type.
 
         With a class the payload is an instance of it; with a wire type it is plain JSON, or what `payload=` says.
         `starts`: the message may open an instance. `on_missing`: what becomes of it when it may not, and none is live.
+        `pivot`: it is a point of no return. Once it has been applied, the steps before it are not undone any more by
+        `ALL_STEPS` or a cancel.
 
         >>> from dataclasses import dataclass
         >>> @dataclass
@@ -401,12 +413,15 @@ class SagaWithState(_Stage, Generic[S]):
         if not isinstance(starts, bool):
             raise DefinitionError(f"{data.where}: starts of {name!r} must be True or False, got {starts!r:.80}")
         _one_of(on_missing, get_args(OnMissing), f"{data.where}: on_missing of {name!r}")
+        if not isinstance(pivot, bool):
+            raise DefinitionError(f"{data.where}: pivot of {name!r} must be True or False, got {pivot!r:.80}")
         if name in data.handlers:
             raise DefinitionError(
                 f"{data.where} already has a handler for {name!r}: put both into one, or give the message another type"
             )
         binding = HandlerBinding(name, handler, codec, starts, on_missing)
-        return SagaWithHandlers(dataclasses.replace(data, handlers={**data.handlers, name: binding}))
+        pivots = data.pivots | {name} if pivot else data.pivots
+        return SagaWithHandlers(dataclasses.replace(data, handlers={**data.handlers, name: binding}, pivots=pivots))
 
     @overload
     def compensate(self, message: type[P], handler: SagaHandler[S, P]) -> Self: ...
@@ -477,33 +492,67 @@ class SagaWithState(_Stage, Generic[S]):
         self._not_yet("when_all")
 
     def on_signal(self, signal: SignalDefinition[P], handler: SagaHandler[S, P]) -> Self:
-        """Registers the handler of a signal. Checks its arguments; raises `NotImplementedYet`."""
-        self._check_signal("on_signal", signal, handler)
-        self._not_yet("on_signal")
+        """Registers the handler of a signal: of a message that somebody addresses to one instance by name. It is
+        applied in its turn, once, like every message, and starts no instance. The event's type is the signal's name.
 
-    def on_query(self, query: QueryDefinition[P], handler: Callable[[S], P]) -> Self:
-        """Registers a synchronous, pure read of the state. Checks its arguments; raises `NotImplementedYet`."""
-        where = self._data.where
-        if not isinstance(query, QueryDefinition):
-            raise DefinitionError(f"{where}: .on_query(...) takes define_query(name), got {_shown(query)}")
-        if not query.name.strip():
-            raise DefinitionError(f"Saga query name must not be empty. {where}: use define_query('progress').")
-        _check_function(handler, 1, f"{where}: the query {query.name!r}", "a query takes (state)")
-        self._not_yet("on_query")
+        >>> from sagaloom import define_signal
+        >>> hurry = define_signal("hurry")
+        >>> define_saga("order").state({}).on_signal(hurry, lambda saga, event, context: [])
+        <SagaWithState 'order', handles []>
+        """
+        data = self._data
+        name, codec = self._check_signal("on_signal", signal, handler)
+        if name in data.signals:
+            raise DefinitionError(f"{data.where} already has a handler for the signal {name!r}: put both into one")
+        return self._with(signals={**data.signals, name: HandlerBinding(name, handler, codec, starts=False)})
 
     def on_update(self, signal: SignalDefinition[P], handler: SagaHandler[S, P]) -> Self:
-        """Registers the handler of a signal whose caller waits for the answer. Checks its arguments; raises
-        `NotImplementedYet`."""
-        self._check_signal("on_update", signal, handler)
-        self._not_yet("on_update")
+        """Registers the handler of a signal whose caller waits: the handler returns `answer(value)` beside its effects,
+        or raises `UpdateRefused`. The caller gets the one or the other, and gets it again under the same id.
 
-    def _check_signal(self, method: str, signal: object, handler: object) -> None:
+        >>> from sagaloom import answer, define_signal
+        >>> approve = define_signal("approve")
+        >>> define_saga("order").state({}).on_update(approve, lambda saga, event, context: [answer("approved")])
+        <SagaWithState 'order', handles []>
+        """
+        data = self._data
+        name, codec = self._check_signal("on_update", signal, handler)
+        if name in data.updates:
+            raise DefinitionError(f"{data.where} already has a handler for the update {name!r}: put both into one")
+        return self._with(updates={**data.updates, name: UpdateBinding(name, handler, codec, starts=False)})
+
+    def on_query(self, query: QueryDefinition[P], handler: Callable[[S], P]) -> Self:
+        """Registers a read of the state: a plain function that takes it, changes nothing, and returns the answer. It is
+        given the newest committed state, of a run that has ended too.
+
+        >>> from sagaloom import define_query
+        >>> define_saga("order").state({"paid": 0}).on_query(define_query("paid", int), lambda state: state["paid"])
+        <SagaWithState 'order', handles []>
+        """
+        data = self._data
+        if not isinstance(query, QueryDefinition):
+            raise DefinitionError(f"{data.where}: .on_query(...) takes define_query(name), got {_shown(query)}")
+        name = query.name.strip() if isinstance(query.name, str) else ""
+        if not name:
+            raise DefinitionError(f"Saga query name must not be empty. {data.where}: use define_query('progress').")
+        _check_function(handler, 1, f"{data.where}: the query {name!r}", "a query takes (state)")
+        if name in data.queries:
+            raise DefinitionError(f"{data.where} already has a query {name!r}: give this one another name")
+        codec = _said_codec(data, f"the answer of query {name!r}", query.result)
+        return self._with(queries={**data.queries, name: QueryBinding(name, handler, codec)})
+
+    def _check_signal(self, method: str, signal: SignalDefinition[Any], handler: object) -> tuple[str, Codec[Any]]:
+        """The name of a signal, and the codec of its payload."""
         where = self._data.where
         if not isinstance(signal, SignalDefinition):
             raise DefinitionError(f"{where}: .{method}(...) takes define_signal(name), got {_shown(signal)}")
-        if not signal.name.strip():
+        name = signal.name.strip() if isinstance(signal.name, str) else ""
+        if not name:
             raise DefinitionError(f"Saga signal name must not be empty. {where}: use define_signal('approve').")
-        _check_function(handler, 3, f"{where}: the handler of signal {signal.name!r}", _HANDLER)
+        _checked_key(where, f"signal name {name!r:.80}", name)
+        what = method.removeprefix("on_")
+        _check_function(handler, 3, f"{where}: the handler of {what} {name!r}", _HANDLER)
+        return name, _said_codec(self._data, f"the payload of {what} {name!r}", signal.payload)
 
     if not TYPE_CHECKING:
 
@@ -539,6 +588,12 @@ class SagaWithHandlers(SagaWithState[S]):
                 f"{data.where} has a correlation rule for {_listed(unknown)}, which no handler takes: it handles "
                 f"{_listed(list(data.handlers))}"
             )
+        undone = sorted(data.pivots & data.compensations.keys())
+        if undone:
+            raise DefinitionError(
+                f"{data.where}: {_listed(undone)} is a pivot and has a compensation, but behind a point of no return "
+                "nothing is undone: take pivot=True away, or .compensate(...)"
+            )
         _check_what_it_sends(data)
         caller = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]  # the documented way to a caller's line
         definition: SagaDefinition[S] = SagaDefinition(
@@ -551,6 +606,9 @@ class SagaWithHandlers(SagaWithState[S]):
             handlers=MappingProxyType(dict(data.handlers)),
             compensations=MappingProxyType(dict(data.compensations)),
             correlations=MappingProxyType(dict(data.correlations)),
+            signals=MappingProxyType(dict(data.signals)),
+            updates=MappingProxyType(dict(data.updates)),
+            queries=MappingProxyType(dict(data.queries)),
             retry=data.retry,
             reuse=data.reuse,
             is_singleton=data.is_singleton,
@@ -558,6 +616,7 @@ class SagaWithHandlers(SagaWithState[S]):
             migrations=MappingProxyType(dict(data.migrations)),
             schedule=data.schedule,
             timeouts=data.timeouts,
+            pivots=data.pivots,
             source=f"{caller.f_code.co_filename}:{caller.f_lineno}",
         )
         return dataclasses.replace(definition, fingerprint=fingerprint_of(definition))
@@ -634,6 +693,13 @@ def _payload_codec(data: _Data, name: str, message: object, payload: object) -> 
         return codec_for(payload)
     except DefinitionError as error:
         raise DefinitionError(f"{data.where}: payload of {name!r}: {error.message}", data=error.data) from error
+
+
+def _said_codec(data: _Data, what: str, declared: object) -> Codec[Any]:
+    try:
+        return codec_for(declared)
+    except DefinitionError as error:
+        raise DefinitionError(f"{data.where}: {what}: {error.message}", data=error.data) from error
 
 
 def _check_function(function: object, arity: int, what: str, shape: str) -> None:

@@ -11,19 +11,29 @@ from collections.abc import Awaitable, Callable, Generator, Iterable, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Generic, Literal, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, Protocol, Self, TypeVar, cast
 
 from sagaloom.clock import Clock
 from sagaloom.definitions import SagaDefinition
 from sagaloom.discovery import SagaStoreBackend
-from sagaloom.errors import ConfigurationError, NotImplementedYet
+from sagaloom.errors import ConfigurationError
 from sagaloom.ports.keyvalue import KeyValue
 from sagaloom.ports.store import SagaStore
 from sagaloom.ports.targets import EffectTarget
 from sagaloom.runtime.options import RuntimeOptions
 from sagaloom.runtime.runtime import SagaRuntime
 
-__all__ = ["DurableSagaRuntime", "Opening", "create_durable_saga_runtime", "open_saga_runtime_kv"]
+if TYPE_CHECKING:
+    from sagaloom.kv.postgres import PostgresDatabase
+
+__all__ = [
+    "DurableSagaRuntime",
+    "Opening",
+    "create_durable_saga_runtime",
+    "open_saga_runtime_kv",
+    "open_sql_saga_store",
+    "sql_database",
+]
 
 _log = logging.getLogger("sagaloom")
 _DEFAULT_PATH: Final = Path(".sagaloom") / "sagas.db"
@@ -108,6 +118,7 @@ def create_durable_saga_runtime(
     path: str | os.PathLike[str] | None = None,
     engine: object | None = None,
     url: str | None = None,
+    schema: str | None = None,
     store: SagaStore | None = None,
     definitions: Iterable[SagaDefinition[Any]] = (),
     targets: Iterable[EffectTarget] = (),
@@ -117,7 +128,8 @@ def create_durable_saga_runtime(
 ) -> Opening[DurableSagaRuntime]:
     """A runtime over a durable store. `await` gives it not yet started; `async with` starts and disposes it.
 
-    An injected `store` wins. `engine`, `url` or `backend="sql"` selects the relational store; otherwise it is the
+    An injected `store` wins. `engine`, `url` or `backend="sql"` selects the relational store (see
+    `open_sql_saga_store`, also for `schema`); otherwise it is the
     key-value store over `kv`, which is opened for you when it is not given, at `path` or where
     `open_saga_runtime_kv` finds it.
 
@@ -135,7 +147,7 @@ def create_durable_saga_runtime(
             if chosen is None:
                 seconds = (options or RuntimeOptions()).lease_seconds
                 chosen = await _open_store(
-                    _selected(backend, engine, url), kv, path, engine, url, owned, lease_seconds=seconds
+                    _selected(backend, engine, url), kv, path, engine, url, owned, schema=schema, lease_seconds=seconds
                 )
             given = list(targets)
             if not any(target.kind == "service" for target in given):
@@ -179,6 +191,52 @@ async def open_saga_runtime_kv(path: str | os.PathLike[str] | None = None) -> Ke
     return opened
 
 
+async def open_sql_saga_store(
+    *, engine: object | None = None, url: str | None = None, schema: str | None = None, lease_seconds: float = 6.0
+) -> SagaStore:
+    """The saga store in PostgreSQL: at `url`, or through `engine`, an asyncpg pool, which is used and not closed, or a
+    SQLAlchemy engine on asyncpg, whose address is taken. It lies in `schema`, else in the one that the URL names
+    (`?schema=sagas`), else in `public`. Its tables are brought up to the present version; where it is, is logged."""
+    database = sql_database(engine=engine, url=url, schema=schema)
+    from sagaloom.kv.postgres import PostgresPresence, PostgresSagaRows
+    from sagaloom.stores import SqlSagaStore
+
+    rows = PostgresSagaRows(database)
+    try:
+        await rows.open()
+        files = PostgresPresence.on_this_host(rows.store_id, lease_seconds=lease_seconds)
+        store = SqlSagaStore(rows, presence=PostgresPresence(database, lease_seconds=lease_seconds, files=files))
+        await store.open()
+    except BaseException:
+        await rows.close()
+        raise
+    _log.info("saga store: sql in %s", database.name.removeprefix("kv:"))
+    return store
+
+
+def sql_database(
+    *, engine: object | None = None, url: str | None = None, schema: str | None = None
+) -> PostgresDatabase:
+    """The database that `engine` or `url` stand for; nothing is connected yet."""
+    if engine is None and url is None:
+        raise ConfigurationError("Sql saga store backend requires an engine or a url.")
+    if engine is not None and url is not None:
+        raise ConfigurationError("engine= and url= name two databases: leave one of them out")
+    from sagaloom.kv.postgres import PostgresDatabase
+
+    if engine is None:
+        return PostgresDatabase(url=url, schema=schema)
+    address = getattr(engine, "url", None)
+    if address is not None and hasattr(address, "render_as_string"):
+        return PostgresDatabase(url=address.render_as_string(hide_password=False), schema=schema)
+    if not (hasattr(engine, "acquire") and hasattr(engine, "terminate")):
+        raise ConfigurationError(
+            f"engine= is {type(engine).__name__}: give an asyncpg pool, or a SQLAlchemy engine made with "
+            "create_async_engine('postgresql+asyncpg://...')"
+        )
+    return PostgresDatabase(pool=cast("Any", engine), schema=schema)
+
+
 def _selected(backend: str | None, engine: object | None, url: str | None) -> SagaStoreBackend:
     if backend not in (None, "kv", "sql", "prisma"):
         raise ConfigurationError(f'Invalid saga store backend "{backend}" from backend=; expected kv or sql.')
@@ -198,14 +256,13 @@ async def _open_store(
     url: str | None,
     owned: AsyncExitStack,
     *,
+    schema: str | None,
     lease_seconds: float,
 ) -> SagaStore:
     if backend == "sql":
-        if engine is None and url is None:
-            raise ConfigurationError("Sql saga store backend requires an engine or a url.")
-        raise NotImplementedYet(
-            "the sql saga store is not part of this version: choose kv (NETSCRIPT_SAGA_STORE=kv), or inject a store"
-        )
+        opened = await open_sql_saga_store(engine=engine, url=url, schema=schema, lease_seconds=lease_seconds)
+        owned.push_async_callback(opened.close)
+        return opened
     from sagaloom.kv import SqliteKeyValue
     from sagaloom.kv.presence import FilePresence
     from sagaloom.stores import KvSagaStore

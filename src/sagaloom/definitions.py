@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeAlias, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, Literal, TypeAlias, TypeVar, overload
 
 import msgspec
 
@@ -31,6 +31,7 @@ __all__ = [
     "HandlerBinding",
     "Invariant",
     "OnMissing",
+    "QueryBinding",
     "QueryDefinition",
     "RetentionPolicy",
     "RetryPolicy",
@@ -47,6 +48,7 @@ __all__ = [
     "SchedulePolicy",
     "SignalDefinition",
     "TimeoutPolicy",
+    "UpdateBinding",
     "define_query",
     "define_signal",
 ]
@@ -204,6 +206,25 @@ class HandlerBinding:
     starts: bool = True
     on_missing: OnMissing = "dead_letter"
 
+    answers: ClassVar[bool] = False
+    """Whether somebody waits for what the handler has to say."""
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateBinding(HandlerBinding):
+    """The handler of an update: of a signal whose caller waits for the answer."""
+
+    answers: ClassVar[bool] = True
+
+
+@dataclass(frozen=True, slots=True)
+class QueryBinding:
+    """A read of the state, and the codec of its answer."""
+
+    name: str
+    handler: Callable[[Any], Any]
+    codec: Codec[Any]
+
 
 @dataclass(frozen=True, slots=True)
 class CompensationBinding:
@@ -315,8 +336,9 @@ class SagaDefinition(Generic[S]):
     handlers: Mapping[str, HandlerBinding]
     compensations: Mapping[str, CompensationBinding] = field(default_factory=lambda: _NOTHING)
     correlations: Mapping[str, SagaCorrelation[Any]] = field(default_factory=lambda: _NOTHING)
-    signals: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
-    queries: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
+    signals: Mapping[str, HandlerBinding] = field(default_factory=lambda: _NOTHING)
+    updates: Mapping[str, UpdateBinding] = field(default_factory=lambda: _NOTHING)
+    queries: Mapping[str, QueryBinding] = field(default_factory=lambda: _NOTHING)
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     reuse: Reuse = "reject"
     is_singleton: bool = False
@@ -325,6 +347,8 @@ class SagaDefinition(Generic[S]):
     concurrency: ConcurrencyPolicy | None = None
     schedule: SchedulePolicy | None = None
     timeouts: tuple[TimeoutPolicy, ...] = ()
+    pivots: frozenset[str] = frozenset()
+    """The types whose messages are points of no return."""
     fingerprint: str = ""
     source: str = ""
     """Where the definition was built, as `file:line`, for errors; no part of the fingerprint."""

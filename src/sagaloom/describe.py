@@ -46,9 +46,11 @@ def describe(definition: SagaDefinition[Any]) -> dict[str, Any]:
             for one in handlers
         ],
         "compensations": [{"type": one.type, "schema": _schema(one.codec)} for one in compensations],
+        "pivots": sorted(definition.pivots),
         "correlations": list(definition.correlations),
-        "signals": list(definition.signals),
-        "queries": list(definition.queries),
+        "signals": [{"name": one.type, "schema": _schema(one.codec)} for one in definition.signals.values()],
+        "updates": [{"name": one.type, "schema": _schema(one.codec)} for one in definition.updates.values()],
+        "queries": [{"name": one.name, "schema": _schema(one.codec)} for one in definition.queries.values()],
         "retry": _retry(definition.retry),
         "concurrency": concurrency and {"limit": concurrency.limit, "onLimit": concurrency.on_limit},
         "schedule": _schedule(definition.schedule),

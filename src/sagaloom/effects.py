@@ -5,7 +5,7 @@ They are values. The engine writes them down in the same commit as the new state
     saga_complete(result)      terminal success          send(target, payload)       a command that leaves, or stays
     saga_fail(reason)          terminal failure          schedule(message, delay)    a message to oneself, later
     saga_compensate(message)   run the matching undo     spawn(child, input)         a child saga
-    cancel_scheduled(name)     take a named one back
+    cancel_scheduled(name)     take a named one back         answer(value)              what an update answers
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ __all__ = [
     "ALL_STEPS",
     "CASCADED_MESSAGE_KINDS",
     "AllSteps",
+    "Answer",
     "CancelScheduled",
     "CascadedMessage",
     "Compensate",
@@ -36,6 +37,7 @@ __all__ = [
     "Send",
     "Spawn",
     "Target",
+    "answer",
     "cancel_scheduled",
     "saga_compensate",
     "saga_complete",
@@ -45,7 +47,16 @@ __all__ = [
     "spawn",
 ]
 
-CASCADED_MESSAGE_KINDS: Final = ("send", "scheduled", "spawn", "complete", "fail", "compensate", "cancel_scheduled")
+CASCADED_MESSAGE_KINDS: Final = (
+    "send",
+    "scheduled",
+    "spawn",
+    "complete",
+    "fail",
+    "compensate",
+    "cancel_scheduled",
+    "answer",
+)
 _TARGET_FIELDS: Final = {"kind", "id"}
 _OPTIONS: Final = {
     "idempotency_key": "idempotency_key",
@@ -131,6 +142,11 @@ class Spawn(CascadedMessage, frozen=True):
     input: Any
     idempotency_key: str | None = None
     concurrency_key: str | None = None
+
+
+class Answer(CascadedMessage, frozen=True):
+    kind: ClassVar[str] = "answer"
+    value: Any = None
 
 
 def saga_complete(result: object = None) -> CascadedMessage:
@@ -236,6 +252,18 @@ def cancel_scheduled(name: str) -> CascadedMessage:
     if not isinstance(name, str) or not name.strip():
         raise DefinitionError(f"cancel_scheduled: name must be a non-empty string, got {name!r:.80}")
     return CancelScheduled(name)
+
+
+def answer(value: object = None) -> CascadedMessage:
+    """What the caller of an update gets to hear, as JSON; only the handler of an update may return one, and at most
+    one. To refuse the update instead, raise `UpdateRefused`.
+
+    >>> answer({"approved": True})
+    Answer(value={'approved': True})
+    """
+    if isinstance(value, CascadedMessage):
+        raise DefinitionError(f"answer takes a value, got the effect {value.kind!r}: return it beside the answer")
+    return Answer(value)
 
 
 def spawn(

@@ -8,11 +8,13 @@ out. `retryable` says whether the very same call may succeed later.
     ├── NotImplementedYet      ours: a builder method whose runtime half has not been built
     ├── MessageRejected        the caller's: a message, key or request refused at the door; nothing was changed
     │   ├── SagaNotFound · InstanceNotFound · DeadLetterNotFound · JobNotFound · JobRunNotFound
-    │   ├── ScheduleNotFound · TimerNotFound
+    │   ├── ScheduleNotFound · TimerNotFound · SignalNotFound · QueryNotFound
+    │   ├── InstanceEnded · UpdateRefused · QueueFull
     │   └── IdempotencyKeyReused
     ├── EncodeError            the author's, at run time: a value that JSON cannot carry and give back
     ├── DecodeError            the sender's, or an older version's: bytes that are no value of the declared type
     ├── HandlerError           the author's, at run time: what a handler raised or returned
+    │   └── QueryFailed · UpdateFailed
     ├── ConcurrencyConflict    nobody's: another writer was first; decide again
     ├── JobCancelled           nobody's: the run was asked to end; raised by a handler that notices
     ├── Fenced                 nobody's: the lease has a new holder; stop writing
@@ -38,17 +40,24 @@ __all__ = [
     "Fenced",
     "HandlerError",
     "IdempotencyKeyReused",
+    "InstanceEnded",
     "InstanceNotFound",
     "JobCancelled",
     "JobNotFound",
     "JobRunNotFound",
     "MessageRejected",
     "NotImplementedYet",
+    "QueryFailed",
+    "QueryNotFound",
+    "QueueFull",
     "SagaNotFound",
     "SagasError",
     "ScheduleNotFound",
+    "SignalNotFound",
     "StoreCorrupt",
     "TimerNotFound",
+    "UpdateFailed",
+    "UpdateRefused",
 ]
 
 
@@ -140,10 +149,45 @@ class TimerNotFound(MessageRejected):
     default_code = "TIMER_NOT_FOUND"
 
 
+class SignalNotFound(MessageRejected):
+    """The saga has no signal, or no update, of this name."""
+
+    default_code = "SIGNAL_NOT_FOUND"
+
+
+class QueryNotFound(MessageRejected):
+    """The saga has no query of this name."""
+
+    default_code = "QUERY_NOT_FOUND"
+
+
+class InstanceEnded(MessageRejected):
+    """The run is over: it takes no more signals and updates."""
+
+    default_code = "SAGA_INSTANCE_ENDED"
+
+
+class UpdateRefused(MessageRejected):
+    """What the handler of an update raises to say no, for a reason that its caller gets to hear. Nothing is changed,
+    and nothing is tried again:
+
+        raise UpdateRefused("the order has left already", code="TOO_LATE", data={"since": "2026-01-31"})
+    """
+
+    default_code = "SAGA_UPDATE_REFUSED"
+
+
 class IdempotencyKeyReused(MessageRejected):
     """An idempotency key came back with other content."""
 
     default_code = "IDEMPOTENCY_KEY_REUSED"
+
+
+class QueueFull(MessageRejected):
+    """A queue that holds as many messages as it may; nothing was stored."""
+
+    default_code = "QUEUE_FULL"
+    default_retryable = True
 
 
 class EncodeError(SagasError):
@@ -163,6 +207,20 @@ class HandlerError(SagasError):
 
     default_code = "SAGA_HANDLER_FAILED"
     default_retryable = True
+
+
+class QueryFailed(HandlerError):
+    """A query that raised, changed the state that it was to read, or gave no answer that can be sent."""
+
+    default_code = "SAGA_QUERY_FAILED"
+    default_retryable = False
+
+
+class UpdateFailed(HandlerError):
+    """An update that was given up: its handler failed, and it is a dead letter now."""
+
+    default_code = "SAGA_UPDATE_FAILED"
+    default_retryable = False
 
 
 class ConcurrencyConflict(SagasError):

@@ -55,6 +55,19 @@ def fingerprint_of(definition: SagaDefinition[Any]) -> str:
     }
     if definition.timeouts:
         described["timeouts"] = definition.timeouts
+    if definition.pivots:
+        described["pivots"] = sorted(definition.pivots)
+    # Only where there are any: a saga without them keeps the fingerprint that it had before there could be some.
+    for what, bindings in (("signals", definition.signals), ("updates", definition.updates)):
+        if bindings:
+            described[what] = {
+                one.type: [one.codec.name, one.codec.json_schema(), _function(one.handler)] for one in bindings.values()
+            }
+    if definition.queries:
+        described["queries"] = {
+            one.name: [one.codec.name, one.codec.json_schema(), _function(one.handler)]
+            for one in definition.queries.values()
+        }
     return hashlib.sha256(msgspec.json.encode(described, order="sorted")).hexdigest()
 
 

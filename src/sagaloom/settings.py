@@ -5,10 +5,13 @@ Nothing else in the package reads these variables; libraries are given values.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -20,6 +23,7 @@ __all__ = [
     "DEFAULT_KV_PATH",
     "DEFAULT_PORT",
     "DoorSettings",
+    "StorePlace",
     "is_loopback",
     "load_settings",
     "refuse_open_door",
@@ -28,6 +32,20 @@ __all__ = [
 DEFAULT_PORT: Final = 8092
 DEFAULT_JOBS_PORT: Final = 8091
 DEFAULT_KV_PATH: Final = Path(".sagaloom") / "sagas.db"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorePlace:
+    """Where a process keeps its sagas: in a file, or in the database at `url`."""
+
+    kv_path: Path = DEFAULT_KV_PATH
+    url: str | None = None
+
+    def __str__(self) -> str:
+        if self.url is None:
+            return str(self.kv_path)
+        parts = urlsplit(self.url)
+        return f"{parts.hostname or 'localhost'}{parts.path}"  # without user and password
 
 
 class DoorSettings(BaseSettings):
@@ -49,6 +67,21 @@ class DoorSettings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", validation_alias="SAGALOOM_LOG_LEVEL"
     )
+
+    @property
+    def place(self) -> StorePlace:
+        """Where sagas and job runs are kept, by the chosen store. Raises `ConfigurationError` when none is chosen, or
+        sql is and there is no address."""
+        from sagaloom.discovery import load_appsettings, resolve_saga_store_backend
+
+        environment = {**os.environ, **({"NETSCRIPT_SAGA_STORE": self.store} if self.store else {})}
+        if resolve_saga_store_backend(environment, load_appsettings()) == "kv":
+            return StorePlace(kv_path=self.kv_path or DEFAULT_KV_PATH)
+        if self.database_url is None:
+            raise ConfigurationError(
+                "the sql saga store needs an address: set DATABASE_URL=postgresql://user:password@host:5432/database"
+            )
+        return StorePlace(url=self.database_url.get_secret_value())
 
     @property
     def bearer(self) -> str | None:

@@ -592,9 +592,6 @@ QUERY = define_query("progress", int)
         ("concurrency", lambda: DRAFT.concurrency(3, lambda message: "a", on_limit="wait")),
         ("during", lambda: READY.during("new", OrderPlaced, handler)),
         ("when_all", lambda: READY.when_all([OrderPlaced, "B"], handler)),
-        ("on_signal", lambda: READY.on_signal(SIGNAL, handler)),
-        ("on_query", lambda: READY.on_query(QUERY, lambda state: 1)),
-        ("on_update", lambda: READY.on_update(SIGNAL, handler)),
     ],
 )
 def test_what_is_not_built_yet_says_so(method: str, call: Any) -> None:
@@ -628,6 +625,34 @@ def test_what_is_not_built_yet_says_so(method: str, call: Any) -> None:
     ],
 )
 def test_what_is_not_built_yet_checks_its_arguments(call: Any, reason: str) -> None:
+    with pytest.raises(DefinitionError, match=reason):
+        call()
+
+
+def test_signals_updates_and_queries_are_part_of_the_definition() -> None:
+    saga = (
+        READY.on("A", handler)
+        .on_signal(SIGNAL, handler)
+        .on_update(SIGNAL, handler)
+        .on_query(QUERY, lambda state: 1)
+        .build()
+    )
+
+    assert ([*saga.signals], [*saga.updates], [*saga.queries]) == (["approve"], ["approve"], ["progress"])
+    assert (saga.signals["approve"].starts, saga.updates["approve"].answers) == (False, True)
+    assert saga.handled_message_types == ("A",)
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (lambda: READY.on_signal(SIGNAL, handler).on_signal(SIGNAL, handler), "already has a handler for the signal"),
+        (lambda: READY.on_update(SIGNAL, handler).on_update(SIGNAL, handler), "already has a handler for the update"),
+        (lambda: READY.on_query(QUERY, len).on_query(QUERY, len), "already has a query 'progress'"),
+        (lambda: READY.on_signal(define_signal("a\nb"), handler), "control character"),
+    ],
+)
+def test_a_second_handler_of_one_name_is_refused(call: Any, reason: str) -> None:
     with pytest.raises(DefinitionError, match=reason):
         call()
 

@@ -14,6 +14,7 @@ from sagaloom import (
     RetryPolicy,
     SagaMessage,
     SagasError,
+    answer,
     cancel_scheduled,
     define_saga,
     saga_compensate,
@@ -31,7 +32,7 @@ CHILD = define_saga("child").state({}).on("Start", lambda saga, event, context: 
 def test_every_kind_has_a_constructor() -> None:
     effects = [
         *(send("A", {}), schedule({"type": "A"}, 1), spawn("child", {}), saga_complete(), saga_fail("no")),
-        *(saga_compensate(ALL_STEPS), cancel_scheduled("a")),
+        *(saga_compensate(ALL_STEPS), cancel_scheduled("a"), answer(1)),
     ]
 
     assert list(CASCADED_MESSAGE_KINDS) == [effect.kind for effect in effects]

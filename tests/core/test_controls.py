@@ -7,7 +7,16 @@ import msgspec
 import pytest
 
 from sagaloom import SagaMessage, define_saga, saga_complete, schedule
-from sagaloom.engine.controls import CANCEL, PAUSE, REASON_LENGTH_MAX, RESUME, ControlType, control, ends_pause
+from sagaloom.engine.controls import (
+    CANCEL,
+    PAUSE,
+    REASON_LENGTH_MAX,
+    RESUME,
+    TERMINATE,
+    ControlType,
+    control,
+    ends_pause,
+)
 from sagaloom.engine.decide import DecideContext, steer
 from sagaloom.engine.limits import Limits
 from sagaloom.engine.records import Decision, Envelope, Instance, ParentLink
@@ -86,12 +95,14 @@ def test_cancelling_ends_the_timers() -> None:
     assert after(decision).timers == ()
 
 
-def test_cancelling_runs_no_compensation() -> None:
+@pytest.mark.parametrize(("kind", "compensate"), [(CANCEL, False), (TERMINATE, True)])
+def test_a_run_can_be_ended_without_undoing_anything(kind: ControlType, *, compensate: bool) -> None:
     definition = saga_with(nothing, compensation=returning(saga_complete()))
     instance = after(decided(definition, envelope("Go"), begun(definition)))
     assert len(instance.steps) == 1
+    said = control(kind, "s", "k", message_id="c", accepted_at=NOW, compensate=compensate)
 
-    decision = decided(definition, control(CANCEL, "s", "k", message_id="c", accepted_at=NOW), instance)
+    decision = decided(definition, said, instance)
 
     assert after(decision).status == "cancelled"
     assert (after(decision).steps, decision.effects) == ((), ())

@@ -22,14 +22,14 @@ async def _verdict(directory: Path, sabotage: str, *, kills: int = 0, stops: int
     run = CrashRun(
         directory,
         FilePlace(directory / "saga.db"),
-        orders=orders(200, rng),
+        orders=orders(150, rng),
         kills=[(RANDOM, 0)] * kills,
         stops=[(STOPS[1], 0)] * stops,
         processes=2,
         rng=rng,
         tell=lambda line: None,
         sabotage=sabotage,
-        settle_seconds=3.0,
+        settle_seconds=1.5,
     )
     return (await run.run()).verdict
 

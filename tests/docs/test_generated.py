@@ -23,8 +23,10 @@ MODULES: Final = {
     "sagaloom.config": ("config.md",),
     "sagaloom.integration.publisher": ("publisher.md",),
     "sagaloom.integration.workers": ("workers.md",),
+    "sagaloom.middleware": ("middleware.md",),
     "sagaloom.presets": ("presets.md",),
     "sagaloom.publisher": ("publisher.md", "runtime.md"),
+    "sagaloom.queue": ("queue.md",),
     "sagaloom.runtime": ("runtime.md",),
     "sagaloom.targets": ("targets.md",),
     "sagaloom.testing": ("testing.md",),
@@ -91,7 +93,8 @@ def test_no_environment_variable_is_documented_that_the_code_does_not_know() -> 
 
 def _variables_in_the_code() -> set[str]:
     prefixes = "NETSCRIPT|SAGALOOM|SAGAS|JOBS|WORKERS|OTEL_PYTHON|ASPNETCORE|DOTNET"
-    named = re.compile(rf'"((?:{prefixes})_[A-Z_]+|DATABASE_URL|PORT|PAYMENTS_PORT|FAIL_FIRST)"')
+    urls = "DATABASE|RABBITMQ|AMQP|REDIS|POSTGRES|DENO_KV"
+    named = re.compile(rf'"((?:{prefixes})_[A-Z_]+|(?:{urls})_URL|PORT|PAYMENTS_PORT|FAIL_FIRST)"')
     return {name for path in (ROOT / "src").rglob("*.py") for name in named.findall(path.read_text())}
 
 

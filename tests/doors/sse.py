@@ -96,7 +96,13 @@ class Subscriber:
 
 @contextlib.asynccontextmanager
 async def subscribed(
-    port: int, last_event_id: object = None, *, token: str | None = None, method: str = "GET", **params: Any
+    port: int,
+    last_event_id: object = None,
+    *,
+    token: str | None = None,
+    method: str = "GET",
+    path: str = f"{PREFIX}/subscribe",
+    **params: Any,
 ) -> AsyncIterator[Subscriber]:
     """A stream of the feed; `params` are those of the query, lists repeat them."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -106,7 +112,7 @@ async def subscribed(
     if token is not None:
         headers["Authorization"] = f"Bearer {token}"
     query = f"?{urlencode(params, doseq=True)}" if params else ""
-    lines = [f"{method} {PREFIX}/subscribe{query} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+    lines = [f"{method} {path}{query} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
     writer.write(("\r\n".join(lines) + "\r\n\r\n").encode())
     subscriber = Subscriber(reader, writer)
     try:

@@ -404,6 +404,8 @@ async def test_the_openapi_document_lists_what_is_served_and_nothing_else(door: 
         f"{PREFIX}/instances/{{sagaName}}/{{correlationId}}",
         f"{PREFIX}/instances/{{sagaName}}/{{correlationId}}/history",
         f"{PREFIX}/instances/{{sagaName}}/{{correlationId}}/cancel",
+        f"{PREFIX}/instances/{{sagaName}}/{{correlationId}}/terminate",
+        f"{PREFIX}/instances/{{sagaName}}/{{correlationId}}/skip",
         f"{PREFIX}/instances/{{sagaName}}/{{correlationId}}/pause",
         f"{PREFIX}/instances/{{sagaName}}/{{correlationId}}/resume",
         PUBLISH,
@@ -419,6 +421,9 @@ async def test_the_openapi_document_lists_what_is_served_and_nothing_else(door: 
         f"{PREFIX}/dead-letters/{{id}}/discard",
         f"{PREFIX}/dead-letters/redrive",
         f"{PREFIX}/dead-letters/discard",
+        f"{PREFIX}/instances/{{sagaName}}/{{correlationId}}/signals/{{name}}",
+        f"{PREFIX}/instances/{{sagaName}}/{{correlationId}}/updates/{{name}}",
+        f"{PREFIX}/instances/{{sagaName}}/{{correlationId}}/queries/{{name}}",
     } == document["paths"].keys()
     assert document["openapi"].startswith("3.1")
 

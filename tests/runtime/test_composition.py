@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import sagaloom.runtime
-from sagaloom import NotImplementedYet, SagaDefinition, define_saga, saga_complete, send
+from sagaloom import SagaDefinition, define_saga, saga_complete, send
 from sagaloom.demo import sagas
 from sagaloom.errors import ConfigurationError
 from sagaloom.kv import MemoryKeyValue
@@ -94,10 +94,22 @@ async def test_sql_without_a_database_is_refused() -> None:
         assert caught.value.message == "Sql saga store backend requires an engine or a url."
 
 
-@pytest.mark.parametrize("database", [{"url": "postgresql://localhost/sagas"}, {"engine": object()}])
-async def test_sql_with_a_database_says_that_it_is_not_built_yet(database: dict[str, Any]) -> None:
-    with pytest.raises(NotImplementedYet, match="choose kv"):
+@pytest.mark.parametrize(
+    ("database", "reason"),
+    [
+        ({"url": "mysql://localhost/sagas"}, "'mysql' is no PostgreSQL address"),
+        ({"url": "localhost"}, "is no PostgreSQL address"),
+        ({"url": "postgresql://localhost:many/sagas"}, "has no valid port"),
+        ({"url": "postgresql://localhost/sagas?schema=a b"}, "schema 'a b' is no plain name"),
+        ({"engine": object()}, "engine= is object: give an asyncpg pool"),
+        ({"url": "postgresql://localhost/sagas", "engine": object()}, "leave one of them out"),
+    ],
+)
+async def test_what_is_no_database_of_ours_is_refused_and_said_why(database: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
         await create_durable_saga_runtime(**database)
+
+    assert reason in caught.value.message
 
 
 async def test_contradictions_are_refused() -> None:

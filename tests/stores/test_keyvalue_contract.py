@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from sagaloom.kv import MemoryKeyValue, SqliteKeyValue
+from sagaloom.kv.postgres import PostgresKeyValue
 from sagaloom.ports.keyvalue import KeyValue
 from sagaloom.testing.contracts.keyvalue import KeyValueContract, OpenKeyValue
+from tests.schemas import Schema
 
 
 class TestMemoryKeyValue(KeyValueContract):
@@ -32,5 +34,14 @@ class TestSqliteKeyValueThatKeepsOthersOut(KeyValueContract):
     def open_store(self, tmp_path: Path) -> OpenKeyValue:
         async def open_store() -> KeyValue:
             return await SqliteKeyValue.open(tmp_path / "saga.db", exclusive=True, synchronous="OFF")
+
+        return open_store
+
+
+class TestPostgresKeyValue(KeyValueContract):
+    @pytest.fixture
+    def open_store(self, schema: Schema) -> OpenKeyValue:
+        async def open_store() -> KeyValue:
+            return PostgresKeyValue(schema.database())
 
         return open_store

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 
 from sagaloom.kv import MemoryKeyValue, SqliteKeyValue
+from sagaloom.kv.postgres import PostgresSagaRows
 from sagaloom.ports.store import SagaStore
-from sagaloom.stores import KvSagaStore
+from sagaloom.stores import KvSagaStore, SqlSagaStore
 from sagaloom.testing import MemoryStore, RecordingStore
 from sagaloom.testing.contracts.sagastore import OpenSagaStore, SagaStoreContract
+from tests.schemas import Schema
 
 
 class TestMemoryStore(SagaStoreContract):
@@ -45,6 +47,15 @@ class TestKvSagaStoreOverSqlite(SagaStoreContract):
     def open_store(self, tmp_path: Path) -> OpenSagaStore:
         async def open_store() -> SagaStore:
             return KvSagaStore(await SqliteKeyValue.open(tmp_path / "saga.db", synchronous="OFF"))
+
+        return open_store
+
+
+class TestSqlSagaStoreOverPostgres(SagaStoreContract):
+    @pytest.fixture
+    def open_store(self, schema: Schema) -> OpenSagaStore:
+        async def open_store() -> SagaStore:
+            return SqlSagaStore(PostgresSagaRows(schema.database()))
 
         return open_store
 

@@ -42,7 +42,13 @@ from sagaloom.integration.publisher import (
     SagaPublisherResult,
 )
 from sagaloom.publisher import HttpSagaPublisher, SyncHttpSagaPublisher
-from sagaloom.runtime import HttpSagaPublisherOptions, create_saga_publisher, create_sync_saga_publisher
+from sagaloom.runtime import (
+    HttpSagaPublisherOptions,
+    SagaRuntime,
+    UpdateReceipt,
+    create_saga_publisher,
+    create_sync_saga_publisher,
+)
 from sagaloom.workers import (
     JobContext,
     JobDefinition,
@@ -199,6 +205,13 @@ approve = define_signal("approve", OrderPlaced)
 progress = define_query("progress", int)
 assert_type(progress, QueryDefinition[int])
 with_state = draft.state(Order())
+
+
+async def talking(runtime: SagaRuntime) -> None:
+    assert_type(await runtime.query("order", "o-1", progress), int)
+    await runtime.signal("order", "o-1", approve, OrderPlaced("o-1"))
+    await runtime.signal("order", "o-1", "approve", {"order_id": "o-1"}, id="a-1", run=2)
+    assert_type(await runtime.update("order", "o-1", approve, OrderPlaced("o-1"), wait=5), UpdateReceipt)
 
 
 def with_signals_and_queries() -> SagaWithState[Order]:

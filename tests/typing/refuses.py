@@ -131,6 +131,7 @@ ready.on(Receipt, placed)  # type: ignore[arg-type]  # pyright: ignore[reportArg
 ready.compensate(OrderPlaced, sent)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType, reportCallIssue]  # expect: error
 ready.correlate(OrderPlaced, invoice_rule)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType, reportCallIssue]  # expect: error
 ready.on_signal(define_signal("approve", OrderPlaced), sent)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # expect: error
+ready.on_update(define_signal("approve", OrderPlaced), sent)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # expect: error
 ready.on(OrderPlaced, lambda saga, event, context: [event.payload.invoice_id])  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownLambdaType, reportUnknownMemberType]  # expect: error
 
 # The wrong state type.

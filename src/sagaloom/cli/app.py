@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,11 +18,12 @@ from sagaloom.cli.jobs import jobs_app
 from sagaloom.cli.operating import add_dead_letter_commands, add_instance_commands
 from sagaloom.cli.options import AsJson, Host, Insecure, Key, Limit, Run, Saga, Token, Topic, Url
 from sagaloom.cli.payloads import json_of
+from sagaloom.cli.talking import add_talking_commands
 from sagaloom.cli.timing import add_schedule_commands, add_timer_commands
 
 if TYPE_CHECKING:
     from sagaloom.cli.doctor import Finding
-    from sagaloom.settings import DoorSettings
+    from sagaloom.settings import DoorSettings, StorePlace
 
 __all__ = ["app"]
 
@@ -87,15 +87,15 @@ def dev(
     """Serve for development: chooses the store (kv, in .sagaloom/) and says so first."""
     os.environ["SAGALOOM_DEV"] = "1"
     settings = _settings(host=host, port=port, token=token)
-    _require_kv_for_dev(settings)
-    path = _kv_path(settings)
-    print(f"dev: saga store kv in {path}", file=sys.stderr, flush=True)
+    place = _place_for_dev(settings)
+    kind = "kv" if place.url is None else "sql"
+    print(f"dev: saga store {kind} in {place}", file=sys.stderr, flush=True)
     if module is None:
         from sagaloom.cli.demo import serve_demo
 
-        serve_demo(settings, kv_path=path, is_insecure=insecure, as_json=as_json)
+        serve_demo(settings, place=place, is_insecure=insecure, as_json=as_json)
     else:
-        _serve([module], settings, path=path, is_insecure=insecure, as_json=as_json)
+        _serve([module], settings, place=place, is_insecure=insecure, as_json=as_json)
 
 
 @app.command()
@@ -117,9 +117,9 @@ def serve(
     if no_worker and no_api:
         raise CommandFailed("--no-worker and --no-api together leave nothing to do: leave one of them out")
     settings = _settings(host=host, port=port, token=token)
-    path = _kv_path_to_serve(settings)
+    place = settings.place
     _serve(
-        modules or [], settings, path=path, is_insecure=insecure, as_json=as_json, works=not no_worker, api=not no_api
+        modules or [], settings, place=place, is_insecure=insecure, as_json=as_json, works=not no_worker, api=not no_api
     )
 
 
@@ -127,22 +127,14 @@ def serve(
 def worker(modules: Modules = None, as_json: AsJson = False) -> None:
     """Run the sagas of the given modules without an API, beside other processes on the same store."""
     settings = _settings(host=None, port=None, token=None)
-    _serve(modules or [], settings, path=_kv_path_to_serve(settings), is_insecure=False, as_json=as_json, api=False)
-
-
-def _kv_path_to_serve(settings: DoorSettings) -> Path:
-    from sagaloom.discovery import load_appsettings, resolve_saga_store_backend
-
-    if resolve_saga_store_backend(os.environ, load_appsettings()) == "sql":
-        raise CommandFailed("the sql saga store is not part of this version: set NETSCRIPT_SAGA_STORE=kv")
-    return _kv_path(settings)
+    _serve(modules or [], settings, place=settings.place, is_insecure=False, as_json=as_json, api=False)
 
 
 def _serve(
     modules: Sequence[str],
     settings: DoorSettings,
     *,
-    path: Path,
+    place: StorePlace,
     is_insecure: bool,
     as_json: bool,
     works: bool = True,
@@ -159,14 +151,14 @@ def _serve(
     listener = listen(settings.host, settings.port, hint=PORT_HINT) if api else None
     configure_logs(settings.log_level)
     names = ", ".join(definition.id for definition in loaded.definitions)
-    text = f"running {names} in {path}" if not api else f"serving {names} on {{url}}"
+    text = f"running {names} in {place}" if not api else f"serving {names} on {{url}}"
     run(
         Plan(
             settings=settings,
             listener=listener,
             definitions=loaded.definitions,
             targets=loaded.targets,
-            kv_path=path,
+            place=place,
             announce=announcer(text, as_json=as_json),
             works=works,
         )
@@ -179,20 +171,11 @@ def _settings(*, host: str | None, port: int | None, token: str | None) -> DoorS
     return load_settings(host=host, port=port, token=token or None)
 
 
-def _kv_path(settings: DoorSettings) -> Path:
-    from sagaloom.settings import DEFAULT_KV_PATH
+def _place_for_dev(settings: DoorSettings) -> StorePlace:
+    """The store that was chosen for dev by its variable; else a file."""
+    from sagaloom.settings import DEFAULT_KV_PATH, StorePlace
 
-    return settings.kv_path or DEFAULT_KV_PATH
-
-
-def _require_kv_for_dev(settings: DoorSettings) -> None:
-    from sagaloom.discovery import resolve_saga_store_backend
-
-    if settings.store is not None and resolve_saga_store_backend({"NETSCRIPT_SAGA_STORE": settings.store}) != "kv":
-        raise CommandFailed(
-            f"dev keeps its sagas in a file, and NETSCRIPT_SAGA_STORE is {settings.store}: unset it, or use "
-            "'sagaloom serve'"
-        )
+    return settings.place if settings.store is not None else StorePlace(kv_path=settings.kv_path or DEFAULT_KV_PATH)
 
 
 # --- Messages --------------------------------------------------------------------------------------------------------
@@ -258,6 +241,9 @@ def _print_receipt(answer: Mapping[str, Any]) -> None:
         ],
         empty="no saga took it",
     )
+
+
+add_talking_commands(app)
 
 
 # --- Looking ---------------------------------------------------------------------------------------------------------

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 from typing import Final
 
 from sagaloom.cli.supervisor import Child, ChildFailed, Said, supervise
 from sagaloom.errors import ConfigurationError, SagasError
-from sagaloom.settings import DEFAULT_JOBS_PORT, DEFAULT_KV_PATH, DoorSettings, load_settings, refuse_open_door
+from sagaloom.settings import DEFAULT_JOBS_PORT, DoorSettings, StorePlace, load_settings, refuse_open_door
 
 __all__ = ["serve_demo"]
 
@@ -41,7 +40,7 @@ A job that publishes a message, and the saga that takes it up:
 What payments saw: curl {payments}/ledger      Stop with Ctrl-C; run it again, and everything is still there."""
 
 
-def serve_demo(settings: DoorSettings, *, kv_path: Path, is_insecure: bool = False, as_json: bool = False) -> None:
+def serve_demo(settings: DoorSettings, *, place: StorePlace, is_insecure: bool = False, as_json: bool = False) -> None:
     """Serves the demo until it is told to stop: sagas on the port of `settings`, jobs on `JOBS_PORT` (8091). The
     payments service is on `PAYMENTS_PORT` (8093), or on a free port when that one is taken; `FAIL_FIRST=n` makes it
     refuse the first n attempts of each charge."""
@@ -56,8 +55,9 @@ def serve_demo(settings: DoorSettings, *, kv_path: Path, is_insecure: bool = Fal
     jobs_port = _number("JOBS_PORT", DEFAULT_JOBS_PORT if settings.port else 0) or _free_port(settings.host)
     sagas_url, jobs_url = _url(settings.host, port), _url(settings.host, jobs_port)
     shared = {
-        "NETSCRIPT_SAGA_STORE": "kv",
-        "NETSCRIPT_SAGA_KV_PATH": str(kv_path),
+        "NETSCRIPT_SAGA_STORE": "kv" if place.url is None else "sql",
+        "NETSCRIPT_SAGA_KV_PATH": str(place.kv_path),
+        "DATABASE_URL": place.url or "",
         "SAGALOOM_HOST": settings.host,
         "SAGALOOM_TOKEN": settings.bearer or "",
         "SAGAS_API_URL": sagas_url,
@@ -88,7 +88,7 @@ def serve_demo(settings: DoorSettings, *, kv_path: Path, is_insecure: bool = Fal
         sys.exit(status)
 
 
-def _serve_sagas(settings: DoorSettings, *, kv_path: Path, is_insecure: bool) -> None:
+def _serve_sagas(settings: DoorSettings, *, place: StorePlace, is_insecure: bool) -> None:
     """One of the two processes: the sagas, and the payments service beside them."""
     from sagaloom.cli.logs import configure_logs
     from sagaloom.cli.server import PORT_HINT, Companion, Plan, address_of, announcer, listen, run
@@ -103,7 +103,8 @@ def _serve_sagas(settings: DoorSettings, *, kv_path: Path, is_insecure: bool) ->
     except ConfigurationError:
         payments = listen("127.0.0.1", 0, hint="no port is free")
     configure_logs(settings.log_level)
-    ledger = Ledger(kv_path.parent / "payments.jsonl")
+    place.kv_path.parent.mkdir(parents=True, exist_ok=True)
+    ledger = Ledger(place.kv_path.parent / "payments.jsonl")
     address = address_of(payments)
     try:
         run(
@@ -112,7 +113,7 @@ def _serve_sagas(settings: DoorSettings, *, kv_path: Path, is_insecure: bool) ->
                 listener=listener,
                 definitions=sagas,
                 services={"payments": address},
-                kv_path=kv_path,
+                place=place,
                 announce=announcer("", as_json=True, payments=address),
                 companions=[Companion(app=create_payments_app(ledger, fail_first=fail_first), listener=payments)],
             )
@@ -147,6 +148,6 @@ def _number(variable: str, default: int) -> int:
 if __name__ == "__main__":
     try:
         chosen = load_settings()
-        _serve_sagas(chosen, kv_path=chosen.kv_path or DEFAULT_KV_PATH, is_insecure="--insecure" in sys.argv[1:])
+        _serve_sagas(chosen, place=chosen.place, is_insecure="--insecure" in sys.argv[1:])
     except SagasError as error:
         sys.exit(f"error: {error.message}")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 from typing import Annotated, Any, Final
 from urllib.parse import quote
 
 import typer
 
-from sagaloom.cli.client import ApiClient, CommandFailed
+from sagaloom.cli.client import ApiClient
 from sagaloom.cli.options import AsJson, Host, Insecure, Limit, Token
 
 __all__ = ["jobs_app"]
@@ -68,13 +67,11 @@ def jobs_serve(
     from sagaloom.cli.jobs_server import JobsPlan, run
     from sagaloom.cli.logs import configure_logs
     from sagaloom.cli.server import announcer, listen
-    from sagaloom.discovery import load_appsettings, resolve_saga_store_backend
-    from sagaloom.settings import DEFAULT_JOBS_PORT, DEFAULT_KV_PATH, load_settings, refuse_open_door
+    from sagaloom.settings import DEFAULT_JOBS_PORT, load_settings, refuse_open_door
     from sagaloom.workers.registry import load_what_is_sound
 
     settings = load_settings(host=host, port=port, token=token or None)
-    if resolve_saga_store_backend(os.environ, load_appsettings()) == "sql":
-        raise CommandFailed("job runs are kept in a kv store in this version: set NETSCRIPT_SAGA_STORE=kv")
+    place = settings.place
     refuse_open_door(settings, is_insecure=insecure)
     jobs, problems = load_what_is_sound(modules or [])
     if strict and problems:
@@ -90,7 +87,7 @@ def jobs_serve(
             settings=settings,
             listener=listener,
             jobs=jobs,
-            kv_path=settings.kv_path or DEFAULT_KV_PATH,
+            place=place,
             concurrency=concurrency,
             processes=processes,
             problems=problems,

@@ -11,13 +11,12 @@ import contextlib
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Final
 
 from sagaloom.cli.server import address_of, serving, stop_signals
 from sagaloom.process import calm_gc
 from sagaloom.process import run as run_process
-from sagaloom.settings import DoorSettings
+from sagaloom.settings import DoorSettings, StorePlace
 from sagaloom.workers.handlers import JobDefinition
 from sagaloom.workers.registry import ModuleTrouble
 
@@ -33,7 +32,7 @@ class JobsPlan:
     settings: DoorSettings
     listener: socket.socket
     jobs: Sequence[JobDefinition[Any]]
-    kv_path: Path
+    place: StorePlace
     concurrency: int
     processes: int | None = None
     problems: Sequence[ModuleTrouble] = ()
@@ -54,7 +53,13 @@ async def _serve(plan: JobsPlan) -> None:
         if plan.processes is not None:
             options = replace(options, processes=plan.processes)
         runtime = await stack.enter_async_context(
-            start_jobs(plan.jobs, path=plan.kv_path, options=options, token=plan.settings.bearer)
+            start_jobs(
+                plan.jobs,
+                path=plan.place.kv_path,
+                url=plan.place.url,
+                options=options,
+                token=plan.settings.bearer,
+            )
         )
         app = create_jobs_app(
             runtime,

@@ -1,4 +1,4 @@
-"""The commands by which operators act: cancel, pause and resume instances, repair dead letters."""
+"""The commands by which operators act: end, pause and resume instances, skip a compensation, repair dead letters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from sagaloom.cli.client import DEFAULT_URL, ApiClient, CommandFailed, instance_path
 from sagaloom.cli.options import AsJson, Key, Limit, Run, Saga, Token, Url
 
-__all__ = ["add_dead_letter_commands", "add_instance_commands"]
+__all__ = ["add_dead_letter_commands", "add_instance_commands", "told_undoing"]
 
 Reason = Annotated[str | None, typer.Option("--reason", help="Why: for the history, and for whoever watches.")]
 DeadLetterIds = Annotated[
@@ -23,10 +23,27 @@ All = Annotated[bool, typer.Option("--all", help="Every one.")]
 
 
 def add_instance_commands(instances_app: typer.Typer) -> None:
-    """`cancel`, `pause` and `resume`."""
+    """`cancel`, `terminate`, `pause`, `resume` and `skip`."""
 
     @instances_app.command("cancel")
     def instances_cancel(
+        saga: Saga,
+        key: Key,
+        run: Run = None,
+        reason: Reason = None,
+        no_compensate: Annotated[
+            bool, typer.Option("--no-compensate", help="Undo nothing: end it as it stands.")
+        ] = False,
+        url: Url = DEFAULT_URL,
+        token: Token = None,
+        as_json: AsJson = False,
+    ) -> None:
+        """Undo the steps of an instance, newest first, and end it: with its timers and its children."""
+        more: dict[str, object] = {"compensate": False} if no_compensate else {}
+        _control("cancel", saga, key, run=run, reason=reason, url=url, token=token, as_json=as_json, **more)
+
+    @instances_app.command("terminate")
+    def instances_terminate(
         saga: Saga,
         key: Key,
         run: Run = None,
@@ -35,8 +52,8 @@ def add_instance_commands(instances_app: typer.Typer) -> None:
         token: Token = None,
         as_json: AsJson = False,
     ) -> None:
-        """End an instance as it stands: nothing is compensated, its timers end, its parent hears of it."""
-        _control("cancel", saga, key, run=run, reason=reason, url=url, token=token, as_json=as_json)
+        """End an instance as it stands, whatever it is doing, an unwinding included: the last resort."""
+        _control("terminate", saga, key, run=run, reason=reason, url=url, token=token, as_json=as_json)
 
     @instances_app.command("pause")
     def instances_pause(
@@ -64,6 +81,23 @@ def add_instance_commands(instances_app: typer.Typer) -> None:
         """Let a paused instance go on with what has waited for it."""
         _control("resume", saga, key, run=run, reason=reason, url=url, token=token, as_json=as_json)
 
+    @instances_app.command("skip")
+    def instances_skip(
+        saga: Saga,
+        key: Key,
+        run: Run = None,
+        reason: Reason = None,
+        step: Annotated[
+            str | None, typer.Option("--step", help="Only if the compensation of this message type comes next.")
+        ] = None,
+        url: Url = DEFAULT_URL,
+        token: Token = None,
+        as_json: AsJson = False,
+    ) -> None:
+        """Leave out the compensation that fails, for good, and go on undoing behind it."""
+        more: dict[str, object] = {"step": step} if step is not None else {}
+        _control("skip", saga, key, run=run, reason=reason, url=url, token=token, as_json=as_json, **more)
+
 
 def _control(
     verb: str,
@@ -75,17 +109,28 @@ def _control(
     url: str,
     token: str | None,
     as_json: bool,
+    **more: object,
 ) -> None:
     from sagaloom.cli.output import print_json
 
-    body = None if reason is None else {"reason": reason}
+    body = more if reason is None else {"reason": reason, **more}
     with ApiClient(url, token) as api:
-        answer = api.post(f"{instance_path(saga, key)}/{verb}", body, run=run)
+        answer = api.post(f"{instance_path(saga, key)}/{verb}", body or None, run=run)
     if as_json:
         print_json(answer)
         return
     status = f"{answer['status']}, paused" if answer["isPaused"] else answer["status"]
-    print(f"{answer['instanceId']} is {status} at revision {answer['version']}")
+    why = answer["control"].get("reason")
+    print(f"{answer['instanceId']} is {status} at revision {answer['version']}" + (f": {why}" if why else ""))
+    if undoing := answer.get("undoing"):
+        print(f"  {told_undoing(undoing)}")
+
+
+def told_undoing(undoing: Mapping[str, Any]) -> str:
+    """What is left to undo, in one line."""
+    letter = undoing.get("deadLetterId")
+    then = f"dead letter {letter}: redrive it, or skip the step" if letter else "tried again by itself"
+    return f"undoing {undoing['nextStep']} fails ({undoing['error']}), {undoing['stepsLeft']} to undo; {then}"
 
 
 def add_dead_letter_commands(dead_letters_app: typer.Typer) -> None:

@@ -22,7 +22,6 @@ import sys
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from sagaloom.cli.supervisor import on_supervisors_end
@@ -31,7 +30,7 @@ from sagaloom.errors import ConfigurationError
 from sagaloom.ports.targets import EffectTarget
 from sagaloom.process import calm_gc
 from sagaloom.process import run as run_process
-from sagaloom.settings import DoorSettings
+from sagaloom.settings import DoorSettings, StorePlace
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -62,7 +61,7 @@ class Plan:
     settings: DoorSettings
     listener: socket.socket | None
     definitions: Sequence[SagaDefinition[Any]]
-    kv_path: Path
+    place: StorePlace
     announce: Callable[[str], None]
     targets: Sequence[EffectTarget] = ()
     services: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -140,8 +139,9 @@ async def _serve(plan: Plan) -> None:
             stack.push_async_callback(target.close)
         durable = await stack.enter_async_context(
             create_durable_saga_runtime(
-                "kv",
-                path=plan.kv_path,
+                "kv" if plan.place.url is None else "sql",
+                path=None if plan.place.url is not None else plan.place.kv_path,
+                url=plan.place.url,
                 definitions=plan.definitions,
                 targets=targets,
                 services=services,

@@ -6,19 +6,25 @@ or target can give a message; and no definition is asked about it, so a run whos
 cancelled. Message types that begin with `saga:` belong to the engine, and no saga may handle one. A cancel may also
 come from a timer: that is how the configuration of a saga bounds how long a run may take.
 
-    running, compensating --cancel--> cancelled
-    any live run          --pause---> the same status, paused
-    a paused run          --resume--> the same status, going on
+    running, compensating --cancel-----> cancelled, or compensating while a compensation fails
+    running, compensating --terminate--> cancelled
+    any live run          --pause------> the same status, paused
+    a paused run          --resume-----> the same status, going on
+    a run being unwound   --skip-------> what is left but one step, undone
 
-- *Cancel* ends the run as it stands. It runs no compensation: who wants the steps undone sends the message that undoes
-  them. Timers end, effects that were committed still leave, and a parent hears `<saga id>:cancelled`.
+- *Cancel* undoes every applied step, newest first, and ends the run (`compensation.py` says what happens when a
+  compensation fails). Without compensation, or when there is nothing to undo, it ends the run as it stands. Timers end,
+  children that were spawned to be cancelled with their parent are (`families.py`), effects that were committed still
+  leave, and a parent hears `<saga id>:cancelled`. A run that is unwinding already is left to it.
+- *Terminate* ends the run as it stands, whatever it is doing: nothing is undone, and what was left to undo is given up.
 - *Pause* keeps messages, replies and timers from being applied: `decide` defers them, and the caller keeps them in
   their order until a control `ends_pause`. Controls themselves are applied to a paused run, effects that were committed
   leave, and answers to them wait like everything else.
+- *Skip* leaves out the compensation that fails, for good, and goes on with the next one.
 - A control that finds the run as it wants it, or over, is ignored and recorded. One that finds no run is ignored: a key
   whose first message still waits has none, and there is nothing yet to cancel or to pause.
 
-What we dislike about it: cancelling a parent leaves its children alone, for a run does not know them.
+What we dislike about it: a cancel undoes things, and yet is called like what merely stops them elsewhere.
 """
 
 from __future__ import annotations
@@ -52,28 +58,38 @@ __all__ = [
     "PAUSE",
     "REASON_LENGTH_MAX",
     "RESUME",
+    "SKIP",
+    "TERMINATE",
     "ControlType",
     "advanced",
     "apply_control",
     "control",
     "ends_pause",
+    "needs_definition",
     "recorded",
+    "said_by",
     "why_in_vain",
+    "why_said",
 ]
 
-ControlType = Literal["saga:cancel", "saga:pause", "saga:resume"]
+ControlType = Literal["saga:cancel", "saga:terminate", "saga:pause", "saga:resume", "saga:skip"]
 CANCEL: Final = "saga:cancel"
 PAUSE: Final = "saga:pause"
 RESUME: Final = "saga:resume"
+SKIP: Final = "saga:skip"
+TERMINATE: Final = "saga:terminate"
 REASON_LENGTH_MAX: Final = 2_000
 
-_DEFAULT_REASON: Final = "cancelled by an operator"
+_DEFAULT_REASONS: Final = {CANCEL: "cancelled by an operator", TERMINATE: "terminated by an operator"}
+_ENDS: Final = (CANCEL, TERMINATE)
 
 
-class _Said(msgspec.Struct):
-    """The payload of a control."""
+class _Said(msgspec.Struct, omit_defaults=True):
+    """The payload of a control. `step` is the type of the message whose compensation is to be skipped."""
 
     reason: str | None = None
+    compensate: bool = True
+    step: str | None = None
 
 
 class _Change(NamedTuple):
@@ -95,16 +111,19 @@ def control(
     accepted_at: datetime,
     run: int | None = None,
     reason: str | None = None,
+    compensate: bool = True,
+    step: str | None = None,
 ) -> Envelope:
-    """The envelope of a control for run number `run`, or for the newest when it is decided. Raises `MessageRejected`
-    for a reason that is no text or too long."""
+    """The envelope of a control for run number `run`, or for the newest when it is decided. `compensate` is for cancel;
+    `step` is for skip: what its author believes to be next. Raises `MessageRejected` for a reason that is no text or
+    too long."""
     if reason is not None and (not isinstance(reason, str) or len(reason) > REASON_LENGTH_MAX):
         size = f"has {len(reason)} characters" if isinstance(reason, str) else f"is {type(reason).__name__}"
         raise MessageRejected(
             f"the reason of {kind!r} {size}: give a text of at most {REASON_LENGTH_MAX} characters, or none",
             data={"field": "reason"},
         )
-    said = _Said(storable(reason) if reason else None)
+    said = _Said(storable(reason) if reason else None, compensate, step)
     return Envelope(
         saga_id,
         key,
@@ -120,7 +139,30 @@ def control(
 
 def ends_pause(envelope: Envelope) -> bool:
     """Whether messages that wait for a paused run have to be asked again after this one."""
-    return envelope.origin == "operator" and envelope.type in (CANCEL, RESUME)
+    return envelope.origin in ("operator", "parent") and envelope.type in (CANCEL, TERMINATE, RESUME)
+
+
+def needs_definition(instance: Instance, envelope: Envelope) -> bool:
+    """Whether the control has something undone, which only the saga's definition can do."""
+    if envelope.type == SKIP:
+        return True
+    if envelope.type != CANCEL or not _said(envelope).compensate:
+        return False
+    return bool(instance.steps) or instance.undoing is not None
+
+
+def said_by(envelope: Envelope) -> str:
+    """The reason that a control gives, or the one that it has by itself."""
+    return _said(envelope).reason or _DEFAULT_REASONS[envelope.type]
+
+
+def why_said(envelope: Envelope) -> str | None:
+    """The reason that whoever sent the control has given."""
+    return _said(envelope).reason
+
+
+def _said(envelope: Envelope) -> _Said:
+    return msgspec.json.decode(envelope.payload, type=_Said)
 
 
 def why_in_vain(instance: Instance, envelope: Envelope) -> str | None:
@@ -129,15 +171,35 @@ def why_in_vain(instance: Instance, envelope: Envelope) -> str | None:
         return f"run {instance.run} is paused already"
     if envelope.type == RESUME and not instance.is_paused:
         return f"run {instance.run} is not paused"
+    undoing = instance.undoing
+    if envelope.type == CANCEL and undoing is not None and undoing.is_unwinding:
+        return (
+            f"run {instance.run} is being unwound already: its dead letter can be redriven, the step skipped, or the "
+            "run terminated"
+        )
+    if envelope.type == SKIP:
+        return _why_not_skipped(instance, _said(envelope).step)
+    return None
+
+
+def _why_not_skipped(instance: Instance, wanted: str | None) -> str | None:
+    undoing = instance.undoing
+    if undoing is None:
+        return f"run {instance.run} has no compensation that fails: there is nothing to skip"
+    step = undoing.next_of(instance.steps)
+    if step is None:
+        return f"run {instance.run} has nothing left to undo"
+    if wanted not in (None, step.type):
+        return f"the next compensation of run {instance.run} is that of {step.type!r}, not that of {wanted!r:.80}"
     return None
 
 
 def apply_control(instance: Instance, envelope: Envelope, now: datetime) -> Decision:
     """The Decision about a live run that the control changes."""
-    said = msgspec.json.decode(envelope.payload, type=_Said).reason
+    said = why_said(envelope)
     change = _change(instance, envelope, said)
-    is_over = envelope.type == CANCEL
-    reason = (said or _DEFAULT_REASON) if is_over else instance.reason
+    is_over = envelope.type in _ENDS
+    reason = said_by(envelope) if is_over else instance.reason
     new = msgspec.structs.replace(
         advanced(instance, envelope, now),
         status=change.status,
@@ -146,6 +208,7 @@ def apply_control(instance: Instance, envelope: Envelope, now: datetime) -> Deci
         is_paused=change.is_paused,
         steps=() if is_over else instance.steps,
         timers=() if is_over else instance.timers,
+        undoing=None if is_over else instance.undoing,
     )
     decision = recorded(
         instance, new, envelope, reason=reason if is_over else said, event=change.event, detail=change.detail
@@ -211,9 +274,9 @@ def recorded(
 
 
 def _change(instance: Instance, envelope: Envelope, said: str | None) -> _Change:
-    if envelope.type == CANCEL:
+    if envelope.type in _ENDS:
         status = next_status(instance.status, "cancel")
-        return _Change(status, is_paused=False, event=FeedKind.CANCELLED, detail=said or _DEFAULT_REASON)
+        return _Change(status, is_paused=False, event=FeedKind.CANCELLED, detail=said_by(envelope))
     is_paused = envelope.type == PAUSE
     what = "paused" if is_paused else "resumed"
     return _Change(instance.status, is_paused, FeedKind.STATE_CHANGED, f"{what}: {said}" if said else what)

@@ -48,15 +48,18 @@ and traceback texts read the source files of the frames they show, which is the 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
+from datetime import datetime
 from functools import lru_cache
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 import msgspec
 
 from sagaloom.codec import encode_any
 from sagaloom.definitions import HandlerBinding, SagaDefinition, SagaInstanceStatus
-from sagaloom.engine.compensation import carry_out
-from sagaloom.engine.controls import CANCEL, apply_control, why_in_vain
+from sagaloom.engine.compensation import begin_unwinding, carry_out, go_on, skip_next
+from sagaloom.engine.controls import CANCEL, apply_control, needs_definition, said_by, why_in_vain, why_said
 from sagaloom.engine.correlation import dead_letter_id
 from sagaloom.engine.ledger import LIMIT_EXCEEDED, Refused, end_of_child
 from sagaloom.engine.lifecycle import is_terminal
@@ -73,23 +76,31 @@ from sagaloom.engine.records import (
     Instance,
     ParentLink,
     StepRecord,
+    Undoing,
 )
 from sagaloom.engine.retrying import USER_ERRORS, backoff, describe, is_retryable, storable, traceback_text
+from sagaloom.engine.signals import Update, answered, binding_of, refused_update
 from sagaloom.engine.timer_controls import apply_timer_control, as_shown, is_timer_control, why_no_timer
 from sagaloom.engine.transition import ASKED_NOTHING, STATE_UNREADABLE, HandlerRaised, Transition, without_fired
-from sagaloom.errors import HandlerError, InstanceNotFound, SagasError
-from sagaloom.ids import instance_id
+from sagaloom.errors import HandlerError, InstanceNotFound, SagasError, UpdateRefused
+from sagaloom.ids import effect_key, instance_id
 from sagaloom.messages import SagaMessage
 
-__all__ = ["DecideContext", "decide", "steer"]
+__all__ = ["DecideContext", "MadeByNewer", "decide", "readable_state", "steer"]
 
 HANDLER_MISSING: Final = "SAGA_HANDLER_MISSING"
 HOPS_EXCEEDED: Final = "SAGA_HOPS_EXCEEDED"
 MIGRATION_FAILED: Final = "SAGA_MIGRATION_FAILED"
+UNDO: Final = "saga:undo"
+_PASSES_PAUSE: Final = ("operator", "parent")
 _DETAIL_MAX: Final = 2_000  # The feed is kept in memory by those who watch. History has the whole of it.
 
 
-class _MadeByNewer(Exception):
+class _Stale(Exception):
+    """A message of the engine's own that nobody waits for any more."""
+
+
+class MadeByNewer(Exception):
     """The stored state belongs to a newer version of the definition than this worker has."""
 
 
@@ -108,7 +119,7 @@ def decide(
             if is_bound or definition.reuse != "new_run" or binding is None or not binding.starts:
                 return _ignore_terminal(instance, message, context)
             instance = None
-        elif instance.is_paused and message.origin != "operator":
+        elif instance.is_paused and message.origin not in _PASSES_PAUSE:
             return Decision("deferred", f"run {instance.run} of {definition.id}:{message.key} is paused")
     if message.hops > context.limits.hops_max:
         return _give_up(
@@ -123,9 +134,13 @@ def decide(
             ),
         )
     if binding is None:
-        # No saga handles a control, so nobody else has to ask whether this is one.
-        if message.origin == "operator" or (message.origin == "timer" and message.type == CANCEL):
-            return steer(instance, message, context)
+        # No saga handles what the engine sends itself, so nobody else has to ask whether this is of that kind.
+        if message.origin in _PASSES_PAUSE or (message.origin == "timer" and message.type == CANCEL):
+            return steer(instance, message, context, definition=definition)
+        if message.origin == "undo" and message.type == UNDO and instance is not None:
+            return _safely(definition, instance, message, context, _go_on_undoing)
+        binding = binding_of(definition, message.type)
+    if binding is None:
         if message.origin == "child" and instance is not None:
             return _ignore(instance, message, context, f"saga {definition.id!r} has no handler for {message.type!r}")
         handled = ", ".join(definition.handlers)
@@ -140,11 +155,17 @@ def decide(
     try:
         return _apply(definition, binding, instance, message, context)
     except HandlerRaised as raised:
+        if binding.answers and isinstance(raised.error, UpdateRefused) and instance is not None:
+            return refused_update(_ignore(instance, message, context, raised.error.message), raised.error)
         decision = _after_error(definition, instance, message, context, raised.error)
+        if decision.disposition == "dead_lettered" and raised.compensating is not None:
+            # Its last attempt: what the handler did stands, and the compensation is left to be done.
+            with contextlib.suppress(Exception):
+                decision = _apply(definition, binding, instance, message, context, leaves_failures=True)
         # An error object that the handler keeps and raises again collects the frames of every raise otherwise.
         raised.error.__traceback__ = None
         return decision
-    except _MadeByNewer as newer:
+    except MadeByNewer as newer:
         return _wait_for_newer(definition, message, context, str(newer))
     except Refused as refused:
         return _give_up(definition, instance, message, context, refused)
@@ -154,9 +175,15 @@ def decide(
         return _give_up(definition, instance, message, context, error)
 
 
-def steer(instance: Instance | None, message: Envelope, context: DecideContext) -> Decision:
-    """What an operator's control does to a run. It needs no definition: one that is gone keeps nobody from cancelling
-    what it left behind."""
+def steer(
+    instance: Instance | None,
+    message: Envelope,
+    context: DecideContext,
+    *,
+    definition: SagaDefinition[Any] | None = None,
+) -> Decision:
+    """What an operator's control does to a run. It needs no definition unless something is to be undone: one that is
+    gone keeps nobody from terminating what it left behind."""
     if instance is None or (message.run is not None and message.run != instance.run):
         named = "run" if message.run is None else f"run {message.run}"
         return Decision("ignored", f"there is no {named} of {message.saga_id}:{message.key}")
@@ -166,8 +193,67 @@ def steer(instance: Instance | None, message: Envelope, context: DecideContext) 
     in_vain = why_no_timer(instance, message) if is_about_timer else why_in_vain(instance, message)
     if in_vain is not None:
         return _ignore(instance, message, context, in_vain)
-    change = apply_timer_control if is_about_timer else apply_control
-    return change(instance, message, context.now)
+    if is_about_timer:
+        return apply_timer_control(instance, message, context.now)
+    if not needs_definition(instance, message):
+        return apply_control(instance, message, context.now)
+    if definition is None:
+        reason = (
+            f"run {instance.run} has {len(instance.steps)} steps to undo, and saga {message.saga_id!r} is not loaded "
+            "here: load its module, or terminate the run"
+        )
+        return _ignore(instance, message, context, reason)
+    return _safely(definition, instance, message, context, _unwind if message.type == CANCEL else _skip)
+
+
+def _safely(
+    definition: SagaDefinition[Any],
+    instance: Instance,
+    message: Envelope,
+    context: DecideContext,
+    undo: Callable[[Transition], None],
+) -> Decision:
+    """What comes of undoing something without a message of the saga's own."""
+    try:
+        transition = Transition(definition, instance, message, context, readable_state(definition, instance))
+        undo(transition)
+        return _written(transition, context)
+    except HandlerRaised as raised:
+        decision = _after_error(definition, instance, message, context, raised.error)
+        raised.error.__traceback__ = None
+        return decision
+    except MadeByNewer as newer:
+        return _wait_for_newer(definition, message, context, str(newer))
+    except _Stale as stale:
+        return Decision("ignored", str(stale))
+    except Refused as refused:
+        if message.origin == "operator":
+            # Whoever asked hears why, and asks again when it is mended.
+            return _ignore(instance, message, context, refused.message)
+        return _give_up(definition, instance, message, context, refused)
+
+
+def _unwind(transition: Transition) -> None:
+    """An operator's cancel: everything is undone, and the run ends cancelled."""
+    reason = said_by(transition.envelope)
+    begin_unwinding(transition, reason)
+    undoing = transition.undoing
+    asked = undoing.asked if undoing is not None else ()
+    go_on(transition, Undoing("", is_unwinding=True, ending="cancelled", reason=reason, asked=asked))
+
+
+def _skip(transition: Transition) -> None:
+    assert transition.undoing is not None  # or the control would be in vain
+    skip_next(transition, transition.undoing, why_said(transition.envelope))
+
+
+def _go_on_undoing(transition: Transition) -> None:
+    undoing = transition.undoing
+    if undoing is None or undoing.token != transition.envelope.id:
+        raise _Stale("what was left to undo has been taken on by something else")
+    go_on(transition, undoing)
+    if transition.trouble is not None and not transition.has_steps:
+        raise transition.trouble  # An attempt of this message, and no more than that.
 
 
 def _apply(
@@ -176,21 +262,20 @@ def _apply(
     instance: Instance | None,
     message: Envelope,
     context: DecideContext,
+    *,
+    leaves_failures: bool = False,
 ) -> Decision:
-    if instance is None:
-        state = _initial_state(definition)
-    elif instance.def_version == definition.version:
-        state = instance.state
-    else:
-        state = _migrated(definition, instance)
-    typed = context.typed
+    state = _initial_state(definition) if instance is None else readable_state(definition, instance)
+    typed = context.typed if not leaves_failures else None
     if typed is None:
         typed = _read(definition, binding, message)
-    transition = Transition(definition, instance, message, context, state)
+    new_transition = Update if binding.answers else Transition
+    transition = new_transition(definition, instance, message, context, state)
     asked = transition.step("handle", binding.handler, typed)
     if asked is not ASKED_NOTHING:
-        carry_out(transition, asked)
-    return _written(transition, context.head.pk)
+        carry_out(transition, asked, leaves_failures=leaves_failures)
+    decision = _written(transition, context, is_last_attempt=leaves_failures)
+    return answered(decision, transition) if isinstance(transition, Update) else decision
 
 
 def _read(definition: SagaDefinition[Any], binding: HandlerBinding, message: Envelope) -> SagaMessage[Any]:
@@ -203,7 +288,7 @@ def _read(definition: SagaDefinition[Any], binding: HandlerBinding, message: Env
             code=error.code,
         ) from error
     return SagaMessage(
-        message.type,
+        binding.type,
         payload,
         message.correlation_key,
         message.idempotency_key,
@@ -215,27 +300,33 @@ def _read(definition: SagaDefinition[Any], binding: HandlerBinding, message: Env
     )
 
 
-def _written(transition: Transition, pk: int) -> Decision:
+def _written(transition: Transition, context: DecideContext, *, is_last_attempt: bool = False) -> Decision:
     """The Decision of a message that was applied."""
     definition, message, instance = transition.definition, transition.envelope, transition.instance
     now, run, revision = transition.now, transition.run, transition.revision
     status, state = transition.status, transition.state
     reason = None if transition.reason is None else storable(transition.reason)
-    applied = transition.applied
+    applied, undoing, pivot = transition.applied, transition.undoing, transition.pivot
     parent = instance.parent if instance is not None else message.parent
     is_over = is_terminal(status)
     if is_over:
-        applied = ()
+        applied, undoing = (), None
         transition.end_all_timers()
         if parent is not None:
             _tell_parent(transition, parent)
     elif message.type in definition.compensations and not transition.is_current_undone:
         applied = _with_step(transition)
+    elif definition.pivots and status == "running" and message.type in definition.pivots:
+        applied, pivot = (), message.type
+    carrying: _Carrying | None = None
+    if transition.trouble is not None and undoing is not None:
+        carrying = _carry_on(transition, undoing, transition.trouble, is_last_attempt=is_last_attempt)
+        undoing = carrying.undoing
     entries = instance.entries + 1 if instance is not None else 1
     new = Instance(
         definition.id,
         message.key,
-        pk,
+        context.head.pk,
         run,
         status,
         revision,
@@ -252,12 +343,15 @@ def _written(transition: Transition, pk: int) -> Decision:
         reason if reason is not None or instance is None or is_over else instance.reason,
         now if status == "completed" else None,
         now if is_over else None,
-        instance.is_paused if instance is not None else False,
+        instance is not None and instance.is_paused and message.type != CANCEL,
         parent,
         instance.traceparent if instance is not None else message.traceparent,
         instance.tracestate if instance is not None else message.tracestate,
         applied,
         transition.open_timers,
+        "json",
+        undoing,
+        pivot,
     )
     keeps_states = definition.durability != "t1"
     steps = transition.records()
@@ -282,7 +376,7 @@ def _written(transition: Transition, pk: int) -> Decision:
         state if keeps_states else None,
         definition.version,
     )
-    return Decision(
+    decision = Decision(
         "applied",
         reason,
         new,
@@ -295,6 +389,61 @@ def _written(transition: Transition, pk: int) -> Decision:
         None,
         _shown(transition, steps, reason),
     )
+    return decision if carrying is None else _with_carrying(decision, carrying)
+
+
+class _Carrying(NamedTuple):
+    """Who carries on what is left to undo: a message, or a dead letter that has it; neither when one is under way."""
+
+    undoing: Undoing
+    message: Envelope | None = None
+    letter: DeadLetter | None = None
+
+
+def _carry_on(
+    transition: Transition, undoing: Undoing, trouble: HandlerRaised | Refused, *, is_last_attempt: bool
+) -> _Carrying:
+    envelope, policy = transition.envelope, transition.definition.retry
+    error = trouble.error if isinstance(trouble, HandlerRaised) else trouble
+    if undoing.token and envelope.origin not in ("undo", "operator", "parent"):
+        return _Carrying(msgspec.structs.replace(undoing, error=describe(error)))
+    step = undoing.next_of(transition.applied)
+    token = f"un{effect_key(envelope.saga_id, envelope.key, transition.run, transition.revision, -1)}"
+    message = Envelope(
+        envelope.saga_id,
+        envelope.key,
+        UNDO,
+        token,
+        msgspec.json.encode({"step": None if step is None else step.type}),
+        transition.now,
+        "undo",
+        transition.run,
+        dedupe_key=token,
+        traceparent=envelope.traceparent,
+        tracestate=envelope.tracestate,
+        causation_id=envelope.id,
+        hops=envelope.hops,
+    )
+    undoing = msgspec.structs.replace(undoing, token=token, error=describe(error), dead_letter_id=None)
+    if isinstance(trouble, Refused) and trouble.code == LIMIT_EXCEEDED and transition.has_steps:
+        return _Carrying(undoing, message)  # Too much for one decision: the next one goes on where this one stopped.
+    has_attempts = policy.maximum_attempts > 1 and not is_last_attempt
+    if has_attempts and not isinstance(trouble, Refused) and is_retryable(error, policy):
+        retry_at = transition.now + backoff(policy, attempt=1, message_id=token)
+        message = msgspec.structs.replace(message, attempt=1, due_at=retry_at, last_error=undoing.error)
+        return _Carrying(undoing, message)
+    message = msgspec.structs.replace(message, attempt=envelope.attempt if is_last_attempt else 0)
+    letter = _letter_of(transition.definition, transition.instance, message, transition.now, error)
+    return _Carrying(msgspec.structs.replace(undoing, dead_letter_id=letter.id), letter=letter)
+
+
+def _with_carrying(decision: Decision, carrying: _Carrying) -> Decision:
+    feed, letter = decision.feed, carrying.letter
+    if letter is not None and feed is not None:
+        moment = FeedMoment(FeedKind.DEAD_LETTERED, "compensating", letter.reason[:_DETAIL_MAX])
+        feed = msgspec.structs.replace(feed, moments=(*feed.moments, moment))
+    follow_ups = () if carrying.message is None else (carrying.message,)
+    return msgspec.structs.replace(decision, follow_ups=follow_ups, dead_letter=letter, feed=feed)
 
 
 def _shown(transition: Transition, steps: tuple[StepRecord, ...], reason: str | None) -> FeedRecord:
@@ -342,6 +491,9 @@ def _moments(
     for step in steps:
         if step.phase == "handle":
             moments.append(FeedMoment(FeedKind.STATE_CHANGED, step.status))
+            continue
+        if step.phase == "skip":
+            moments.append(FeedMoment(FeedKind.STATE_CHANGED, step.status, f"skipped the compensation of {step.type}"))
             continue
         if not was_compensating:
             was_compensating = True
@@ -394,7 +546,7 @@ def _without_instance(
 
 def _ignore_terminal(instance: Instance, message: Envelope, context: DecideContext) -> Decision:
     reason = f"run {instance.run} is {instance.status} and takes no more messages"
-    if message.origin == "timer":
+    if message.origin in ("timer", "undo"):
         return Decision("ignored", reason)
     return _ignore(instance, message, context, reason)
 
@@ -436,6 +588,26 @@ def _give_up(
     error: BaseException,
 ) -> Decision:
     """The message is a dead letter; of the run it only changes the counters."""
+    letter = _letter_of(definition, instance, message, context.now, error)
+    reason = letter.reason
+    entry = counted = None
+    if instance is not None:
+        entry, counted = _bystander(instance, message, context, "dead_lettered", reason)
+        if message.origin == "undo" and counted.undoing is not None:
+            standing = msgspec.structs.replace(counted.undoing, error=describe(error), dead_letter_id=letter.id)
+            counted = msgspec.structs.replace(counted, undoing=standing)
+    feed = _shown_bystander(FeedKind.DEAD_LETTERED, instance, message, context, reason)
+    return Decision("dead_lettered", reason, counted, entry=entry, dead_letter=letter, feed=feed, error=reason)
+
+
+def _letter_of(
+    definition: SagaDefinition[Any],
+    instance: Instance | None,
+    message: Envelope,
+    now: datetime,
+    error: BaseException,
+) -> DeadLetter:
+    """What is kept of a message that is given up for `error`."""
     attempts, state_before, state_after = message.attempt + 1, None, None
     if isinstance(error, Refused):
         code, reason, shown = error.code, error.message, error.traceback
@@ -447,11 +619,11 @@ def _give_up(
     else:
         code = error.code if isinstance(error, SagasError) else HandlerError.default_code
         tried = "" if attempts == 1 else f" (attempt {attempts} of {definition.retry.maximum_attempts})"
-        reason = f"saga {definition.id!r}: handling {message.type!r} failed{tried}: {describe(error)}"
+        reason = f"saga {definition.id!r}: {_doing(message)} failed{tried}: {describe(error)}"
         shown = traceback_text(error)
-    dead_letter = DeadLetter(
-        id=dead_letter_id(context.now, message.saga_id, message.key, message.id, message.attempt),
-        at=context.now,
+    return DeadLetter(
+        id=dead_letter_id(now, message.saga_id, message.key, message.id, message.attempt),
+        at=now,
         saga_id=message.saga_id,
         key=message.key,
         type=message.type,
@@ -463,11 +635,19 @@ def _give_up(
         state_before=state_before,
         state_after=state_after,
     )
-    entry = counted = None
-    if instance is not None:
-        entry, counted = _bystander(instance, message, context, "dead_lettered", reason)
-    feed = _shown_bystander(FeedKind.DEAD_LETTERED, instance, message, context, reason)
-    return Decision("dead_lettered", reason, counted, entry=entry, dead_letter=dead_letter, feed=feed, error=reason)
+
+
+def _doing(message: Envelope) -> str:
+    if message.type != UNDO:
+        return f"handling {message.type!r}"
+    step = msgspec.json.decode(message.payload, type=_UndoSaid).step
+    return f"undoing {step!r}"
+
+
+class _UndoSaid(msgspec.Struct):
+    """The payload of a message that carries on what is left to undo: which step it was about at first."""
+
+    step: str | None = None
 
 
 def _bystander(
@@ -536,12 +716,17 @@ def _initial_state(definition: SagaDefinition[Any]) -> bytes:
         ) from error
 
 
+def readable_state(definition: SagaDefinition[Any], instance: Instance) -> bytes:
+    """The state of a run, in the definition's version."""
+    return instance.state if instance.def_version == definition.version else _migrated(definition, instance)
+
+
 def _migrated(definition: SagaDefinition[Any], instance: Instance) -> bytes:
     """The stored state, brought up from its version to the definition's."""
     saga_id, stored, wanted = definition.id, instance.def_version, definition.version
     name = instance_id(saga_id, instance.key, instance.run)
     if stored > wanted:
-        raise _MadeByNewer(
+        raise MadeByNewer(
             f"the state of {name!r} was written by version {stored} of saga {saga_id!r}, and this worker has version "
             f"{wanted}: a worker with version {stored} or newer must take it"
         )

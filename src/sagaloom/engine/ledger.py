@@ -270,7 +270,7 @@ class Ledger:
         self._next_position()
         if detail is not None:
             detail = storable(detail)
-            self._count_bytes(len(detail))
+            self.count_bytes(len(detail))
         return EffectSummary(kind, target, None, detail)
 
     def encode_result(self, value: Any) -> bytes | None:
@@ -326,7 +326,7 @@ class Ledger:
             encoded = encode_any(value)
         except SagasError as error:
             self.refuse(HANDLER_RESULT, f"{what}: {error.message}")
-        self._count_bytes(len(encoded))
+        self.count_bytes(len(encoded))
         return encoded
 
     def _encode_sent(self, what: str, payload: Any) -> tuple[Any, bytes]:
@@ -356,7 +356,7 @@ class Ledger:
             except SagasError as error:
                 self.refuse(HANDLER_RESULT, error.message)
 
-    def _count_bytes(self, size: int) -> None:
+    def count_bytes(self, size: int) -> None:
         self._bytes += size
         if self._bytes > self.limits.effects_bytes_max:
             self.refuse(

@@ -8,6 +8,7 @@ None of those can be part of a reference cycle, so the garbage collector need no
     Envelope       one message addressed to one instance of one saga; what an inbox row holds          stored
     Head           one correlation key of one saga: where its runs live, and which is the newest        stored
     Instance       one run: its state, status and revision                                             stored
+    Undoing        what is left to undo of a run, and how it ends then                                 stored
     HistoryEntry   what one message did to one run                                                     stored
     OutboxEffect   a committed effect that has to leave                                                stored
     Timer          a message that will enter later                                                     stored
@@ -56,10 +57,12 @@ __all__ = [
     "ScheduleCursor",
     "StepRecord",
     "Timer",
+    "Undoing",
+    "UpdateAnswer",
 ]
 
 Disposition = Literal["applied", "duplicate", "ignored", "deferred", "dead_lettered", "pending"]
-Origin = Literal["door", "saga", "reply", "timer", "spawn", "child", "redrive", "operator"]
+Origin = Literal["door", "saga", "reply", "timer", "spawn", "child", "redrive", "operator", "undo", "parent"]
 
 
 class ParentLink(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -126,6 +129,28 @@ class AppliedStep(msgspec.Struct, frozen=True, array_like=True, gc=False):
     revision: int
 
 
+class Undoing(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What is left to undo of a run one of whose compensations has failed. `asked` were asked for by name, in this
+    order; with `is_unwinding` the applied steps follow, newest first; then the run ends as `ending` says, or goes on
+    `compensating` without one. The message with the id `token` carries it on. When that is a dead letter,
+    `dead_letter_id` names it; `error` says why the last attempt failed."""
+
+    token: str
+    is_unwinding: bool
+    ending: Literal["completed", "failed", "cancelled"] | None = None
+    reason: str | None = None
+    result: bytes | None = None
+    asked: tuple[AppliedStep, ...] = ()
+    error: str | None = None
+    dead_letter_id: str | None = None
+
+    def next_of(self, applied: tuple[AppliedStep, ...]) -> AppliedStep | None:
+        """The step whose compensation comes next, of a run with these applied steps."""
+        if self.asked:
+            return self.asked[0]
+        return applied[-1] if self.is_unwinding and applied else None
+
+
 class PendingTimer(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A timer of this run that has not fired. (`due_at`, `id`) finds its row."""
 
@@ -136,7 +161,8 @@ class PendingTimer(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 class Instance(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One run of a saga. `state` and `result` are JSON. `entries` counts the history rows written so far,
-    `bystanders` those of them that changed nothing (ignored or dead-lettered messages)."""
+    `bystanders` those of them that changed nothing (ignored or dead-lettered messages). `undoing` says what is left to
+    undo while a compensation fails, `pivot` which message was the last point of no return."""
 
     saga_id: str
     key: str
@@ -164,6 +190,8 @@ class Instance(msgspec.Struct, frozen=True, array_like=True, gc=False):
     steps: tuple[AppliedStep, ...] = ()
     timers: tuple[PendingTimer, ...] = ()
     codec: str = "json"
+    undoing: Undoing | None = None
+    pivot: str | None = None
 
 
 class EffectSummary(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -176,12 +204,21 @@ class EffectSummary(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class StepRecord(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """One moment of a decision: which handler ran (`handle` or `compensate`), on what type, and the status after."""
+    """One moment of a decision: which handler ran (`handle` or `compensate`), on what type, and the status after. With
+    `skip` none ran: an operator has left that compensation out."""
 
-    phase: Literal["handle", "compensate"]
+    phase: Literal["handle", "compensate", "skip"]
     type: str
     status: SagaInstanceStatus
     effects: tuple[EffectSummary, ...] = ()
+
+
+class UpdateAnswer(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What an update's caller gets to hear, as JSON: the answer, or with `is_refused` the code, the message and the
+    data of the refusal."""
+
+    content: bytes
+    is_refused: bool = False
 
 
 class HistoryEntry(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -206,6 +243,7 @@ class HistoryEntry(msgspec.Struct, frozen=True, array_like=True, gc=False):
     before: bytes | None = None
     after: bytes | None = None
     def_version: int = 1
+    answer: UpdateAnswer | None = None
 
 
 class OutboxEffect(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -405,7 +443,8 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
 
     `disposition` says which fields speak:
 
-    - applied: `instance` (revision + 1), `entry`, and whatever the handler asked for;
+    - applied: `instance` (revision + 1), `entry`, and whatever the handler asked for; with a `dead_letter` it left a
+      compensation undone that has used up its attempts;
     - ignored: `entry` and an `instance` that differs only in its counters; both None past the limit of rows;
     - pending: the attempt failed, `retry_at` and `error` say when and why; nothing else is set;
     - dead_lettered: `dead_letter`, and `entry` with `instance` when a run exists;
@@ -426,6 +465,8 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
     feed: FeedRecord | None = None
     retry_at: datetime | None = None
     error: str | None = None
+    follow_ups: tuple[Envelope, ...] = ()
+    """Messages of the engine's own to this very run, by which it goes on later."""
     spends_attempt: bool = True
     """False when the attempt did not reach the handler, through no fault of the message: it is not to be counted."""
 

@@ -11,8 +11,18 @@ from collections.abc import Sequence
 from typing import Any, Final, Literal, NamedTuple, NoReturn
 
 from sagaloom.definitions import Saga, SagaContext, SagaDefinition, SagaInstanceStatus
-from sagaloom.effects import CancelScheduled, CascadedMessage, Compensate, Complete, Fail, Scheduled, Send, Spawn
-from sagaloom.engine.ledger import HANDLER_RESULT, LIMIT_EXCEEDED, Ledger
+from sagaloom.effects import (
+    Answer,
+    CancelScheduled,
+    CascadedMessage,
+    Compensate,
+    Complete,
+    Fail,
+    Scheduled,
+    Send,
+    Spawn,
+)
+from sagaloom.engine.ledger import HANDLER_RESULT, LIMIT_EXCEEDED, Ledger, Refused
 from sagaloom.engine.lifecycle import is_terminal, next_status
 from sagaloom.engine.records import (
     AppliedStep,
@@ -22,6 +32,7 @@ from sagaloom.engine.records import (
     Instance,
     PendingTimer,
     StepRecord,
+    Undoing,
 )
 from sagaloom.engine.retrying import USER_ERRORS, describe
 from sagaloom.errors import SagasError
@@ -41,15 +52,18 @@ __all__ = [
 INVARIANT_BROKEN: Final = "SAGA_INVARIANT_BROKEN"
 STATE_UNREADABLE: Final = "SAGA_STATE_UNREADABLE"
 
-_Step = tuple[Literal["handle", "compensate"], str, tuple[EffectSummary, ...]]
+_Step = tuple[Literal["handle", "compensate", "skip"], str, tuple[EffectSummary, ...]]
+_Savepoint = tuple[Any, ...]
 
 
 class HandlerRaised(Exception):
-    """User code raised `error`: the policy says what comes of it."""
+    """User code raised `error`: the policy says what comes of it. `compensating` is the type of the message whose
+    compensation it was, if it was one."""
 
     def __init__(self, error: BaseException) -> None:
         super().__init__(error)
         self.error = error
+        self.compensating: str | None = None
 
 
 class Asked(NamedTuple):
@@ -80,13 +94,16 @@ class Transition(Ledger):
         "applied",
         "instance",
         "is_current_undone",
+        "pivot",
         "reason",
         "result",
         "state",
         "state_before",
         "status",
         "status_before",
+        "trouble",
         "undo_reason",
+        "undoing",
     )
 
     def __init__(
@@ -105,12 +122,17 @@ class Transition(Ledger):
             self.status: SagaInstanceStatus = next_status("pending", "start")
             self.applied: tuple[AppliedStep, ...] = ()
             """The applied steps that are not undone, oldest first."""
+            self.undoing: Undoing | None = None
+            """What is left to undo, once a compensation has failed."""
+            self.pivot: str | None = None
         else:
             timers = without_fired(instance.timers, envelope)
             Ledger.__init__(self, definition, envelope, context, instance.run, instance.revision + 1, timers)
             self.status_before = instance.status
             self.status = next_status(instance.status, "advance")
             self.applied = instance.steps
+            self.undoing = instance.undoing
+            self.pivot = instance.pivot
         self.instance = instance
         self.state_before = state
         self.state = state
@@ -118,6 +140,8 @@ class Transition(Ledger):
         self.reason: str | None = None
         self.undo_reason: str | None = None
         """Why the first compensation of this decision was asked for."""
+        self.trouble: HandlerRaised | Refused | None = None
+        """Why a compensation was left undone."""
         self.result: bytes | None = None
         self._timeouts = self.set_timeouts() if instance is None and definition.timeouts else ()
         self._steps: list[_Step] = []
@@ -170,9 +194,36 @@ class Transition(Ledger):
     def is_over(self) -> bool:
         return is_terminal(self.status)
 
+    @property
+    def has_steps(self) -> bool:
+        return bool(self._steps)
+
+    def note_skipped(self, message_type: str, reason: str | None) -> None:
+        """Writes down that an operator has left a compensation out."""
+        self._steps.append(("skip", message_type, (EffectSummary("skip", message_type, None, reason),)))
+
+    def savepoint(self) -> _Savepoint:
+        """All that a step changes, to `roll_back` to."""
+        return (
+            (self.state, self.status, self.reason, self.result, self.applied, self.is_current_undone, self.undoing),
+            (self._position, self._bytes, self.timers, self.timers_ended, self.open_timers),
+            (len(self._steps), len(self.effects), len(self.outgoing)),
+        )
+
+    def roll_back(self, to: _Savepoint) -> None:
+        """Takes back whatever came after `savepoint`. Positions are given out anew: what had them was not written."""
+        run, ledger, (steps, effects, outgoing) = to
+        self.state, self.status, self.reason, self.result, self.applied, self.is_current_undone, self.undoing = run
+        self._position, self._bytes, self.timers, self.timers_ended, self.open_timers = ledger
+        del self._steps[steps:]
+        del self.effects[effects:]
+        del self.outgoing[outgoing:]
+
     def records(self) -> tuple[StepRecord, ...]:
         """The steps, each with the status after it: the last one led to where the run is now."""
         steps = self._steps
+        if not steps:
+            return ()
         if self._timeouts:
             opening: _Step = (*steps[0][:2], (*self._timeouts, *steps[0][2]))
             steps = [opening, *steps[1:]]
@@ -184,6 +235,14 @@ class Transition(Ledger):
             StepRecord(phase, message_type, "compensating", effects) for phase, message_type, effects in steps[:-1]
         ]
         return (*earlier, last)
+
+    def take_answer(self, phase: Literal["handle", "compensate"], effect: Answer) -> EffectSummary:
+        """Keeps what the caller of an update gets to hear; here nobody waits for it."""
+        self.refuse(
+            HANDLER_RESULT,
+            f"its {_HANDLER[phase]} returned answer({_shown(effect.value)}), and nobody waits for an answer: only the "
+            "handler of an update may return one",
+        )
 
     def _write_down(
         self,
@@ -221,6 +280,9 @@ class Transition(Ledger):
                     summaries.append(self.note("complete"))
                 case Fail():
                     summaries.append(self.note("fail", detail=effect.reason))
+                case Answer():
+                    summaries.append(self.take_answer(phase, effect))
+                    continue
                 case _:
                     self._refuse_foreign(phase, message_type, effect)
             if ending is not None:
@@ -282,7 +344,7 @@ class Transition(Ledger):
             HANDLER_RESULT,
             f"its {_HANDLER[phase]} for {message_type!r} returned a list with {type(effect).__name__} "
             f"{_shown(effect)} in it, which is no effect: use send, schedule, cancel_scheduled, spawn, saga_complete, "
-            "saga_fail or saga_compensate",
+            "saga_fail, saga_compensate or answer",
         )
 
 

@@ -76,6 +76,8 @@ class FilePresence:
         self._wakes: int | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._seen: frozenset[str] = frozenset()
+        self.buried: set[str] = set()
+        """The holders whose files we have found abandoned."""
         _every.add(self)
 
     def enter(self, holder: str) -> None:
@@ -174,6 +176,7 @@ class FilePresence:
 
     def _is_alive(self, file: Path) -> bool:
         if _is_abandoned(file):
+            self.buried.add(unquote(file.name))
             return False
         try:
             lines = file.read_text(errors="replace").split("\n")

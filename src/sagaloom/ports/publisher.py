@@ -16,7 +16,7 @@ import msgspec
 from typing_extensions import TypeVar
 
 from sagaloom.definitions import SagaInstanceStatus
-from sagaloom.engine.records import Disposition
+from sagaloom.engine.records import Disposition, UpdateAnswer
 from sagaloom.errors import SagasError
 from sagaloom.messages import SagaMessage
 
@@ -53,6 +53,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     effects: Sequence[str] = ()
     result: Any = None
     reason: str | None = None
+    answer: UpdateAnswer | None = None
+    """What the handler of an update had to say."""
 
 
 @dataclass(slots=True, kw_only=True)

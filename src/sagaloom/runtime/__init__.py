@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Final
 from sagaloom.ports.store import SagaStore as SagaStorePort
 from sagaloom.runtime.feed import FeedReset, FeedWatch
 from sagaloom.runtime.options import RuntimeOptions
-from sagaloom.runtime.receipts import Outcome, PublishReceipt, PublishRejected
+from sagaloom.runtime.receipts import (
+    Outcome,
+    PublishReceipt,
+    PublishRejected,
+    QueryResult,
+    SignalReceipt,
+    UpdateReceipt,
+)
 from sagaloom.runtime.runtime import SagaRuntime
 from sagaloom.runtime.scheduler import ScheduleStatus
 from sagaloom.runtime.timers import WaitingTimer
@@ -17,7 +24,7 @@ if TYPE_CHECKING:
     from sagaloom.composition import DurableSagaRuntime, create_durable_saga_runtime, open_saga_runtime_kv
     from sagaloom.discovery import resolve_saga_store_backend
     from sagaloom.publisher import HttpSagaPublisherOptions, create_saga_publisher, create_sync_saga_publisher
-    from sagaloom.stores import KvSagaStore
+    from sagaloom.stores import KvSagaStore, SqlSagaStore
 
 __all__ = [
     "DurableSagaRuntime",
@@ -28,10 +35,14 @@ __all__ = [
     "Outcome",
     "PublishReceipt",
     "PublishRejected",
+    "QueryResult",
     "RuntimeOptions",
     "SagaRuntime",
     "SagaStorePort",
     "ScheduleStatus",
+    "SignalReceipt",
+    "SqlSagaStore",
+    "UpdateReceipt",
     "WaitingTimer",
     "create_durable_saga_runtime",
     "create_saga_publisher",
@@ -45,6 +56,7 @@ _ELSEWHERE: Final = {
     "DurableSagaRuntime": "sagaloom.composition",
     "HttpSagaPublisherOptions": "sagaloom.publisher",
     "KvSagaStore": "sagaloom.stores",
+    "SqlSagaStore": "sagaloom.stores",
     "create_durable_saga_runtime": "sagaloom.composition",
     "create_saga_publisher": "sagaloom.publisher",
     "create_sync_saga_publisher": "sagaloom.publisher",

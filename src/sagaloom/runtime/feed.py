@@ -42,7 +42,16 @@ from sagaloom.errors import BackendUnavailable, MessageRejected, SagasError
 from sagaloom.ports.keyvalue import SeesOthers
 from sagaloom.ports.store import SagaStore
 
-__all__ = ["FEED_EVENT_TYPES", "FeedHub", "FeedPage", "FeedReset", "FeedWatch", "WatchedEvent", "cursor_of"]
+__all__ = [
+    "FEED_EVENT_TYPES",
+    "FeedHub",
+    "FeedPage",
+    "FeedReset",
+    "FeedWatch",
+    "WatchedEvent",
+    "cursor_of",
+    "number_of",
+]
 
 _log = logging.getLogger("sagaloom.feed")
 
@@ -94,6 +103,16 @@ class FeedPage(NamedTuple):
 def cursor_of(store_id: str, number: int) -> str:
     """The cursor of event `number` of a store."""
     return str(_range_of(store_id) + number)
+
+
+def number_of(store_id: str, cursor: int | str) -> int | None:
+    """The number of the event that a cursor of this store stands for; None for that of another. Raises
+    `MessageRejected` for what is no cursor."""
+    value = _read_cursor(cursor)
+    if value is None or value < _RANGE:
+        return value
+    number = value - _range_of(store_id)
+    return number if 0 <= number < _RANGE else None
 
 
 @lru_cache(maxsize=64)
@@ -153,6 +172,10 @@ class FeedWatch:
     @property
     def is_closed(self) -> bool:
         return self._is_closed
+
+    def wants(self, event: FeedEvent) -> bool:
+        """Whether the filter lets this event through."""
+        return self._wants is None or self._wants(event)
 
     async def begin(self) -> None:
         """Finds out where to begin. The first read does so by itself."""

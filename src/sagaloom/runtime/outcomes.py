@@ -43,6 +43,7 @@ def outcome_of(delivery: Delivery, decision: Decision | None, unit: UnitOfWork, 
         state=_decode(instance.state) if instance is not None else None,
         effects=effects,
         result=_decode(instance.result) if instance is not None and instance.result else None,
+        answer=None if decision is None or decision.entry is None else decision.entry.answer,
     )
 
 
@@ -95,6 +96,7 @@ async def outcome_elsewhere(store: SagaStore, envelope: Envelope) -> Outcome:
         effects=tuple(effect.kind for step in entry.steps for effect in step.effects) if entry is not None else (),
         result=_decode(instance.result) if instance is not None and instance.result else None,
         reason=entry.reason if entry is not None else letter.reason if letter is not None else None,
+        answer=entry.answer if entry is not None else None,
     )
 
 

@@ -380,7 +380,7 @@ class Receiver:
                     step = _Planned(delivery, unit_of_loss(delivery, decision), decision, None)
                 else:
                     step = self._plan_decision(delivery, decision, known, head, addressed, definitions, now)
-            if step.holds or (envelope.origin == "operator" and ends_pause(envelope)):
+            if step.holds or ends_pause(envelope):
                 holding.add(key)
             if step.unit.mark is not None:
                 seen[head.pk, step.unit.mark.dedupe_key] = step.unit.mark
@@ -401,7 +401,7 @@ class Receiver:
     ) -> Decision:
         """The decision about `envelope`, which is that of the delivery, or the same in the trace of its decision."""
         definition = definitions.get(envelope.saga_id)
-        if definition is None and corrupt is None and envelope.origin == "operator":
+        if definition is None and corrupt is None and envelope.origin in ("operator", "parent"):
             return steer(addressed, envelope, DecideContext(now, head, self._options.limits))
         if definition is None and corrupt is None and self._may_be_known_elsewhere(envelope, now):
             missing = _vanished(envelope.saga_id).message
@@ -439,7 +439,7 @@ class Receiver:
             head = msgspec.structs.replace(head, run=instance.run, awaits_start=False)
         elif head.run == 0 and head.awaits_start != waits:
             head = msgspec.structs.replace(head, awaits_start=waits)
-        cascaded: list[Envelope] = []
+        cascaded: list[Envelope] = list(decision.follow_ups)
         dead_letters: list[DeadLetter] = []
         for outgoing in decision.outgoing:
             routed = route(definitions, outgoing, now=now)
@@ -526,6 +526,8 @@ class Receiver:
                 work.done(None)
         if conflicts:
             await self._resolve(planned, works, conflicts)
+        for later in rows.later:
+            self._put_aside(later)
         if rows.effects:
             self._on_effects(rows.effects)
 
@@ -535,7 +537,7 @@ class Receiver:
         assert decision is not None
         if delivery.answered is not None or delivery.settled is not None:
             answer(delivery, outcome_of(delivery, decision, each.unit, detailed=delivery.settled is not None))
-        if delivery.envelope.origin == "operator" and ends_pause(delivery.envelope):
+        if ends_pause(delivery.envelope):
             self._backlog.put_back(self._backlog.release([delivery.key]))
         if decision.disposition == "applied":
             self._backlog.moved(delivery.key, delivery)
@@ -765,9 +767,9 @@ class Receiver:
 
 class _NewRows:
     """Numbers the rows that a commit has added, unit by unit: messages go to the backlog, unless another process holds
-    their partition; `effects` are gathered."""
+    their partition; `effects` are gathered, and messages that are due `later`."""
 
-    __slots__ = ("_backlog", "_inbox_seq", "_outbox_seq", "_parts", "effects")
+    __slots__ = ("_backlog", "_inbox_seq", "_outbox_seq", "_parts", "effects", "later")
 
     def __init__(self, result: CommitResult, backlog: Backlog, parts: frozenset[int]) -> None:
         self._backlog = backlog
@@ -775,6 +777,7 @@ class _NewRows:
         self._inbox_seq = result.inbox_base
         self._outbox_seq = result.outbox_base
         self.effects: list[tuple[RowRef, OutboxEffect]] = []
+        self.later: list[Delivery] = []
 
     def take(self, unit: UnitOfWork, *, first_waits: bool = False) -> Delivery | None:
         """Takes the rows of a written unit. `first_waits`: its first message has had its turn already, and does not
@@ -788,7 +791,10 @@ class _NewRows:
             if first_waits:
                 waiting, first_waits = arrival, False
             elif part in self._parts:
-                self._backlog.add(arrival)
+                if envelope.due_at is None:
+                    self._backlog.add(arrival)
+                else:
+                    self.later.append(arrival)
         for effect in unit.outbox_add:
             self.effects.append((RowRef(unit.part, self._outbox_seq), effect))
             self._outbox_seq += 1

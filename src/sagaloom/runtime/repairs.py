@@ -20,7 +20,7 @@ import msgspec
 
 from sagaloom.clock import Clock
 from sagaloom.engine.correlation import DefinitionSet, address
-from sagaloom.engine.records import DeadLetter, Envelope
+from sagaloom.engine.records import DeadLetter, Envelope, Origin
 from sagaloom.errors import BackendUnavailable, DeadLetterNotFound, SagasError
 from sagaloom.ids import key_hash, new_message_id, partition_of
 from sagaloom.messages import SagaMessage
@@ -232,7 +232,9 @@ class Repairs:
                 parent=envelope.parent,
                 key_if_none=envelope.id if envelope.origin == "spawn" else None,
             ).envelope
-        return msgspec.structs.replace(envelope, origin="redrive", attempt=0, due_at=None, last_error=None)
+        # What the engine sends itself is known by its origin.
+        origin: Origin = "undo" if envelope.origin == "undo" else "redrive"
+        return msgspec.structs.replace(envelope, origin=origin, attempt=0, due_at=None, last_error=None)
 
 
 async def in_time(answer: asyncio.Future[_T]) -> _T:

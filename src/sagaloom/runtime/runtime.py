@@ -21,21 +21,22 @@ import socket
 from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 import msgspec
 
 from sagaloom.clock import Clock, SystemClock
 from sagaloom.codec import encode_any
-from sagaloom.definitions import SagaDefinition
+from sagaloom.definitions import QueryDefinition, SagaDefinition, SignalDefinition
 from sagaloom.describe import describe
-from sagaloom.engine.controls import CANCEL, PAUSE, RESUME, ControlType, control
+from sagaloom.engine.controls import CANCEL, PAUSE, RESUME, SKIP, TERMINATE, ControlType, control
 from sagaloom.engine.correlation import DefinitionSet, address
 from sagaloom.engine.records import DeadLetter, Envelope, HistoryEntry, Instance, OutboxEffect, Timer
 from sagaloom.engine.schedules import tick_message
 from sagaloom.engine.timer_controls import timer_control
 from sagaloom.errors import (
     BackendUnavailable,
+    DeadLetterNotFound,
     DefinitionError,
     InstanceNotFound,
     MessageRejected,
@@ -62,11 +63,19 @@ from sagaloom.runtime.feed import FeedHub, FeedWatch
 from sagaloom.runtime.lifeline import Lifeline
 from sagaloom.runtime.options import RuntimeOptions
 from sagaloom.runtime.pruner import Pruner
-from sagaloom.runtime.receipts import Outcome, PublishReceipt, PublishRejected
+from sagaloom.runtime.receipts import (
+    Outcome,
+    PublishReceipt,
+    PublishRejected,
+    QueryResult,
+    SignalReceipt,
+    UpdateReceipt,
+)
 from sagaloom.runtime.receiver import Receiver
 from sagaloom.runtime.repairs import Repairs, in_time
 from sagaloom.runtime.replies import reply_envelope, reply_unwanted
 from sagaloom.runtime.scheduler import Scheduler, ScheduleStatus
+from sagaloom.runtime.signals import Signals
 from sagaloom.runtime.timekeeper import Timekeeper
 from sagaloom.runtime.timers import WaitingTimer, waiting_timers
 from sagaloom.telemetry import TelemetryProviders, carried_trace, current_trace, find_providers
@@ -78,6 +87,7 @@ __all__ = ["RuntimeHealth", "SagaRuntime"]
 
 _log = logging.getLogger("sagaloom.runtime")
 _T = TypeVar("_T")
+_P = TypeVar("_P")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,6 +182,14 @@ class SagaRuntime:
             self._dispatcher,
             definitions=lambda: self.definitions,
             unknown=self._unknown,
+        )
+        self._signals = Signals(
+            store,
+            self.clock,
+            self.options,
+            self._receiver,
+            definitions=lambda: self.definitions,
+            watch=lambda saga_id, key: self.watch(saga_id=saga_id, key=key),
         )
 
     # ---------------------------------------------------------------- definitions and targets
@@ -474,6 +492,114 @@ class SagaRuntime:
             f"no saga handles message type {message_type!r:.80}: known types are {', '.join(known[:20]) or 'none'}"
         )
 
+    # ---------------------------------------------------------------- speaking to one instance
+
+    @overload
+    async def signal(
+        self,
+        saga_id: str,
+        key: str,
+        signal: SignalDefinition[_P],
+        payload: _P,
+        *,
+        id: str | None = None,
+        run: int | None = None,
+    ) -> SignalReceipt: ...
+    @overload
+    async def signal(
+        self,
+        saga_id: str,
+        key: str,
+        signal: SignalDefinition[Any] | str,
+        payload: object = None,
+        *,
+        id: str | None = None,
+        run: int | None = None,
+    ) -> SignalReceipt: ...
+    async def signal(
+        self,
+        saga_id: str,
+        key: str,
+        signal: SignalDefinition[Any] | str,
+        payload: object = None,
+        *,
+        id: str | None = None,
+        run: int | None = None,
+    ) -> SignalReceipt:
+        """Says something to an instance, and answers once that is durable. It is applied in its turn, once however
+        often it comes under one `id`; a paused run gets it when it is resumed.
+
+        Without `run` it goes to the newest one. Raises `SagaNotFound`, `SignalNotFound`, `InstanceNotFound`,
+        `InstanceEnded` when the run is over, `MessageRejected` for a payload that its handler cannot take,
+        `IdempotencyKeyReused`, and `BackendUnavailable`.
+        """
+        self._refuse_if_not_running()
+        return await self._signals.signal(saga_id, key, signal, payload, id=id, run=run)
+
+    @overload
+    async def update(
+        self,
+        saga_id: str,
+        key: str,
+        update: SignalDefinition[_P],
+        payload: _P,
+        *,
+        id: str | None = None,
+        run: int | None = None,
+        wait: float | timedelta | None = None,
+    ) -> UpdateReceipt: ...
+    @overload
+    async def update(
+        self,
+        saga_id: str,
+        key: str,
+        update: SignalDefinition[Any] | str,
+        payload: object = None,
+        *,
+        id: str | None = None,
+        run: int | None = None,
+        wait: float | timedelta | None = None,
+    ) -> UpdateReceipt: ...
+    async def update(
+        self,
+        saga_id: str,
+        key: str,
+        update: SignalDefinition[Any] | str,
+        payload: object = None,
+        *,
+        id: str | None = None,
+        run: int | None = None,
+        wait: float | timedelta | None = None,
+    ) -> UpdateReceipt:
+        """Says something to an instance, and answers with what its handler has to say, when that is committed.
+
+        The answer is kept with the history: the same update under the same `id` gets the same one, from whatever
+        process. A wait that ends before (`wait` seconds, at most and by default those of the options) is answered with
+        `pending`, and the update goes on. Raises what `signal` raises, `UpdateRefused` when the handler says no, and
+        `UpdateFailed` when it was given up.
+        """
+        self._refuse_if_not_running()
+        return await self._signals.update(saga_id, key, update, payload, id=id, run=run, wait=wait)
+
+    @overload
+    async def query(self, saga_id: str, key: str, query: QueryDefinition[_P], *, run: int | None = None) -> _P: ...
+    @overload
+    async def query(self, saga_id: str, key: str, query: str, *, run: int | None = None) -> Any: ...
+    async def query(self, saga_id: str, key: str, query: QueryDefinition[Any] | str, *, run: int | None = None) -> Any:
+        """Asks an instance: what its query says of the newest committed state, of a run that is paused or over too.
+        Any process may answer, started or not.
+
+        Raises `SagaNotFound`, `QueryNotFound`, `InstanceNotFound`, `QueryFailed`, and `MessageRejected`
+        (`SAGA_INSTANCE_PENDING`) when the first message of the key has not been applied yet.
+        """
+        value, _ = await self._signals.query(saga_id, key, query, run=run)
+        return value
+
+    async def query_result(self, saga_id: str, key: str, query: str, *, run: int | None = None) -> QueryResult:
+        """What `query` says, as JSON, with the run and the revision that it says it of."""
+        _, result = await self._signals.query(saga_id, key, query, run=run)
+        return result
+
     # ---------------------------------------------------------------- looking
 
     async def get_instance(self, saga_id: str, key: str, *, run: int | None = None) -> Instance | None:
@@ -632,14 +758,38 @@ class SagaRuntime:
 
     # ---------------------------------------------------------------- operators
 
-    async def cancel(self, saga_id: str, key: str, *, run: int | None = None, reason: str | None = None) -> Outcome:
-        """Ends a run as it stands: no compensation runs, its timers end, its parent hears of it. Returns when that is
-        committed; a run that is over already is left as it is, and the outcome says `ignored`.
+    async def cancel(
+        self, saga_id: str, key: str, *, run: int | None = None, reason: str | None = None, compensate: bool = True
+    ) -> Outcome:
+        """Undoes the applied steps of a run, newest first, and ends it `cancelled`; without `compensate` it ends as it
+        stands. Its timers end, its children are cancelled, its parent hears of it. Returns when that is committed.
+        While a compensation fails the run is `compensating`: it is retried, and then a dead letter.
 
-        Without `run` it is the newest one. Raises `InstanceNotFound`, `MessageRejected` (`SAGA_INSTANCE_PENDING`) when
-        the first message of the key has not been applied yet, and `BackendUnavailable`.
+        A run that is over already, or is being unwound, is left as it is: the outcome says `ignored`, and why. Without
+        `run` it is the newest one. Raises `InstanceNotFound`, `MessageRejected` (`SAGA_INSTANCE_PENDING`) when the
+        first message of the key has not been applied yet, and `BackendUnavailable`.
         """
-        return await self._control(CANCEL, saga_id, key, run=run, reason=reason)
+        return await self._control(CANCEL, saga_id, key, run=run, reason=reason, compensate=compensate)
+
+    async def terminate(self, saga_id: str, key: str, *, run: int | None = None, reason: str | None = None) -> Outcome:
+        """Ends a run as it stands, whatever it is doing: the last resort. No handler and no compensation runs, and an
+        unwinding is given up; otherwise it is a `cancel`, and raises what that raises."""
+        return await self._control(TERMINATE, saga_id, key, run=run, reason=reason)
+
+    async def skip(
+        self, saga_id: str, key: str, *, run: int | None = None, reason: str | None = None, step: str | None = None
+    ) -> Outcome:
+        """Leaves out the compensation that fails, for good, and goes on with the next one. With `step`, a message type,
+        only if that one comes next. Its dead letter is discarded. A run that has no such compensation is left as it is:
+        the outcome says `ignored`, and why. Raises what `cancel` raises."""
+        before = await self.get_instance(saga_id, key, run=run)
+        outcome = await self._control(SKIP, saga_id, key, run=run, reason=reason, step=step)
+        letter_id = before.undoing.dead_letter_id if before is not None and before.undoing is not None else None
+        if outcome.disposition == "applied" and letter_id is not None:
+            # Redriven, it would find that nobody waits for it: so it does no harm when this is not reached.
+            with contextlib.suppress(DeadLetterNotFound, BackendUnavailable):
+                await self.discard(letter_id)
+        return outcome
 
     async def pause(self, saga_id: str, key: str, *, run: int | None = None, reason: str | None = None) -> Outcome:
         """Keeps messages, replies and timers of a run waiting, in their order, until `resume`. Messages are accepted
@@ -647,15 +797,34 @@ class SagaRuntime:
         return await self._control(PAUSE, saga_id, key, run=run, reason=reason)
 
     async def resume(self, saga_id: str, key: str, *, run: int | None = None, reason: str | None = None) -> Outcome:
-        """Lets a paused run go on with what has waited for it, before anything newer. Raises what `cancel` raises."""
+        """Lets a paused run go on with what has waited for it, before anything newer. One that is not paused is left as
+        it is: the outcome says `ignored`, and why. Raises what `cancel` raises."""
         return await self._control(RESUME, saga_id, key, run=run, reason=reason)
 
     async def _control(
-        self, kind: ControlType, saga_id: str, key: str, *, run: int | None, reason: str | None
+        self,
+        kind: ControlType,
+        saga_id: str,
+        key: str,
+        *,
+        run: int | None,
+        reason: str | None,
+        compensate: bool = True,
+        step: str | None = None,
     ) -> Outcome:
         self._refuse_if_not_running()
         now = self.clock.now()
-        envelope = control(kind, saga_id, key, message_id=new_message_id(now), accepted_at=now, run=run, reason=reason)
+        envelope = control(
+            kind,
+            saga_id,
+            key,
+            message_id=new_message_id(now),
+            accepted_at=now,
+            run=run,
+            reason=reason,
+            compensate=compensate,
+            step=step,
+        )
         instance = await self.get_instance(saga_id, key, run=run)
         if instance is None:
             raise _no_instance(saga_id, key, run)

@@ -17,7 +17,7 @@ from starlette.types import Scope
 
 from sagaloom.errors import InstanceNotFound, MessageRejected
 from sagaloom.ids import KEY_BYTES_MAX, check_key
-from sagaloom.web.bodies import invalid
+from sagaloom.web.bodies import invalid, one_of_two
 from sagaloom.web.routes import WebQuery
 
 __all__ = [
@@ -99,14 +99,3 @@ def no_instance(address: InstanceAddress, run: int | None) -> InstanceNotFound:
         f"there is no{which} instance {address.key!r:.80} of saga {address.saga_id!r:.80}: "
         f"GET {API_PREFIX}/instances?sagaName= lists those there are"
     )
-
-
-def one_of_two(name: str, value: str | None, other_name: str, other: str | None) -> str | None:
-    """The value of a parameter that has two spellings; raises `MessageRejected` when they differ."""
-    if value is not None and other is not None and value != other:
-        raise invalid(
-            f"{name} {value!r:.80} and {other_name} {other!r:.80} are two spellings of one thing, but they differ: "
-            "send one of them",
-            other_name,
-        )
-    return value if value is not None else other

@@ -20,10 +20,11 @@ from sagaloom.service.operating import add_operating
 from sagaloom.service.publishing import PublishRoute
 from sagaloom.service.reading import add_health, add_reading
 from sagaloom.service.replying import add_replying
-from sagaloom.service.streaming import add_streaming
+from sagaloom.service.talking import add_talking
 from sagaloom.service.timing import add_timing
 from sagaloom.web.app import create_web_app
 from sagaloom.web.bodies import BodyReader
+from sagaloom.web.feed import add_streaming
 from sagaloom.web.gate import Gate
 from sagaloom.web.limits import RateLimit, StreamLimit
 from sagaloom.web.routes import Route, RouteTable
@@ -83,12 +84,18 @@ def create_app(
     def add_routes(table: RouteTable) -> None:
         add_health(table, runtime)
         add_metrics(table, runtime)
+        add_talking(table, runtime, reader)
         add_reading(table, runtime)
         add_operating(table, runtime, reader)
         add_replying(table, runtime, reader)
         add_timing(table, runtime, reader)
         add_streaming(
-            table, runtime, limit=streams, heartbeat_seconds=heartbeat_seconds, write_seconds_max=write_seconds_max
+            table,
+            runtime,
+            f"{API_PREFIX}/subscribe",
+            limit=streams,
+            heartbeat_seconds=heartbeat_seconds,
+            write_seconds_max=write_seconds_max,
         )
 
     def document(routes: list[BaseRoute], answers: list[Route]) -> dict[str, Any]:

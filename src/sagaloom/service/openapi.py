@@ -10,7 +10,7 @@ from starlette.routing import BaseRoute
 from sagaloom.service import shapes
 from sagaloom.service.addressing import API_PREFIX
 from sagaloom.service.replying import ReplyAnswer, ReplyBody
-from sagaloom.service.streaming import FeedEventView
+from sagaloom.web.feed import FeedEventView
 from sagaloom.web.health import LiveView, ReadyView
 from sagaloom.web.openapi import ShapeBook, header_parameter, make_document
 from sagaloom.web.routes import Route
@@ -110,6 +110,44 @@ EXAMPLES: Final[Mapping[type, Any]] = {
         "instanceId": "order:o-1",
         "run": 1,
         "disposition": "applied",
+    },
+    shapes.SignalBody: {"payload": {"by": "ann"}, "id": "web-7f3b"},
+    shapes.SignalAnswer: {
+        "signal": "approve",
+        "messageId": "web-7f3b",
+        "sagaName": "order",
+        "instanceId": "order:o-1",
+        "correlationId": "o-1",
+        "correlationKey": "o-1",
+        "run": 1,
+        "disposition": "applied",
+        "status": "running",
+        "revision": 2,
+    },
+    shapes.UpdateAnswer: {
+        "update": "approve",
+        "messageId": "web-7f3b",
+        "sagaName": "order",
+        "instanceId": "order:o-1",
+        "correlationId": "o-1",
+        "correlationKey": "o-1",
+        "run": 1,
+        "disposition": "applied",
+        "duplicate": False,
+        "answer": {"approvedBy": "ann"},
+        "status": "running",
+        "revision": 2,
+    },
+    shapes.QueryAnswer: {
+        "query": "progress",
+        "sagaName": "order",
+        "instanceId": "order:o-1",
+        "correlationId": "o-1",
+        "correlationKey": "o-1",
+        "run": 1,
+        "status": "running",
+        "version": 2,
+        "answer": 0.5,
     },
     shapes.InstanceList: {
         "instances": [_INSTANCE_EXAMPLE],

@@ -1,4 +1,4 @@
-"""The routes by which operators act: cancel, pause and resume a run, redrive and discard many dead letters.
+"""The routes by which operators act: end, pause and resume a run, skip a compensation, repair many dead letters.
 
 Everything they ask for goes through the inbox or the receiver, as everything does, and is answered after its commit. A
 body may be left out where it says nothing that is needed.
@@ -6,9 +6,12 @@ body may be left out where it says nothing that is needed.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Final
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Annotated, Final, TypeAlias
 
+import msgspec
 from fastapi import Depends, Query, Request, Response
+from msgspec import UNSET
 
 from sagaloom.service import shapes
 from sagaloom.service.addressing import (
@@ -31,8 +34,13 @@ if TYPE_CHECKING:
 __all__ = ["add_operating"]
 
 _control_body = JsonBody(shapes.ControlBody, example='send nothing, or a JSON object such as {"reason": "a mistake"}')
+_cancel_body = JsonBody(shapes.CancelBody, example='send nothing, or a JSON object such as {"compensate": false}')
+_skip_body = JsonBody(shapes.SkipBody, example='send nothing, or a JSON object such as {"reason": "refunded by hand"}')
 _bulk_body = JsonBody(shapes.BulkBody, example='send a JSON object such as {"sagaName": "order", "limit": 100}')
 _INSTANCE_ERRORS: Final = (404, 408, 409, 413, 415, 422, 429, 503)
+_Endpoint: TypeAlias = Callable[..., Awaitable[Response]]
+_Address = Annotated[InstanceAddress, Depends(address_of_instance)]
+_Query = Annotated[InstanceQuery, Query()]
 _BULK_ERRORS: Final = (408, 413, 415, 422, 429, 503)
 
 
@@ -47,67 +55,60 @@ def _add_controls(table: RouteTable, runtime: SagaRuntime, reader: BodyReader) -
         instance = await runtime.get_instance(address.saga_id, address.key, run=outcome.run)
         if instance is None:
             raise no_instance(address, outcome.run)
-        return json_response(shapes.instance_view(instance))
+        was_applied = outcome.disposition == "applied"
+        control = shapes.ControlView(
+            disposition=outcome.disposition, reason=UNSET if was_applied or outcome.reason is None else outcome.reason
+        )
+        return json_response(shapes.instance_view(instance, control=control))
 
-    @table.add(
-        "POST",
-        f"{INSTANCE_PATH}/cancel",
-        answer=shapes.InstanceView,
-        tag="instances",
-        errors=_INSTANCE_ERRORS,
-        body=shapes.ControlBody,
-        route_class=InstanceRoute,
-    )
-    async def _cancel_instance(
-        address: Annotated[InstanceAddress, Depends(address_of_instance)],
-        query: Annotated[InstanceQuery, Query()],
-        request: Request,
-    ) -> Response:
-        """Ends a run as it stands: no compensation runs, timers end, a parent hears of it. A run that is over already
-        is left as it is. Answers with the run."""
-        body = await body_of(request, reader, _control_body)
-        return await show(
-            address, await runtime.cancel(address.saga_id, address.key, run=query.run, reason=body.reason)
+    def add(verb: str, body: type[msgspec.Struct]) -> Callable[[_Endpoint], _Endpoint]:
+        return table.add(
+            "POST",
+            f"{INSTANCE_PATH}/{verb}",
+            answer=shapes.InstanceView,
+            tag="instances",
+            errors=_INSTANCE_ERRORS,
+            body=body,
+            route_class=InstanceRoute,
         )
 
-    @table.add(
-        "POST",
-        f"{INSTANCE_PATH}/pause",
-        answer=shapes.InstanceView,
-        tag="instances",
-        errors=_INSTANCE_ERRORS,
-        body=shapes.ControlBody,
-        route_class=InstanceRoute,
-    )
-    async def _pause_instance(
-        address: Annotated[InstanceAddress, Depends(address_of_instance)],
-        query: Annotated[InstanceQuery, Query()],
-        request: Request,
-    ) -> Response:
+    @add("cancel", shapes.CancelBody)
+    async def _cancel_instance(address: _Address, query: _Query, request: Request) -> Response:
+        """Undoes the applied steps of a run, newest first, and ends it; with `"compensate": false` it ends as it
+        stands. Timers end, children are cancelled, a parent hears of it. A run that is over already is left as it is,
+        and so is one that is being unwound. While a compensation fails the run is `compensating`. Answers with the
+        run."""
+        said = await body_of(request, reader, _cancel_body)
+        outcome = await runtime.cancel(*address, run=query.run, reason=said.reason, compensate=said.compensate)
+        return await show(address, outcome)
+
+    @add("terminate", shapes.ControlBody)
+    async def _terminate_instance(address: _Address, query: _Query, request: Request) -> Response:
+        """Ends a run as it stands, whatever it is doing: nothing is undone, and an unwinding is given up. The last
+        resort. Answers with the run."""
+        said = await body_of(request, reader, _control_body)
+        return await show(address, await runtime.terminate(*address, run=query.run, reason=said.reason))
+
+    @add("pause", shapes.ControlBody)
+    async def _pause_instance(address: _Address, query: _Query, request: Request) -> Response:
         """Keeps messages, replies and timers of a run waiting until it is resumed. Publishing to it goes on, and is
         answered with `pending`. Answers with the run."""
-        body = await body_of(request, reader, _control_body)
-        return await show(address, await runtime.pause(address.saga_id, address.key, run=query.run, reason=body.reason))
+        said = await body_of(request, reader, _control_body)
+        return await show(address, await runtime.pause(*address, run=query.run, reason=said.reason))
 
-    @table.add(
-        "POST",
-        f"{INSTANCE_PATH}/resume",
-        answer=shapes.InstanceView,
-        tag="instances",
-        errors=_INSTANCE_ERRORS,
-        body=shapes.ControlBody,
-        route_class=InstanceRoute,
-    )
-    async def _resume_instance(
-        address: Annotated[InstanceAddress, Depends(address_of_instance)],
-        query: Annotated[InstanceQuery, Query()],
-        request: Request,
-    ) -> Response:
-        """Lets a paused run go on with what has waited for it, before anything newer. Answers with the run."""
-        body = await body_of(request, reader, _control_body)
-        return await show(
-            address, await runtime.resume(address.saga_id, address.key, run=query.run, reason=body.reason)
-        )
+    @add("resume", shapes.ControlBody)
+    async def _resume_instance(address: _Address, query: _Query, request: Request) -> Response:
+        """Lets a paused run go on with what has waited for it, before anything newer. One that is not paused is left
+        as it is. Answers with the run."""
+        said = await body_of(request, reader, _control_body)
+        return await show(address, await runtime.resume(*address, run=query.run, reason=said.reason))
+
+    @add("skip", shapes.SkipBody)
+    async def _skip_step(address: _Address, query: _Query, request: Request) -> Response:
+        """Leaves out the compensation that fails, for good, and goes on with the next one; its dead letter is
+        discarded. A run without one is left as it is. Answers with the run."""
+        said = await body_of(request, reader, _skip_body)
+        return await show(address, await runtime.skip(*address, run=query.run, reason=said.reason, step=said.step))
 
 
 def _add_bulk_repair(table: RouteTable, runtime: SagaRuntime, reader: BodyReader) -> None:

@@ -29,7 +29,7 @@ from sagaloom.web.raw import RawRoute
 if TYPE_CHECKING:
     from sagaloom.runtime import SagaRuntime
 
-__all__ = ["PublishRoute", "message_of"]
+__all__ = ["PublishRoute", "message_of", "wait_of"]
 
 _body = JsonBody(PublishBody, example='send a JSON object such as {"type": "OrderPlaced", "payload": {}}')
 _encode = msgspec.json.Encoder().encode
@@ -72,13 +72,7 @@ class PublishRoute(RawRoute):
         for name, value in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
             if name != "wait":
                 raise invalid(f"query parameter {name!r:.80} is unknown: this route knows 'wait'", name)
-            wait = _seconds_of(value)
-            if wait > self._wait_seconds_max:
-                raise invalid(
-                    f"wait={value[:40]} is too long: at most {self._wait_seconds_max:g} s are waited; the message is "
-                    "durable either way, so look at its instance later",
-                    name,
-                )
+            wait = wait_of(value, self._wait_seconds_max)
         return wait or None
 
 
@@ -114,6 +108,18 @@ def message_of(body: bytes, headers: dict[bytes, bytes], *, begins_trace: bool =
         traceparent,
         tracestate,
     )
+
+
+def wait_of(text: str, seconds_max: float) -> float:
+    """The seconds that a `wait=` says; raises `MessageRejected`."""
+    seconds = _seconds_of(text)
+    if seconds > seconds_max:
+        raise invalid(
+            f"wait={text[:40]} is too long: at most {seconds_max:g} s are waited; the message is durable either way, "
+            "so look at its instance later",
+            "wait",
+        )
+    return seconds
 
 
 def _seconds_of(text: str) -> float:

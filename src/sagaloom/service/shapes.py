@@ -17,10 +17,20 @@ from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 from sagaloom.definitions import SagaDefinition, SagaDurabilityTier, SagaInstanceStatus
 from sagaloom.describe import describe
 from sagaloom.engine.controls import REASON_LENGTH_MAX
-from sagaloom.engine.records import DeadLetter, Disposition, EffectSummary, HistoryEntry, Instance, Origin, StepRecord
+from sagaloom.engine.records import (
+    AppliedStep,
+    DeadLetter,
+    Disposition,
+    EffectSummary,
+    HistoryEntry,
+    Instance,
+    Origin,
+    StepRecord,
+    Undoing,
+)
 from sagaloom.ids import instance_id
 from sagaloom.runtime.bulk import BulkResult
-from sagaloom.runtime.receipts import Outcome, PublishReceipt
+from sagaloom.runtime.receipts import Outcome, PublishReceipt, QueryResult, SignalReceipt, UpdateReceipt
 from sagaloom.runtime.scheduler import ScheduleStatus
 from sagaloom.runtime.timers import WaitingTimer
 from sagaloom.web.problems import Problem
@@ -52,6 +62,8 @@ __all__ = [
     "PublishBatchAnswer",
     "PublishBatchBody",
     "PublishBody",
+    "QueryAnswer",
+    "QueryView",
     "RetryView",
     "SagaGraph",
     "SagaList",
@@ -59,6 +71,9 @@ __all__ = [
     "ScheduleList",
     "ScheduleStatusView",
     "ScheduleView",
+    "SignalAnswer",
+    "SignalBody",
+    "SignalView",
     "StepView",
     "StoreView",
     "TakenBy",
@@ -67,15 +82,20 @@ __all__ = [
     "TimerList",
     "TimerView",
     "TroubleView",
+    "UpdateAnswer",
     "bulk_answer",
     "dead_letter_view",
     "history_entry_view",
     "instance_view",
+    "payload_of",
     "publish_answer",
+    "query_answer",
     "saga_view",
     "schedule_view",
+    "signal_answer",
     "timer_change",
     "timer_view",
+    "update_answer",
 ]
 
 Time = Annotated[str, Meta(extra_json_schema={"format": "date-time"})]
@@ -241,6 +261,122 @@ class PublishBatchAnswer(_Shape, frozen=True, kw_only=True):
     results: Sequence[BatchItem]
 
 
+# --- Speaking to one instance ----------------------------------------------------------------------------------------
+
+
+class SignalBody(_Shape, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is said to an instance."""
+
+    payload: Annotated[Raw | UnsetType, Meta(description="What the signal takes; null when left out.")] = UNSET
+    id: Annotated[
+        str | None, Meta(description="Makes a repeat a duplicate; the Idempotency-Key header says the same.")
+    ] = None
+
+
+class SignalAnswer(_Shape, frozen=True, kw_only=True):
+    """The signal is durable. `pending`: it waits for its turn; `duplicate`: it was sent before."""
+
+    signal: str
+    message_id: str
+    saga_name: str
+    instance_id: str
+    correlation_id: str
+    correlation_key: str
+    run: int
+    disposition: Disposition
+    status: SagaInstanceStatus | UnsetType = UNSET
+    revision: int | UnsetType = UNSET
+    reason: str | UnsetType = UNSET
+
+
+class UpdateAnswer(_Shape, frozen=True, kw_only=True):
+    """What an update's handler answered. `pending`: not yet; `duplicate`: it was sent before, and this was answered
+    then."""
+
+    update: str
+    message_id: str
+    saga_name: str
+    instance_id: str
+    correlation_id: str
+    correlation_key: str
+    run: int
+    disposition: Disposition
+    duplicate: bool
+    answer: Any
+    status: SagaInstanceStatus | UnsetType = UNSET
+    revision: int | UnsetType = UNSET
+    reason: str | UnsetType = UNSET
+
+
+class QueryAnswer(_Shape, frozen=True, kw_only=True):
+    """What a query says, and of what run at what revision (`version`)."""
+
+    query: str
+    saga_name: str
+    instance_id: str
+    correlation_id: str
+    correlation_key: str
+    run: int
+    status: SagaInstanceStatus
+    version: int
+    answer: Raw
+
+
+def payload_of(body: SignalBody) -> Raw:
+    return Raw(b"null") if isinstance(body.payload, UnsetType) else body.payload
+
+
+def signal_answer(receipt: SignalReceipt) -> SignalAnswer:
+    """What the sender of a signal gets."""
+    return SignalAnswer(
+        signal=receipt.signal,
+        message_id=receipt.message_id,
+        saga_name=receipt.saga_id,
+        instance_id=receipt.instance_id,
+        correlation_id=receipt.correlation_key,
+        correlation_key=receipt.correlation_key,
+        run=receipt.run,
+        disposition=receipt.disposition,
+        status=_if_known(receipt.status),
+        revision=_if_known(receipt.revision),
+        reason=_if_known(receipt.reason),
+    )
+
+
+def update_answer(receipt: UpdateReceipt) -> UpdateAnswer:
+    """What the sender of an update gets."""
+    return UpdateAnswer(
+        update=receipt.update,
+        message_id=receipt.message_id,
+        saga_name=receipt.saga_id,
+        instance_id=receipt.instance_id,
+        correlation_id=receipt.correlation_key,
+        correlation_key=receipt.correlation_key,
+        run=receipt.run,
+        disposition=receipt.disposition,
+        duplicate=receipt.duplicate,
+        answer=receipt.answer,
+        status=_if_known(receipt.status),
+        revision=_if_known(receipt.revision),
+        reason=_if_known(receipt.reason),
+    )
+
+
+def query_answer(result: QueryResult) -> QueryAnswer:
+    """What whoever asks gets."""
+    return QueryAnswer(
+        query=result.query,
+        saga_name=result.saga_id,
+        instance_id=result.instance_id,
+        correlation_id=result.correlation_key,
+        correlation_key=result.correlation_key,
+        run=result.run,
+        status=result.status,
+        version=result.revision,
+        answer=result.answer,
+    )
+
+
 # --- Instances and their history -------------------------------------------------------------------------------------
 
 
@@ -252,6 +388,24 @@ class ParentView(_Shape, frozen=True, kw_only=True):
     correlation_id: str
     correlation_key: str
     run: int
+
+
+class UndoingView(_Shape, frozen=True, kw_only=True):
+    """What is left to undo of a run one of whose compensations has failed. While there is no `deadLetterId` it is being
+    tried again by itself."""
+
+    next_step: Annotated[str | None, Meta(description="The message type whose compensation comes next.")]
+    steps_left: int
+    ends_as: Annotated[SagaInstanceStatus | None, Meta(description="How the run ends then; null: it goes on.")]
+    error: str | None
+    dead_letter_id: str | None
+
+
+class ControlView(_Shape, frozen=True, kw_only=True):
+    """What became of a command: `applied`, or `ignored` for the reason that is given."""
+
+    disposition: Disposition
+    reason: str | UnsetType = UNSET
 
 
 class InstanceView(_Shape, frozen=True, kw_only=True):
@@ -281,6 +435,11 @@ class InstanceView(_Shape, frozen=True, kw_only=True):
         str | UnsetType, Meta(description="W3C trace context of the message that started the run.")
     ] = UNSET
     parent: ParentView | UnsetType = UNSET
+    pivot: Annotated[
+        str | UnsetType, Meta(description="The message type of its last point of no return, if it has passed one.")
+    ] = UNSET
+    undoing: UndoingView | UnsetType = UNSET
+    control: Annotated[ControlView | UnsetType, Meta(description="There in answers to commands.")] = UNSET
 
 
 class InstanceList(_Shape, frozen=True, kw_only=True):
@@ -294,9 +453,9 @@ class InstanceList(_Shape, frozen=True, kw_only=True):
     cursor: str | None
 
 
-def instance_view(instance: Instance) -> InstanceView:
+def instance_view(instance: Instance, *, control: ControlView | UnsetType = UNSET) -> InstanceView:
     """One run, as the wire shows it."""
-    parent = instance.parent
+    parent, undoing = instance.parent, instance.undoing
     return InstanceView(
         saga_name=instance.saga_id,
         saga_id=instance.saga_id,
@@ -327,13 +486,44 @@ def instance_view(instance: Instance) -> InstanceView:
             correlation_key=parent.key,
             run=parent.run,
         ),
+        pivot=_if_known(instance.pivot),
+        undoing=UNSET if undoing is None else _undoing_view(undoing, instance.steps),
+        control=control,
     )
+
+
+def _undoing_view(undoing: Undoing, applied: Sequence[AppliedStep]) -> UndoingView:
+    step = undoing.next_of(tuple(applied))
+    return UndoingView(
+        next_step=None if step is None else step.type,
+        steps_left=len(undoing.asked) + (len(applied) if undoing.is_unwinding else 0),
+        ends_as=undoing.ending,
+        error=undoing.error,
+        dead_letter_id=undoing.dead_letter_id,
+    )
+
+
+_Reason = Annotated[str, Meta(max_length=REASON_LENGTH_MAX)]
 
 
 class ControlBody(_Shape, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Why an operator does it: for the history, and for whoever watches."""
 
-    reason: Annotated[str, Meta(max_length=REASON_LENGTH_MAX)] | None = None
+    reason: _Reason | None = None
+
+
+class CancelBody(_Shape, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Why a run is cancelled, and whether its steps are undone first."""
+
+    reason: _Reason | None = None
+    compensate: bool = True
+
+
+class SkipBody(_Shape, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Why a compensation is left out. With `step`, a message type, only if that one comes next."""
+
+    reason: _Reason | None = None
+    step: Annotated[str, Meta(max_length=1024)] | None = None
 
 
 class EffectView(_Shape, frozen=True, kw_only=True, omit_defaults=True):
@@ -348,7 +538,7 @@ class EffectView(_Shape, frozen=True, kw_only=True, omit_defaults=True):
 class StepView(_Shape, frozen=True, kw_only=True):
     """One moment of a decision: which handler ran, on what type, what it asked for, and the status after it."""
 
-    phase: Literal["handle", "compensate"]
+    phase: Literal["handle", "compensate", "skip"]
     type: str
     status: SagaInstanceStatus
     effects: Sequence[EffectView]
@@ -384,6 +574,10 @@ class HistoryEntryView(_Shape, frozen=True, kw_only=True):
     steps: Sequence[StepView]
     effects: Annotated[Sequence[EffectView], Meta(description="The effects of all steps, in order.")]
     previous_state: Raw | UnsetType = UNSET
+    answer: Annotated[Raw | UnsetType, Meta(description="What the handler of an update answered.")] = UNSET
+    refusal: Annotated[
+        Raw | UnsetType, Meta(description="The code, message and data with which the handler refused an update.")
+    ] = UNSET
     reason: str | UnsetType = UNSET
     error: Annotated[str | UnsetType, Meta(description="The reason again, when the outcome is an error.")] = UNSET
     causation_id: str | UnsetType = UNSET
@@ -403,7 +597,7 @@ class HistoryList(_Shape, frozen=True, kw_only=True):
 def history_entry_view(instance: Instance, entry: HistoryEntry) -> HistoryEntryView:
     """One entry of the history of `instance`."""
     run_id = instance_id(instance.saga_id, instance.key, instance.run)
-    outcome = _outcome_of(entry)
+    outcome, said = _outcome_of(entry), entry.answer
     return HistoryEntryView(
         id=f"{run_id}#{entry.entry_no}",
         saga_name=instance.saga_id,
@@ -429,6 +623,8 @@ def history_entry_view(instance: Instance, entry: HistoryEntry) -> HistoryEntryV
         steps=[_step_view(step) for step in entry.steps],
         effects=[_effect_view(effect) for step in entry.steps for effect in step.effects],
         previous_state=_json_if(entry.before),
+        answer=UNSET if said is None or said.is_refused else Raw(said.content),
+        refusal=Raw(said.content) if said is not None and said.is_refused else UNSET,
         reason=_if_known(entry.reason),
         error=_if_known(entry.reason if outcome == "error" else None),
         causation_id=_if_known(entry.causation_id),
@@ -697,6 +893,20 @@ class CompensationView(_Shape, frozen=True, kw_only=True):
     schema: Mapping[str, Any]
 
 
+class SignalView(_Shape, frozen=True, kw_only=True):
+    """A signal, or an update, and the schema of its payload."""
+
+    name: str
+    schema: Mapping[str, Any]
+
+
+class QueryView(_Shape, frozen=True, kw_only=True):
+    """A query, and the schema of its answer."""
+
+    name: str
+    schema: Mapping[str, Any]
+
+
 class RetryView(_Shape, frozen=True, kw_only=True):
     """When a failed attempt is made again. Delays are milliseconds."""
 
@@ -779,8 +989,9 @@ class SagaView(_Shape, frozen=True, kw_only=True):
     handled_message_types: Sequence[HandledTypeView]
     compensations: Sequence[CompensationView]
     correlations: Sequence[str]
-    signals: Sequence[str]
-    queries: Sequence[str]
+    signals: Sequence[SignalView]
+    updates: Sequence[SignalView]
+    queries: Sequence[QueryView]
     retry: RetryView
     concurrency: ConcurrencyView | None
     schedule: ScheduleView | None

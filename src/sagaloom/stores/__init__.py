@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sagaloom.stores.kv import KvSagaStore
+    from sagaloom.stores.sql import SqlSagaStore
 
-__all__ = ["KvSagaStore"]
+__all__ = ["KvSagaStore", "SqlSagaStore"]
 
 
 def __getattr__(name: str) -> Any:
@@ -18,4 +19,8 @@ def __getattr__(name: str) -> Any:
         from sagaloom.stores.kv import KvSagaStore
 
         return KvSagaStore
+    if name == "SqlSagaStore":
+        from sagaloom.stores.sql import SqlSagaStore
+
+        return SqlSagaStore
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

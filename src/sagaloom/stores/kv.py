@@ -158,6 +158,9 @@ class KvSagaStore:
     0
     """
 
+    _keeps_indexes = True
+    """Whether rows of ours find runs and dead letters; a store that has indexes does it without."""
+
     def __init__(self, kv: KeyValue, *, presence: Presence | None = None) -> None:
         self._kv = kv
         self._tenure = Tenure(kv, presence)
@@ -341,7 +344,7 @@ class KvSagaStore:
         looked_twice = False
         for _ in range(_ROUNDS_MAX):
             dead_letters = await self._beliefs.read_unknown(units, doubted, marks_there)
-            plan = Plan()
+            plan = Plan(indexes=self._keeps_indexes)
             plan.lost |= lost
             minded: set[int] = set()
             for index, unit in enumerate(units):

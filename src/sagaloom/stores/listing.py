@@ -15,7 +15,7 @@ from sagaloom.ports.keyvalue import Entry, Key, KeyValue
 from sagaloom.ports.store import InstanceFilter
 from sagaloom.stores.rows import decode_head, decode_instance, decoded, micros, pending_instance
 
-__all__ = ["Listing"]
+__all__ = ["Listing", "from_cursor", "to_cursor"]
 
 _PAGE: Final = 256
 
@@ -31,15 +31,13 @@ class Listing:
     ) -> tuple[list[Instance], str | None]:
         found: list[Instance] = []
         skip = offset
-        async for instance in self._listed(
-            wanted, None if cursor is None else _from_cursor(cursor), limit + offset + 1
-        ):
+        async for instance in self._listed(wanted, None if cursor is None else from_cursor(cursor), limit + offset + 1):
             if skip:
                 skip -= 1
             elif len(found) < limit:
                 found.append(instance)
             else:
-                return found, _to_cursor(found[-1]) if found else None
+                return found, to_cursor(found[-1]) if found else None
         return found, None
 
     async def count(self, wanted: InstanceFilter, *, limit: int = 10_000) -> int:
@@ -184,12 +182,14 @@ def _newest_first(row: Entry) -> tuple[int, int, int]:
     return -created, -pk, -run
 
 
-def _to_cursor(instance: Instance) -> str:
+def to_cursor(instance: Instance) -> str:
+    """Where a page ends whose last run is `instance`."""
     position = f"{micros(instance.created_at)}.{instance.pk}.{instance.run}"
     return base64.urlsafe_b64encode(position.encode()).decode().rstrip("=")
 
 
-def _from_cursor(cursor: str) -> tuple[int, int, int]:
+def from_cursor(cursor: str) -> tuple[int, int, int]:
+    """The place of a cursor: created_at in microseconds, pk, run."""
     try:
         position = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode()
         created, pk, run = map(int, position.split("."))

@@ -218,6 +218,7 @@ class Plan:
         "feed_count",
         "heads",
         "inbox",
+        "indexes",
         "inserts",
         "lost",
         "marks",
@@ -228,7 +229,9 @@ class Plan:
         "writes",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, *, indexes: bool = True) -> None:
+        """Without `indexes` the store finds runs and dead letters by other means than rows of ours."""
+        self.indexes = indexes
         self.conflicts: dict[int, Conflict] = {}
         self.lost: set[int] = set()
         """Surrogate numbers of instances of which a unit was left out."""
@@ -300,7 +303,7 @@ class Plan:
                     return _wrong_revision(instance, facts)
                 rows.append((run_row, encode(instance)))
             status = instance.status
-            if facts is None or facts[2] != status or facts[3] != instance.created_at:
+            if self.indexes and (facts is None or facts[2] != status or facts[3] != instance.created_at):
                 if facts is not None:
                     rows.append((("instance_index", instance.saga_id, facts[2], micros(facts[3]), pk, run), None))
                 rows.append((("instance_index", instance.saga_id, status, micros(instance.created_at), pk, run), b""))
@@ -324,9 +327,9 @@ class Plan:
                 inserts.append((head_row, encoded))
             else:
                 rows.append((head_row, encoded))
-                if stored.awaits_start and stored.run == 0:
+                if self.indexes and stored.awaits_start and stored.run == 0:
                     rows.append((pending_key(stored), None))
-            if head.awaits_start and head.run == 0:
+            if self.indexes and head.awaits_start and head.run == 0:
                 rows.append((pending_key(head), encoded))
 
         unmarked_row: Key = ()
@@ -442,7 +445,7 @@ class Plan:
                     beside.checks.append(_check((("dead_letter", letter.id), found[1])))
             if letter is None:
                 return Conflict("gone", f"dead letter {unit.dead_letter_done}")
-            rows += [(row, None) for row in dead_letter_keys(letter)]
+            rows += [(row, None) for row in self._letter_keys(letter)]
 
         number = len(self.inbox)
         for envelope in unit.inbox_add:
@@ -459,9 +462,14 @@ class Plan:
             rows.append((key, encode(timer)))
             beside.timers_added.append(key)
         for letter in unit.dead_letters_add:
-            keys = dead_letter_keys(letter)
-            rows += [(keys[0], encode(letter)), (keys[1], b""), (keys[2], b"")]
+            first, *others = self._letter_keys(letter)
+            rows.append((first, encode(letter)))
+            rows += [(key, b"") for key in others]
         return beside
+
+    def _letter_keys(self, letter: DeadLetter) -> tuple[Key, ...]:
+        keys = dead_letter_keys(letter)
+        return keys if self.indexes else keys[:1]
 
     def _learn(self, unit: UnitOfWork, beside: _Beside) -> None:
         self.inbox += beside.inbox_parts

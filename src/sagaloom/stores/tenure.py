@@ -30,8 +30,8 @@ What we dislike about it: without `Presence` nobody can tell the dead, so the la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
-from typing import Final, Protocol
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Final, Protocol, runtime_checkable
 
 import msgspec
 
@@ -80,6 +80,28 @@ class Presence(Protocol):
         ...
 
 
+@runtime_checkable
+class LooksAnew(Protocol):
+    """What a `Presence` can do that has to ask somebody who else is alive. Optional."""
+
+    async def look(self) -> None:
+        """Shows that we live, and has `others` answer from here on with what is true by now."""
+        ...
+
+    async def goodbye(self) -> None:
+        """Leaves, and has the others know it."""
+        ...
+
+
+@runtime_checkable
+class ReadsTogether(Protocol):
+    """What a `KeyValue` can do whose every read is a round trip. Optional."""
+
+    async def inbox_above(self, seen: Mapping[int, int], *, limit: int) -> list[Entry]:
+        """Inbox rows above a number of each partition, in the order of their numbers, at most `limit` of each."""
+        ...
+
+
 class Tenure:
     """How one store object stands among all that write to the same data: its lease, its partitions, what it knows of
     arrivals. It writes only rows of its own tables."""
@@ -119,6 +141,8 @@ class Tenure:
         self._drop()
         if self._presence is not None:
             self._presence.enter(holder)
+        if isinstance(self._presence, LooksAnew):
+            await self._presence.look()
         done = await self._kv.commit(reserve={"epoch": 1})
         assert isinstance(done, Committed)  # without checks there is nothing to conflict with
         lease = Lease(holder, done.bases["epoch"])
@@ -174,7 +198,10 @@ class Tenure:
         if lease == self.lease:
             self._drop()
             self.lease = None
-            if self._presence is not None:
+            if isinstance(self._presence, LooksAnew):
+                self._presence.nudge()
+                await self._presence.goodbye()
+            elif self._presence is not None:
                 self._presence.leave()
                 self._presence.nudge()
 
@@ -198,6 +225,8 @@ class Tenure:
         for _ in range(_ROUNDS_MAX):
             # Whoever joins shows itself first, so one who is a member and not alive afterwards is dead, or has left.
             members = {str(row.key[1]): row for row in await self._members()}
+            if isinstance(self._presence, LooksAnew):
+                await self._presence.look()
             alive = self._presence.others() if self._presence is not None else frozenset[str]()
             own = members.pop(lease.holder, None)
             if own is None or decoded(self._kv, own, _decode_member)[0] != lease.epoch:
@@ -320,13 +349,21 @@ class Tenure:
             return
         stamps = {row.key[1]: row.versionstamp for row in await self._kv.scan(("arrivals",), limit=PARTITIONS)}
         enough = len(self._arrived) + limit
+        ahead: dict[int, list[Entry]] = {}
+        if isinstance(self._kv, ReadsTogether):
+            unread = [part for part in sorted(self.parts) if self._stamps.get(part, _UNREAD) != stamps.get(part)]
+            if unread:
+                for row in await self._kv.inbox_above({part: self._seen.get(part, 0) for part in unread}, limit=limit):
+                    ahead.setdefault(ref_of(row).part, []).append(row)
+                ahead = {part: ahead.get(part, []) for part in unread}
         for part in sorted(self.parts):
             stamp = stamps.get(part)
             is_read = self._stamps.get(part, _UNREAD) == stamp
             own = self._own.get(part, ())
             while not is_read and len(self._arrived) < enough:
                 after = ("inbox", part, self._seen.get(part, 0))
-                rows = await self._kv.scan(("inbox", part), after=after, limit=limit)
+                read = ahead.pop(part, None)
+                rows = await self._kv.scan(("inbox", part), after=after, limit=limit) if read is None else read
                 is_read = len(rows) < limit
                 for row in rows:
                     number = number_of(row)

@@ -14,9 +14,10 @@ until `advance`. Rules:
 3. `advance` moves the time. Timers, and attempts that failed, come in when they are due, in order.
 4. `then` compares only what it is given. It looks at what happened since the last `when` or `advance`, and at the
    instance as it is now; everything that differs is shown at once.
-5. `cancel`, `pause` and `resume` are what an operator does. What comes while the run is paused waits, in order, and
-   comes in with `resume`.
-6. Messages between sagas are effects here like any other: they are seen, not delivered. Nor does a schedule tick by
+5. `cancel`, `terminate`, `pause`, `resume` and `skip` are what an operator does. What comes while the run is paused
+   waits, in order, and comes in with `resume`. A compensation that fails is tried again by `advance`.
+6. `signal` and `update` say something to that run, and `query` asks it.
+7. Messages between sagas are effects here like any other: they are seen, not delivered. Nor does a schedule tick by
    itself: give the saga its tick.
 """
 
@@ -35,19 +36,24 @@ from sagaloom.codec import encode_any
 from sagaloom.definitions import (
     CompensationBinding,
     HandlerBinding,
+    QueryDefinition,
     Saga,
     SagaContext,
     SagaDefinition,
     SagaHandler,
     SagaInstanceStatus,
+    SignalDefinition,
+    UpdateBinding,
 )
 from sagaloom.durations import parse_duration
 from sagaloom.effects import CascadedMessage, Target
-from sagaloom.engine.controls import CANCEL, PAUSE, RESUME, ControlType, control, ends_pause
+from sagaloom.engine.controls import CANCEL, PAUSE, RESUME, SKIP, TERMINATE, ControlType, control, ends_pause
 from sagaloom.engine.correlation import address
 from sagaloom.engine.decide import DecideContext, decide
 from sagaloom.engine.limits import Limits
+from sagaloom.engine.queries import answer_query
 from sagaloom.engine.records import Decision, Disposition, Envelope, Head, Instance, Timer
+from sagaloom.engine.signals import SignalKind, refused_with, said_to
 from sagaloom.ids import instance_id, key_hash, partition_of
 from sagaloom.messages import SagaMessage, as_message
 from sagaloom.testing.clock import ManualClock
@@ -55,6 +61,7 @@ from sagaloom.testing.clock import ManualClock
 __all__ = ["Scenario", "scenario"]
 
 S = TypeVar("S")
+P = TypeVar("P")
 
 _DUE_MAX: Final = 10_000
 
@@ -105,6 +112,8 @@ class Scenario(Generic[S]):
             definition,
             handlers={name: self._watched(binding) for name, binding in definition.handlers.items()},
             compensations={name: self._watched(binding) for name, binding in definition.compensations.items()},
+            signals={name: self._watched(binding) for name, binding in definition.signals.items()},
+            updates={name: self._watched(binding) for name, binding in definition.updates.items()},
         )
         self._clock = clock
         self._limits = limits
@@ -161,9 +170,17 @@ class Scenario(Generic[S]):
             "advance by less"
         )
 
-    def cancel(self, reason: str | None = None) -> Scenario[S]:
-        """Cancels the run that the last message was for, as an operator does."""
-        return self._control(CANCEL, reason)
+    def cancel(self, reason: str | None = None, *, compensate: bool = True) -> Scenario[S]:
+        """Cancels the run that the last message was for, as an operator does; `compensate` undoes its steps first."""
+        return self._control(CANCEL, reason, compensate=compensate)
+
+    def terminate(self, reason: str | None = None) -> Scenario[S]:
+        """Ends that run as it stands."""
+        return self._control(TERMINATE, reason)
+
+    def skip(self, reason: str | None = None, *, step: str | None = None) -> Scenario[S]:
+        """Leaves out the compensation that fails, and goes on behind it; with `step` only if that comes next."""
+        return self._control(SKIP, reason, step=step)
 
     def pause(self, reason: str | None = None) -> Scenario[S]:
         """Pauses the run that the last message was for: what comes now is `deferred`."""
@@ -172,6 +189,28 @@ class Scenario(Generic[S]):
     def resume(self, reason: str | None = None) -> Scenario[S]:
         """Lets that run go on, with what has waited for it: `then` looks at the last of those."""
         return self._control(RESUME, reason)
+
+    def signal(
+        self, signal: SignalDefinition[Any] | str, payload: object = None, *, id: str | None = None
+    ) -> Scenario[S]:
+        """Says something to the run that the last message was for. Raises what the runtime would refuse it with when
+        there is no such signal, or its handler cannot take the payload."""
+        return self._say("signal", signal, payload, id)
+
+    def update(
+        self, update: SignalDefinition[Any] | str, payload: object = None, *, id: str | None = None
+    ) -> Scenario[S]:
+        """Like `signal`, for an update: `then(answer=...)` looks at what its caller gets to hear, `then(refused=...)`
+        at the code of a refusal."""
+        return self._say("update", update, payload, id)
+
+    def query(self, query: QueryDefinition[P] | str) -> P:
+        """What a query says of the run that the last message was for. Raises `QueryFailed` like the runtime."""
+        instance = self.instance
+        if instance is None:
+            raise AssertionError(f"{self._told()}\n  there is no instance to ask")
+        value: P = answer_query(self._definition, instance, query if isinstance(query, str) else query.name)[0]
+        return value
 
     # ------------------------------------------------------------------ what came out
 
@@ -186,6 +225,8 @@ class Scenario(Generic[S]):
         disposition: Disposition | _Unset = _UNSET,
         revision: int | _Unset = _UNSET,
         run: int | _Unset = _UNSET,
+        answer: object = _UNSET,
+        refused: str | _Unset | None = _UNSET,
     ) -> Scenario[S]:
         """Compares what is given, and raises one `AssertionError` with every difference.
 
@@ -193,7 +234,8 @@ class Scenario(Generic[S]):
         the handlers returned since the last `when` or `advance`, compensations included, in order; none unless the
         message was applied. Payloads compare as JSON, and of messages in effects only the fields that are given: so
         `saga_compensate(FulfillmentFailed(...))` matches one that passes the event on, whatever id it has. `reason`
-        is the instance's, or that of a message that was not applied.
+        is the instance's, or that of a message that was not applied. `answer` is that of an update, as JSON, `refused`
+        the code of the error that its handler refused it with, None for none.
         """
         decision = self.decision
         instance = self.instance
@@ -218,6 +260,10 @@ class Scenario(Generic[S]):
             differences += self._compare_state(state, instance)
         if not isinstance(result, _Unset) and not _same_json(result, self.result):
             differences.append(_diff("result", result, self.result))
+        if not isinstance(answer, _Unset) and not _same_json(answer, self.answer):
+            differences.append(_diff("answer", answer, self.answer))
+        if not isinstance(refused, _Unset) and refused != self._refusal:
+            differences.append(_line("refused", refused, self._refusal))
         if not isinstance(effects, _Unset):
             differences += _compare_effects(effects, self._effects)
         if differences:
@@ -252,6 +298,19 @@ class Scenario(Generic[S]):
         """The result of that run as plain JSON values, None while there is none."""
         instance = self.instance
         return None if instance is None or instance.result is None else msgspec.json.decode(instance.result)
+
+    @property
+    def answer(self) -> Any:
+        """What the last update answered, as plain JSON values; None when it did not."""
+        entry = self.decision.entry
+        said = entry.answer if entry is not None else None
+        return None if said is None or said.is_refused else msgspec.json.decode(said.content)
+
+    @property
+    def _refusal(self) -> str | None:
+        entry = self.decision.entry
+        said = entry.answer if entry is not None else None
+        return refused_with(said).code if said is not None and said.is_refused else None
 
     @property
     def reason(self) -> str | None:
@@ -292,7 +351,9 @@ class Scenario(Generic[S]):
         self._seen.add((envelope.key, envelope.dedupe_key))
         self._decide(envelope)
 
-    def _control(self, kind: ControlType, reason: str | None) -> Scenario[S]:
+    def _control(
+        self, kind: ControlType, reason: str | None, *, compensate: bool = True, step: str | None = None
+    ) -> Scenario[S]:
         if self._addressed is None:
             raise AssertionError(f"{kind}: nothing has happened yet: call given() or when() first")
         key, run = self._addressed
@@ -307,6 +368,8 @@ class Scenario(Generic[S]):
             accepted_at=self._clock.now(),
             run=run,
             reason=reason,
+            compensate=compensate,
+            step=step,
         )
         self._decide(envelope)
         if ends_pause(envelope):
@@ -315,6 +378,31 @@ class Scenario(Generic[S]):
                 # One of them may have cancelled the timer that another one is.
                 if waiting.origin != "timer" or self._waits_for(waiting):
                     self._decide(waiting)
+        return self
+
+    def _say(self, kind: SignalKind, said: SignalDefinition[Any] | str, payload: object, id: str | None) -> Scenario[S]:
+        if self._addressed is None:
+            raise AssertionError(f"{kind}: nothing has happened yet: call given() or when() first")
+        key, run = self._addressed
+        name = said if isinstance(said, str) else said.name
+        self._messages += 1
+        self._story.append(f"{kind} {name}")
+        self._effects = []
+        envelope = said_to(
+            self._definition,
+            kind,
+            name,
+            key=key,
+            payload_json=encode_any(payload),
+            message_id=id if id is not None else f"m{self._messages}",
+            accepted_at=self._clock.now(),
+            run=run or None,
+        )
+        if (key, envelope.dedupe_key) in self._seen:
+            self._decision = Decision("duplicate", reason=f"{envelope.dedupe_key!r} came before")
+            return self
+        self._seen.add((key, envelope.dedupe_key))
+        self._decide(envelope)
         return self
 
     def _waits_for(self, timer: Envelope) -> bool:
@@ -341,6 +429,7 @@ class Scenario(Generic[S]):
                     last_error=decision.error,
                 )
             )
+        self._waiting += decision.follow_ups
         if decision.instance is not None:
             run = decision.instance.run
             self._runs[envelope.key, run] = decision.instance
@@ -401,7 +490,7 @@ class Scenario(Generic[S]):
         return f"{instance_id(self._definition.id, key, max(run, 1))}: {told}"
 
 
-_B = TypeVar("_B", HandlerBinding, CompensationBinding)
+_B = TypeVar("_B", HandlerBinding, UpdateBinding, CompensationBinding)
 
 
 def _line(what: str, expected: object, actual: object) -> str:

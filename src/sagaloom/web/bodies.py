@@ -22,7 +22,7 @@ from starlette.types import Receive
 
 from sagaloom.errors import MessageRejected
 
-__all__ = ["BodyReader", "JsonBody", "body_of", "idempotency_key_of", "in_utc", "invalid", "trace_of"]
+__all__ = ["BodyReader", "JsonBody", "body_of", "idempotency_key_of", "in_utc", "invalid", "one_of_two", "trace_of"]
 
 T = TypeVar("T")
 
@@ -188,6 +188,17 @@ def invalid(message: str, field: str, **data: object) -> MessageRejected:
     if field:
         return MessageRejected(message, data={"formErrors": [], "fieldErrors": {field: [message]}, **data})
     return MessageRejected(message, data={"formErrors": [message], "fieldErrors": {}, **data})
+
+
+def one_of_two(name: str, value: str | None, other_name: str, other: str | None) -> str | None:
+    """The value of a parameter that has two spellings; raises `MessageRejected` when they differ."""
+    if value is not None and other is not None and value != other:
+        raise invalid(
+            f"{name} {value!r:.80} and {other_name} {other!r:.80} are two spellings of one thing, but they differ: "
+            "send one of them",
+            other_name,
+        )
+    return value if value is not None else other
 
 
 def _check_is_json(content_type: bytes) -> None:

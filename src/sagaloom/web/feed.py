@@ -1,4 +1,4 @@
-"""`GET /subscribe`: the live feed as server-sent events.
+"""The live feed as server-sent events: `GET /subscribe` of the API, and what a host serves under a path of its own.
 
     retry: 2000
     event: heartbeat              first of all, and again whenever nothing was sent for a while
@@ -22,13 +22,13 @@ The frames of events are made once for all readers, who mostly come past the sam
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, Protocol
 
 import msgspec
 from fastapi import Header, Query, Response
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Meta, UnsetType
 from pydantic import BeforeValidator, Field
 
 from sagaloom.definitions import SagaInstanceStatus
@@ -36,19 +36,17 @@ from sagaloom.engine.records import FeedEvent
 from sagaloom.errors import SagasError
 from sagaloom.ids import instance_id
 from sagaloom.runtime.feed import FEED_EVENT_TYPES, FeedPage, FeedReset, FeedWatch, cursor_of
-from sagaloom.service import shapes
-from sagaloom.service.addressing import API_PREFIX, one_of_two
-from sagaloom.web.bodies import invalid
+from sagaloom.web.bodies import invalid, one_of_two
 from sagaloom.web.limits import StreamLimit
 from sagaloom.web.routes import RouteTable, Text, WebQuery, drop_blanks, wire_time
-from sagaloom.web.sse import EventStreams, event_frame
+from sagaloom.web.sse import ChunkSource, EventStreams, event_frame
 
 if TYPE_CHECKING:
     from sagaloom.runtime import SagaRuntime
 
-__all__ = ["FeedEventView", "SubscribeQuery", "add_streaming"]
+__all__ = ["FeedEventView", "FeedFrames", "OlderEvents", "SubscribeQuery", "add_streaming", "feed_source"]
 
-SUBSCRIBE_PATH: Final = f"{API_PREFIX}/subscribe"
+_Time = Annotated[str, Meta(extra_json_schema={"format": "date-time"})]
 _RETRY_MS: Final = 2_000
 _FRAMES_KEPT: Final = 4_096
 _ALWAYS_TOLD: Final = frozenset(("heartbeat", "reset"))
@@ -61,7 +59,7 @@ class FeedEventView(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     `reason`, `oldestId` and `storeId` of a reset."""
 
     type: str
-    timestamp: shapes.Time
+    timestamp: _Time
     saga_name: str | UnsetType = UNSET
     saga_id: str | UnsetType = UNSET
     instance_id: str | UnsetType = UNSET
@@ -127,19 +125,20 @@ class SubscribeQuery(WebQuery):
 def add_streaming(
     table: RouteTable,
     runtime: SagaRuntime,
+    path: str,
     *,
     limit: StreamLimit,
     heartbeat_seconds: float = 15.0,
     write_seconds_max: float = 30.0,
 ) -> None:
-    """Serves the feed of `runtime`: to as many as `limit` lets in, with a heartbeat after `heartbeat_seconds` without
-    another event. A reader who takes nothing for `write_seconds_max` is dropped."""
+    """Serves the feed of `runtime` at `path`: to as many as `limit` lets in, with a heartbeat after `heartbeat_seconds`
+    without another event. A reader who takes nothing for `write_seconds_max` is dropped."""
     streams = EventStreams(limit, write_seconds_max=write_seconds_max)
-    frames = _Frames(runtime)
+    frames = FeedFrames(runtime)
 
     @table.add(
         "GET",
-        SUBSCRIBE_PATH,
+        path,
         answer=FeedEventView,
         tag="instances",
         errors=(422, 429, 503),
@@ -151,9 +150,27 @@ def add_streaming(
     ) -> Response:
         """What happens to sagas, as it happens, as server-sent events: without a gap and without a repeat for a reader
         who comes back with the last id it has seen."""
-        watch = _watch_for(runtime, query, last_event_id or query.after)
-        await watch.begin()
-        return streams.respond(_FeedSource(watch, frames, heartbeat_seconds))
+        return streams.respond(await feed_source(frames, query, last_event_id, heartbeat_seconds=heartbeat_seconds))
+
+
+async def feed_source(
+    frames: FeedFrames,
+    query: SubscribeQuery,
+    last_event_id: str | None = None,
+    *,
+    heartbeat_seconds: float = 15.0,
+    older: OlderEvents | None = None,
+) -> ChunkSource:
+    """What a reader gets who asks for `query`, ready to be streamed. `older` has events that the feed has forgotten,
+    for a reader whose cursor is before those that it keeps. Raises `MessageRejected` for what cannot be asked for."""
+    after = last_event_id or query.after
+    watch = _watch_for(frames.runtime, query, after)
+    if older is not None and after is not None:
+        number = await older.begins_behind(frames.runtime, after)
+        if number is not None:
+            return _OlderSource(frames, query, older, number, heartbeat_seconds)
+    await watch.begin()
+    return _FeedSource(watch, frames, heartbeat_seconds)
 
 
 def _watch_for(runtime: SagaRuntime, query: SubscribeQuery, after: str | None) -> FeedWatch:
@@ -164,8 +181,7 @@ def _watch_for(runtime: SagaRuntime, query: SubscribeQuery, after: str | None) -
     types = [name for name in query.type if name not in _ALWAYS_TOLD]
     choices: list[set[str]] = [set(names) for names in (query.saga_name, query.saga_id) if names]
     if query.topic is not None:
-        views = (shapes.saga_view(one) for one in runtime.definitions)
-        choices.append({view["id"] for view in views if view["topic"] == query.topic})
+        choices.append({one.id for one in runtime.definitions if one.about.topic == query.topic})
     if query.type and not types:
         choices.append(set())  # Heartbeats were all that was asked for.
     return runtime.watch(
@@ -176,10 +192,62 @@ def _watch_for(runtime: SagaRuntime, query: SubscribeQuery, after: str | None) -
     )
 
 
+class OlderEvents(Protocol):
+    """Somebody who keeps events for longer than the feed does, under the numbers that it gave them."""
+
+    async def begins_behind(self, runtime: SagaRuntime, after: str) -> int | None:
+        """The number that the cursor `after` stands for, when events behind it are here and no longer in the feed."""
+        ...
+
+    async def page(self, store_id: str, after: int) -> Sequence[tuple[int, FeedEvent]]:
+        """The next events behind number `after`, without a gap to it; nothing when they are not here."""
+        ...
+
+
+class _OlderSource:
+    """What one reader gets who begins before the feed does: first what others have kept, and then the feed."""
+
+    def __init__(
+        self, frames: FeedFrames, query: SubscribeQuery, older: OlderEvents, number: int, heartbeat_seconds: float
+    ) -> None:
+        self._frames = frames
+        self._query = query
+        self._older = older
+        self._number = number
+        self._heartbeat_seconds = heartbeat_seconds
+        # Asked for what it wants, never read: the feed is read by one that begins where the older events end.
+        self._wants = _watch_for(frames.runtime, query, None).wants
+        self._feed: _FeedSource | None = None
+        self._is_closed = False
+
+    async def next_chunk(self) -> bytes | None:
+        while self._feed is None:
+            if self._is_closed:
+                return None
+            found = await self._older.page(self._frames.store_id, self._number)
+            if not found:
+                watch = _watch_for(self._frames.runtime, self._query, cursor_of(self._frames.store_id, self._number))
+                await watch.begin()
+                self._feed = _FeedSource(watch, self._frames, self._heartbeat_seconds)
+                if self._is_closed:
+                    watch.close()
+                break
+            self._number = found[-1][0]
+            chunk = b"".join([self._frames.of_event(number, event) for number, event in found if self._wants(event)])
+            if chunk:
+                return chunk
+        return await self._feed.next_chunk()
+
+    def close(self) -> None:
+        self._is_closed = True
+        if self._feed is not None:
+            self._feed.close()
+
+
 class _FeedSource:
     """What one reader gets of the feed."""
 
-    def __init__(self, watch: FeedWatch, frames: _Frames, heartbeat_seconds: float) -> None:
+    def __init__(self, watch: FeedWatch, frames: FeedFrames, heartbeat_seconds: float) -> None:
         self._watch = watch
         self._frames = frames
         self._heartbeat_seconds = heartbeat_seconds
@@ -212,17 +280,17 @@ class _FeedSource:
         self._watch.close()
 
 
-class _Frames:
+class FeedFrames:
     """Events as they go over the wire, made once for all readers of an application."""
 
     def __init__(self, runtime: SagaRuntime) -> None:
-        self._runtime = runtime
+        self.runtime = runtime
         self._frames: dict[int, bytes] = {}
         self._newest_page: tuple[int, int, bytes] = (0, 0, b"")
 
     @property
-    def _store_id(self) -> str:
-        return self._runtime.store.store_id
+    def store_id(self) -> str:
+        return self.runtime.store.store_id
 
     def of_page(self, page: FeedPage) -> bytes:
         """The events of a page; nothing when the filter has left nothing."""
@@ -236,23 +304,26 @@ class _Frames:
             self._newest_page = (page.first, page.last, joined)
         return joined
 
+    def of_event(self, number: int, event: FeedEvent) -> bytes:
+        return self._frames.get(number) or self._make(number, event)
+
     def _joined(self, events: Iterable[tuple[int, FeedEvent]]) -> bytes:
         return b"".join([self._frames.get(number) or self._make(number, event) for number, event in events])
 
     def _make(self, number: int, event: FeedEvent) -> bytes:
-        frame = event_frame(event.type, _encode(_view_of(event)), id=cursor_of(self._store_id, number))
+        frame = event_frame(event.type, _encode(_view_of(event)), id=cursor_of(self.store_id, number))
         if len(self._frames) >= _FRAMES_KEPT:
             self._frames.clear()
         self._frames[number] = frame
         return frame
 
     def _reset(self, last: int, reset: FeedReset) -> bytes:
-        data = {"reason": reset.reason, "oldestId": reset.oldest, "storeId": self._store_id}
-        return self._frame("reset", reset.at, data, id=cursor_of(self._store_id, last))
+        data = {"reason": reset.reason, "oldestId": reset.oldest, "storeId": self.store_id}
+        return self._frame("reset", reset.at, data, id=cursor_of(self.store_id, last))
 
     def heartbeat(self, cursor: str | None, *, retry_ms: int | None = None) -> bytes:
-        data = {"connected": True, "storeId": self._store_id}
-        return self._frame("heartbeat", self._runtime.clock.now(), data, id=cursor, retry_ms=retry_ms)
+        data = {"connected": True, "storeId": self.store_id}
+        return self._frame("heartbeat", self.runtime.clock.now(), data, id=cursor, retry_ms=retry_ms)
 
     def _frame(
         self, kind: str, at: datetime, data: Mapping[str, Any], *, id: str | None, retry_ms: int | None = None

@@ -1,0 +1,1 @@
+"""The numbered steps from an empty schema to the present one."""

@@ -1,0 +1,100 @@
+"""Messages on their way into a broker: whoever sends while a batch is under way is in the next one.
+
+One batch is under way at a time, so as many messages share a round trip (and the broker's flush to disk) as are sent at
+once, and nobody waits for a timer. A group (`enqueue_many`) is never torn apart over two batches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final, NamedTuple, TypeAlias
+
+from sagaloom.errors import QueueFull
+from sagaloom.ports.queue import QueueMessage
+
+__all__ = ["Outgoing", "Sender"]
+
+_BATCH_MESSAGES: Final = 1_000
+_BATCH_BYTES: Final = 4 * 1024 * 1024
+
+Outgoing: TypeAlias = tuple[QueueMessage, int]
+"""A message, and after how many milliseconds it is due."""
+
+
+class _Group(NamedTuple):
+    messages: Sequence[Outgoing]
+    size: int
+    done: asyncio.Future[Sequence[bool]]
+
+
+class Sender:
+    """Sends groups of messages, in the order in which they come, by `send`."""
+
+    def __init__(self, send: Callable[[Sequence[Outgoing]], Awaitable[Sequence[bool]]]) -> None:
+        self._send = send
+        self._waiting: deque[_Group] = deque()
+        self._task: asyncio.Task[None] | None = None
+
+    async def send(self, messages: Sequence[Outgoing]) -> Sequence[bool]:
+        """For each message whether it was stored; raises what kept all of them from it."""
+        size = sum(len(message.body) for message, _ in messages)
+        group = _Group(messages, size, asyncio.get_running_loop().create_future())
+        self._waiting.append(group)
+        if self._task is None:
+            self._task = asyncio.create_task(self._work(), name="sagaloom-queue-sender")
+        return await group.done
+
+    async def drain(self) -> None:
+        """Returns when nothing is under way."""
+        while (task := self._task) is not None:
+            await asyncio.wait([task])
+
+    async def _work(self) -> None:
+        try:
+            while self._waiting:
+                await self._sent(self._next_batch())
+        finally:
+            self._task = None
+            for group in self._waiting:  # only when we were cancelled: the loop is about to end
+                group.done.cancel()
+
+    def _next_batch(self) -> list[_Group]:
+        batch = [self._waiting.popleft()]
+        count, size = len(batch[0].messages), batch[0].size
+        while self._waiting:
+            group = self._waiting[0]
+            count, size = count + len(group.messages), size + group.size
+            if count > _BATCH_MESSAGES or size > _BATCH_BYTES:
+                break
+            batch.append(self._waiting.popleft())
+        return batch
+
+    async def _sent(self, batch: Sequence[_Group]) -> None:
+        try:
+            stored = await self._send([message for group in batch for message in group.messages])
+        except QueueFull as error:
+            if len(batch) == 1:
+                _fail(batch, error)
+                return
+            for group in batch:  # One of them may be what does not fit.
+                await self._sent([group])
+        except Exception as error:  # noqa: BLE001 - it is theirs who wait
+            _fail(batch, error)
+        except BaseException:
+            for group in batch:
+                group.done.cancel()
+            raise
+        else:
+            first = 0
+            for group in batch:
+                if not group.done.done():
+                    group.done.set_result(stored[first : first + len(group.messages)])
+                first += len(group.messages)
+
+
+def _fail(batch: Sequence[_Group], error: Exception) -> None:
+    for group in batch:
+        if not group.done.done():
+            group.done.set_exception(error)

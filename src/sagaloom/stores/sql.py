@@ -1,0 +1,254 @@
+"""The saga store on a relational database.
+
+What makes the key-value store correct makes this one correct: batches are planned on what is believed
+(`sagaloom.stores.planning`), partitions are held by leases (`sagaloom.stores.tenure`), and everything a batch asks for
+is one commit of one statement. What a database does better is asked of it: listing and counting runs and dead letters,
+the feed with many who commit, and reads of many rows in one round trip.
+
+What we dislike about it: a record is decoded once more on its way in, for the columns that people read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Final, Protocol, TypeVar, runtime_checkable
+
+from sagaloom.definitions import SAGA_INSTANCE_STATUSES
+from sagaloom.engine.records import DeadLetter, FeedEvent, Instance, Timer
+from sagaloom.ports.keyvalue import Entry, Key, KeyValue
+from sagaloom.ports.store import InstanceFilter, Loaded, OutboxRow, RowRef
+from sagaloom.stores.kv import KvSagaStore
+from sagaloom.stores.listing import from_cursor, to_cursor
+from sagaloom.stores.rows import (
+    decode_dead_letter,
+    decode_effect,
+    decode_events,
+    decode_head,
+    decode_instance,
+    decode_timer,
+    decoded,
+    head_key,
+    pending_instance,
+    placed,
+    ref_of,
+)
+from sagaloom.stores.tenure import Presence
+
+__all__ = ["SqlRows", "SqlSagaStore"]
+
+_EPOCH: Final = datetime.fromtimestamp(0, UTC)
+_FIRST: Final = datetime(1, 1, 2, tzinfo=UTC)
+_LAST: Final = datetime(9999, 12, 30, tzinfo=UTC)
+_R = TypeVar("_R")
+_LAST_PLACE: Final = (_LAST, 2**63 - 1, 2**31 - 1)
+
+
+@runtime_checkable
+class SqlRows(KeyValue, Protocol):
+    """The rows of a saga store in a relational database; `sagaloom.kv.postgres.PostgresSagaRows` is one."""
+
+    @property
+    def store_id(self) -> str: ...
+
+    async def open(self) -> None:
+        """Brings the schema up to the present version, and finds out `store_id`."""
+        ...
+
+    async def listed(
+        self,
+        saga_ids: Sequence[str],
+        statuses: Sequence[str],
+        *,
+        key_prefix: str,
+        created: tuple[datetime, datetime],
+        before: tuple[datetime, int, int],
+        limit: int,
+    ) -> list[tuple[bytes, bool]]: ...
+
+    async def counted(
+        self,
+        saga_ids: Sequence[str],
+        statuses: Sequence[str],
+        *,
+        key_prefix: str,
+        created: tuple[datetime, datetime],
+        limit: int,
+    ) -> int: ...
+
+    async def loaded(self, hashes: Sequence[bytes]) -> list[tuple[bytes, int, bytes | None] | None]: ...
+
+    async def effects(self, parts: Collection[int], *, after: tuple[int, int], limit: int) -> list[Entry]: ...
+
+    async def inbox_above(self, seen: Mapping[int, int], *, limit: int) -> list[Entry]: ...
+
+    async def timer_of_id(self, timer_id: str) -> bytes | None: ...
+
+    async def letters(
+        self, *, saga_id: str | None, hashed: bytes | None, before: str | None, limit: int
+    ) -> list[bytes]: ...
+
+    async def feed_page(self, *, after: int, limit: int) -> list[tuple[int, bytes]]: ...
+
+    async def feed_bounds(self) -> tuple[int, int]: ...
+
+    async def prune_feed(self, *, before: int, limit: int) -> int: ...
+
+
+class SqlSagaStore(KvSagaStore):
+    """A `SagaStore` over `SqlRows`, which it closes with itself. One object belongs to one event loop."""
+
+    _keeps_indexes = False
+
+    def __init__(self, rows: SqlRows, *, presence: Presence | None = None) -> None:
+        super().__init__(rows, presence=presence)
+        self._rows = rows
+        self._has_heard = True
+        """Whether somebody has nudged us since we were last asked for news."""
+
+    @property
+    def id(self) -> str:
+        return "sql-saga-store"
+
+    async def open(self) -> None:
+        if not self._store_id:
+            await self._rows.open()
+            self._store_id = self._rows.store_id
+
+    def listen(self, on_news: Callable[[], None]) -> bool:
+        def heard() -> None:
+            self._has_heard = True
+            on_news()
+
+        return super().listen(heard)
+
+    def has_news(self) -> bool:
+        heard, self._has_heard = self._has_heard, False
+        return heard
+
+    # -- what the runtime reads -----------------------------------------------------------------------------------
+
+    async def load(self, keys: Sequence[tuple[str, str]]) -> list[Loaded]:
+        await self.open()
+        beliefs = self._beliefs
+        generation = beliefs.generation
+        rows = await self._rows.loaded([placed(*key)[0] for key in keys])
+        is_believed = generation == beliefs.generation
+        loaded: list[Loaded] = []
+        for key, row in zip(keys, rows, strict=True):
+            if row is None:
+                loaded.append(Loaded(None, None))
+                continue
+            where = head_key(*key)
+            head = self._decoded(where, row[0], decode_head)
+            instance: Instance | None = None
+            if head.run and row[2] is not None:
+                instance = self._decoded(("state", head.pk, head.run), row[2], decode_instance)
+            if is_believed:
+                beliefs.heads[where] = (row[1], head)
+                if instance is not None:
+                    beliefs.learn_instance(instance, 0)
+            loaded.append(Loaded(head, instance))
+        beliefs.bound()
+        return loaded
+
+    async def outbox_page(
+        self, *, after: RowRef | None, limit: int, parts: Collection[int] | None = None
+    ) -> list[OutboxRow]:
+        if parts is None:
+            return await super().outbox_page(after=after, limit=limit)
+        await self.open()
+        generation = self._beliefs.generation
+        rows = await self._rows.effects(parts, after=(-1, 0) if after is None else after, limit=limit)
+        self._beliefs.learn_rows(rows, generation)
+        return [OutboxRow(ref_of(row), decoded(self._kv, row, decode_effect)) for row in rows]
+
+    async def timer(self, timer_id: str) -> Timer | None:
+        await self.open()
+        if "\0" in timer_id or not timer_id.isascii():
+            return None
+        value = await self._rows.timer_of_id(timer_id)
+        return None if value is None else self._decoded(("timer", timer_id), value, decode_timer)
+
+    # -- what people read -----------------------------------------------------------------------------------------
+
+    async def instances(
+        self, wanted: InstanceFilter, *, limit: int, offset: int = 0, cursor: str | None = None
+    ) -> tuple[list[Instance], str | None]:
+        await self.open()
+        before = _LAST_PLACE if cursor is None else _place(cursor)
+        rows = await self._rows.listed(
+            await self._sagas_of(wanted),
+            list(dict.fromkeys(wanted.statuses or SAGA_INSTANCE_STATUSES)),
+            key_prefix=wanted.key_prefix,
+            created=_window(wanted),
+            before=before,
+            limit=limit + offset + 1,
+        )
+        found: list[Instance] = []
+        for value, waits in rows[offset:]:
+            if waits:
+                found.append(pending_instance(self._decoded(("correlation",), value, decode_head)))
+            else:
+                found.append(self._decoded(("state",), value, decode_instance))
+        page = found[:limit]
+        return page, to_cursor(page[-1]) if page and len(found) > limit else None
+
+    async def count_instances(self, wanted: InstanceFilter, *, limit: int = 10_000) -> int:
+        await self.open()
+        return await self._rows.counted(
+            await self._sagas_of(wanted),
+            list(dict.fromkeys(wanted.statuses or SAGA_INSTANCE_STATUSES)),
+            key_prefix=wanted.key_prefix,
+            created=_window(wanted),
+            limit=limit,
+        )
+
+    async def dead_letters(
+        self, *, saga_id: str | None = None, key: str | None = None, after: str | None = None, limit: int = 50
+    ) -> list[DeadLetter]:
+        await self.open()
+        hashed = placed(saga_id, key)[0] if saga_id is not None and key is not None else None
+        found: list[DeadLetter] = []
+        while len(found) < limit:
+            values = await self._rows.letters(saga_id=saga_id, hashed=hashed, before=after, limit=limit)
+            letters = [self._decoded(("dead_letter",), value, decode_dead_letter) for value in values]
+            found += [letter for letter in letters if key is None or letter.key == key]
+            if len(values) < limit:
+                break
+            after = letters[-1].id
+        return found[:limit]
+
+    async def feed(self, *, after: int, limit: int) -> list[tuple[int, FeedEvent]]:
+        await self.open()
+        found: list[tuple[int, FeedEvent]] = []
+        for base, value in await self._rows.feed_page(after=after, limit=limit):
+            for number, event in enumerate(self._decoded(("feed", base), value, decode_events), base):
+                if number > after and len(found) < limit:
+                    found.append((number, event))
+        return found
+
+    async def feed_bounds(self) -> tuple[int, int]:
+        await self.open()
+        return await self._rows.feed_bounds()
+
+    async def prune_feed(self, *, before: int, limit: int) -> int:
+        await self.open()
+        return await self._rows.prune_feed(before=before, limit=limit)
+
+    async def _sagas_of(self, wanted: InstanceFilter) -> list[str]:
+        if wanted.saga_ids:
+            return [saga_id for saga_id in dict.fromkeys(wanted.saga_ids) if "\0" not in saga_id]
+        return [str(row.key[1]) for row in await self._all(("saga_seen",))]
+
+    def _decoded(self, key: Key, value: bytes, decode: Callable[[bytes], _R]) -> _R:
+        return decoded(self._kv, Entry(key, value, 0), decode)
+
+
+def _window(wanted: InstanceFilter) -> tuple[datetime, datetime]:
+    return wanted.created_after or _FIRST, wanted.created_before or _LAST
+
+
+def _place(cursor: str) -> tuple[datetime, int, int]:
+    created, pk, run = from_cursor(cursor)
+    return _EPOCH + timedelta(microseconds=created), pk, run

@@ -1,0 +1,7 @@
+"""The stories of `examples`, by the name of their module."""
+
+from __future__ import annotations
+
+from typing import Final
+
+STORIES: Final = ("orders", "transfers", "subscriptions", "upgrade")

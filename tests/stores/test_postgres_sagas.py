@@ -1,0 +1,111 @@
+"""The saga store on PostgreSQL: how it is opened, what people find in it, and what it does when something fails."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from typing import Any
+
+import asyncpg
+import pytest
+
+from sagaloom.composition import create_durable_saga_runtime
+from sagaloom.demo import sagas
+from sagaloom.errors import BackendUnavailable, ConfigurationError
+from sagaloom.kv.postgres import PostgresDatabase, PostgresSagaRows
+from sagaloom.kv.postgres.schema import applied, steps, upgrade
+from tests.schemas import Schema
+
+ORDER = {"type": "OrderPlaced", "payload": {"orderId": "o-1", "amount": 5}}
+
+
+def without_database(url: str, **parts: Any) -> str:
+    head = url.rpartition("/")[0]
+    return f"{head}/{parts['database']}"
+
+
+async def test_a_runtime_keeps_its_sagas_in_the_database_at_an_address(schema: Schema) -> None:
+    async with create_durable_saga_runtime("sql", url=schema.url, definitions=sagas) as durable:
+        receipt = await durable.runtime.publish(ORDER, wait=5)
+        assert receipt.published
+        assert durable.store.id == "sql-saga-store"
+
+    async with create_durable_saga_runtime(url=schema.url, definitions=sagas) as durable:
+        found = await durable.runtime.get_instance(receipt.outcomes[0].saga_id, receipt.outcomes[0].correlation_key)
+
+    assert found is not None
+    assert found.revision >= 1
+
+
+async def test_a_pool_is_used_and_left_open(schema: Schema) -> None:
+    async with asyncpg.create_pool(schema.server_url, min_size=1, max_size=4) as pool:
+        async with create_durable_saga_runtime(engine=pool, schema=schema.name, definitions=sagas) as durable:
+            receipt = await durable.runtime.publish(ORDER, wait=5)
+
+        assert receipt.published
+        assert await pool.fetchval("SELECT 1") == 1
+
+
+async def test_a_database_that_does_not_exist_is_said_to_be_missing(schema: Schema) -> None:
+    database = PostgresDatabase(url=without_database(schema.server_url, database="nowhere_to_be_found"))
+
+    with pytest.raises(ConfigurationError, match=r"nowhere_to_be_found.*createdb"):
+        await database.fetch("SELECT 1")
+
+
+async def test_a_server_that_is_not_there_is_unavailable_within_its_deadline() -> None:
+    database = PostgresDatabase(url="postgresql://postgres@127.0.0.1:9/test", deadline_seconds=1)
+
+    with pytest.raises(BackendUnavailable, match=r"127.0.0.1:9/test"):
+        await asyncio.wait_for(database.fetch("SELECT 1"), 5)
+
+
+async def test_a_user_without_privileges_is_told_what_to_grant(schema: Schema) -> None:
+    user = f"nobody_{secrets.token_hex(4)}"
+    connection = await schema.connect()
+    await connection.execute(f"CREATE ROLE {user} LOGIN PASSWORD 'x'")
+    try:
+        address = schema.server_url.replace("postgres@", f"{user}:x@", 1)
+        database = PostgresDatabase(url=address, schema=f"{user}_schema")
+        with pytest.raises(ConfigurationError, match="grant the user CREATE and USAGE"):
+            await upgrade(database)
+        await database.close()
+    finally:
+        await connection.execute(f"DROP ROLE {user}")
+        await connection.close()
+
+
+async def test_a_statement_that_takes_too_long_is_unavailable_and_the_next_one_works(schema: Schema) -> None:
+    database = PostgresDatabase(url=schema.url, deadline_seconds=0.3)
+
+    with pytest.raises(BackendUnavailable, match=r"no answer within 0.3 s"):
+        await database.write("SELECT pg_sleep(10)")
+    assert [tuple(row) for row in await database.fetch("SELECT 7")] == [(7,)]
+
+    await database.close()
+
+
+async def test_of_many_who_upgrade_at_once_one_does_it(schema: Schema) -> None:
+    name = f"{schema.name}_many"
+    databases = [PostgresDatabase(url=schema.server_url, schema=name) for _ in range(6)]
+    try:
+        done = await asyncio.gather(*(upgrade(database) for database in databases))
+
+        assert sorted(len(taken) for taken in done) == [0, 0, 0, 0, 0, len(steps())]
+        assert [step.version for step in await applied(databases[0])] == [step.version for step in steps()]
+    finally:
+        await databases[0].write(f"DROP SCHEMA {name} CASCADE")
+        for database in databases:
+            await database.close()
+
+
+async def test_a_schema_of_a_newer_version_is_refused(schema: Schema) -> None:
+    connection = await schema.connect()
+    newer = steps()[-1].version + 1
+    await connection.execute("INSERT INTO saga_runtime_schema (version, name) VALUES ($1, 'newer')", newer)
+    try:
+        with pytest.raises(ConfigurationError, match=rf"schema version {newer}.*upgrade sagaloom"):
+            await PostgresSagaRows(schema.database()).open()
+    finally:
+        await connection.execute("DELETE FROM saga_runtime_schema WHERE name = 'newer'")
+        await connection.close()
