@@ -97,7 +97,6 @@ async def test_a_job_that_hangs_is_killed_at_its_deadline(room: Room, tmp_path: 
     assert run.failure is not None
     assert (run.status, run.failure.code) == ("failed", "JOB_TIMED_OUT")
     await gone(await written(tmp_path / "pid"))
-    assert room.runtime.health().running == 0
 
 
 @pytest.mark.parametrize(

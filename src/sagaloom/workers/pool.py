@@ -68,13 +68,16 @@ class PoolProcess:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # Ctrl-C is for us: we decide what becomes of its run
             )
-        reader, writer = await asyncio.open_connection(sock=ours)
-        started = cls(process, reader, writer)
-        started.say(Hello(list(sys.path)))
         try:
+            reader, writer = await asyncio.open_connection(sock=ours)
+            started = cls(process, reader, writer)
+            started.say(Hello(list(sys.path)))
             await started.hear()  # it has started: the time of its first run begins with that
         except BaseException:
-            started.kill()
+            ours.close()
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
             raise
         return started
 
@@ -147,12 +150,11 @@ class ProcessPool:
                 process = self._idle.pop()
                 if process.is_alive:
                     return process
-                self._all.discard(process)
             process = await PoolProcess.start()
         except BaseException:
             self._free.release()
             raise
-        self._all.add(process)
+        self._all = {process, *(other for other in self._all if other.is_alive)}
         return process
 
     def give(self, process: PoolProcess, *, is_clean: bool) -> None:
@@ -161,7 +163,6 @@ class ProcessPool:
             self._idle.append(process)
         else:
             process.kill()
-            self._all.discard(process)
         self._free.release()
 
     async def close(self) -> None:

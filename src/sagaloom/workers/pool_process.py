@@ -151,8 +151,10 @@ def _settlement(task: Task, line: _Line, work: _Work) -> Settlement:
 def _job_of(task: Task) -> JobDefinition[Any]:
     module = module_at(task.module, task.file)
     for value in vars(module).values():
-        if isinstance(value, JobDefinition) and value.id == task.run.job_id:
-            return value
+        if isinstance(value, JobDefinition):
+            job = cast("JobDefinition[Any]", value)
+            if job.id == task.run.job_id:
+                return job
     raise DefinitionError(
         f"job {task.run.job_id!r} is no global of {task.file or task.module}, where the processes of the pool look for "
         "it: define it at the top of that module, with the same id"
