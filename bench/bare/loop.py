@@ -107,7 +107,7 @@ def connect(path: Path) -> Connection:
     cursor = connection.cursor()
     cursor.execute("PRAGMA journal_mode = WAL").fetchall()
     cursor.execute("PRAGMA synchronous = FULL")
-    cursor.execute(f"PRAGMA cache_size = -{64 * 1024}")
+    cursor.execute(f"PRAGMA cache_size = -{16 * 1024}")
     cursor.execute(f"PRAGMA journal_size_limit = {64 * 1024 * 1024}").fetchall()
     cursor.execute("BEGIN")
     cursor.execute("CREATE TABLE kv_counter (name TEXT PRIMARY KEY, n INTEGER NOT NULL) STRICT, WITHOUT ROWID")

@@ -16,7 +16,7 @@ import pytest
 from msgspec.structs import replace
 
 from sagaloom.definitions import SAGA_INSTANCE_STATUSES
-from sagaloom.engine.records import Instance
+from sagaloom.engine.records import Instance, SagaStanding
 from sagaloom.errors import BackendUnavailable, Fenced, MessageRejected
 from sagaloom.kv import MemoryKeyValue, SqliteKeyValue
 from sagaloom.ports.keyvalue import Check, Committed, Conflicted, Entry, Key, KeyValue
@@ -25,6 +25,7 @@ from sagaloom.stores import KvSagaStore, planning
 from sagaloom.testing import MemoryStore
 from sagaloom.testing.contracts.sagastore import (
     at,
+    child_of,
     dead_letter_of,
     effect_of,
     envelope_of,
@@ -124,6 +125,8 @@ class Run:
             "try an effect again": self.try_effect_again,
             "fire a timer": self.fire_timer,
             "replace timers": self.replace_timers,
+            "spawn": self.spawn,
+            "end a child": self.end_child,
             "give up": self.give_up,
             "redrive": self.redrive,
             "forget a mark": self.forget_mark,
@@ -145,11 +148,18 @@ class Run:
             "read dead letters": self.read_dead_letters,
             "read the feed": self.read_feed,
             "read timers": self.read_timers,
+            "read children": self.read_children,
+            "say something of a saga": self.say_something,
         }
         self.wanted = {(name, outcome) for name in self.generators for outcome in (True, False)}
         self.wanted |= {(name, outcome) for name in self.operations for outcome in (True, False)}
         # Some operations have but one outcome.
-        self.wanted -= {("hand over", False), ("restart", False), ("reserve", False)}
+        self.wanted -= {
+            ("hand over", False),
+            ("restart", False),
+            ("reserve", False),
+            ("say something of a saga", False),
+        }
         self.wanted -= {("commit under a stale lease", True), ("commit through a fault", True)}
 
     async def play(self) -> None:
@@ -350,6 +360,27 @@ class Run:
         assert await self.store.timers(**named) == expected
         return bool(expected)
 
+    async def read_children(self) -> bool:
+        pk, run = self.dice.randint(1, 3), self.dice.randint(1, 2)
+        named: dict[str, Any] = {
+            "status": self.dice.choice(("live", "completed", "failed", "cancelled")),
+            "after": self.dice.choice((None, (self.dice.randint(0, 2), self.dice.randint(0, 300)))),
+            "limit": self.dice.randint(1, 6),
+        }
+
+        expected = await self.model.children(pk, run, **named)
+
+        assert await self.store.children(pk, run, **named) == expected
+        assert await self.store.count_children(pk, run) == await self.model.count_children(pk, run)
+        return bool(expected)
+
+    async def say_something(self) -> bool:
+        standing = SagaStanding(self.dice.choice(SAGAS), self.dice.random() < 0.5, self.dice.random() < 0.5)
+        for store in (self.store, self.model):
+            await store.put_standing(standing)
+        assert await self.store.standings() == await self.model.standings()
+        return True
+
     async def compare_everything(self) -> None:
         """What is in the model is in the store, and nothing else. A fresh object reads, so memory cannot help."""
         model, store = self.model, KvSagaStore(self.kv)
@@ -368,6 +399,8 @@ class Run:
         assert await store.inbox_page(after=None, limit=10_000) == await model.inbox_page(after=None, limit=10_000)
         assert await store.outbox_page(after=None, limit=10_000) == await model.outbox_page(after=None, limit=10_000)
         assert await store.timers(limit=10_000) == await model.timers(limit=10_000)
+        for pk in range(1, 4):
+            assert await store.count_children(pk, 1) == await model.count_children(pk, 1)
         assert await store.dead_letters(limit=10_000) == await model.dead_letters(limit=10_000)
         for saga_id in SAGAS:
             assert await store.dead_letters(saga_id=saga_id) == await model.dead_letters(saga_id=saga_id)
@@ -529,6 +562,23 @@ class Run:
             return None
         timer = model.timers_by_place[places[0]]
         return UnitOfWork(part=0, timer_done=pending_of(timer), inbox_add=(timer.envelope,))
+
+    def spawn(self, model: MemoryStore) -> UnitOfWork | None:
+        unit = self.step(model)
+        children = tuple(
+            child_of(self.dice.randint(1, 3), self.dice.randint(1, 2), position, parent_run=self.dice.randint(1, 2))
+            for position in range(self.names, self.names + self.dice.randint(1, 3))
+        )
+        self.names += len(children)
+        return None if unit is None else replace(unit, children_add=children)
+
+    def end_child(self, model: MemoryStore) -> UnitOfWork | None:
+        unit = self.step(model)
+        live = [child for child in model.children_by_place.values() if child.status == "live"]
+        if unit is None or not live:
+            return None
+        status = self.dice.choice(("completed", "failed", "cancelled"))
+        return replace(unit, child_done=replace(self.dice.choice(live), status=status, run=1, ended_at=at(3)))
 
     def replace_timers(self, model: MemoryStore) -> UnitOfWork | None:
         old = [pending_of(model.timers_by_place[place]) for place in self.some(model.timers_by_place)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from datetime import UTC, datetime
 from typing import Any
 
 import asyncpg
@@ -11,9 +12,12 @@ import pytest
 
 from sagaloom.composition import create_durable_saga_runtime
 from sagaloom.demo import sagas
+from sagaloom.engine.records import Head
 from sagaloom.errors import BackendUnavailable, ConfigurationError
 from sagaloom.kv.postgres import PostgresDatabase, PostgresSagaRows
 from sagaloom.kv.postgres.schema import applied, steps, upgrade
+from sagaloom.ports.keyvalue import Check, Committed
+from sagaloom.stores.rows import encode, head_key
 from tests.schemas import Schema
 
 ORDER = {"type": "OrderPlaced", "payload": {"orderId": "o-1", "amount": 5}}
@@ -109,3 +113,37 @@ async def test_a_schema_of_a_newer_version_is_refused(schema: Schema) -> None:
     finally:
         await connection.execute("DELETE FROM saga_runtime_schema WHERE name = 'newer'")
         await connection.close()
+
+
+async def test_two_commits_that_change_the_same_heads_in_another_order_do_not_wait_for_each_other(
+    schema: Schema,
+) -> None:
+    stores = [PostgresSagaRows(PostgresDatabase(url=schema.url)) for _ in range(2)]
+    now = datetime.now(UTC)
+    rows = [
+        (head_key("orders", f"o-{number}"), encode(Head("orders", f"o-{number}", number, 0, 1, now)))
+        for number in range(20)
+    ]
+    try:
+        checks = []
+        for number, store in enumerate(stores):
+            await store.open()
+            member = ("member", f"writer-{number}")
+            joined = await store.commit(puts=[(member, b"")])
+            assert isinstance(joined, Committed)
+            checks.append([Check(member, joined.versionstamp)])
+        await stores[0].commit(checks=checks[0], inserts=rows)
+        before = [store.database.statements for store in stores]
+
+        async def change(number: int) -> None:
+            for _ in range(40):
+                puts = rows if number else rows[::-1]
+                assert isinstance(await stores[number].commit(checks=checks[number], puts=puts), Committed)
+
+        await asyncio.gather(change(0), change(1))
+
+        # One that lost a deadlock would have been sent again.
+        assert [store.database.statements - sent for store, sent in zip(stores, before, strict=True)] == [40, 40]
+    finally:
+        for store in stores:
+            await store.close()

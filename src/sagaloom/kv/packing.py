@@ -86,6 +86,8 @@ def pack(parts: tuple[KeyPart, ...], bases: Mapping[str, int] | None = None) -> 
             packed += _TEXTS.get(part) or _pack_text(part)
         elif type(part) is bytes:
             packed += b" %b\0" % (part.replace(b"\0", b"\0\xff") if 0 in part else part)
+        elif type(part) is Slot and bases is not None and part.counter in bases:
+            packed += _pack_new_int(bases[part.counter] + part.offset)
         else:
             packed += _pack_other(part, bases)
     return packed
@@ -157,22 +159,25 @@ def table_of(key: Key) -> str:
 
 
 def _pack_int(number: int) -> bytes:
-    if 0 <= number < 256:
-        packed = _SMALL[number]
-    elif INT_MIN <= number < 0:
-        packed = _pack_eight(_NEGATIVE, number + 2**63)
-    elif number < 0 or number > INT_MAX:
-        raise ValueError(f"{number} does not fit a key: ints have 64 bits with sign")
-    elif number < 65536:
-        packed = _pack_two(_TWO_BYTES, number)
-    elif number <= 0xFFFFFFFF:
-        packed = _pack_four(_FOUR_BYTES, number)
-    else:
-        packed = _pack_eight(_EIGHT_BYTES, number)
+    packed = _pack_new_int(number)
     if len(_INTS) >= _CACHED_MAX:
         _INTS.clear()
     _INTS[number] = packed
     return packed
+
+
+def _pack_new_int(number: int) -> bytes:
+    if 65536 <= number <= 0xFFFFFFFF:
+        return _pack_four(_FOUR_BYTES, number)
+    if 0 <= number < 256:
+        return _SMALL[number]
+    if 256 <= number < 65536:
+        return _pack_two(_TWO_BYTES, number)
+    if INT_MIN <= number < 0:
+        return _pack_eight(_NEGATIVE, number + 2**63)
+    if number > INT_MAX or number < INT_MIN:
+        raise ValueError(f"{number} does not fit a key: ints have 64 bits with sign")
+    return _pack_eight(_EIGHT_BYTES, number)
 
 
 def _pack_text(text: str) -> bytes:
@@ -198,9 +203,7 @@ def _text_of(body: bytes) -> str:
 
 def _pack_other(part: object, bases: Mapping[str, int] | None) -> bytes:
     if isinstance(part, Slot):
-        if bases is None or part.counter not in bases:
-            raise ValueError(f"{part} needs a number that was not reserved: name {part.counter!r} in `reserve`")
-        return _pack_int(bases[part.counter] + part.offset)
+        raise ValueError(f"{part} needs a number that was not reserved: name {part.counter!r} in `reserve`")
     if isinstance(part, bool):
         raise TypeError(f"{part} cannot be part of a key: write it as 0 or 1")
     if isinstance(part, int):

@@ -61,13 +61,15 @@ _APPLICATION_ID: Final = 0x73616761  # "saga": tells a store from any other SQLi
 _CHECKPOINT_PAGES: Final = 4000
 # After a burst (or a long reader) the log shrinks to this at the next checkpoint instead of keeping its peak.
 _LOG_BYTES_KEPT: Final = 64 * 1024 * 1024
-# An upper bound, filled as pages are touched. SQLite's 2 MiB do not hold the upper levels of six large trees.
-_PAGE_CACHE_KIB: Final = 64 * 1024
+# An upper bound, filled as pages are touched. SQLite's 2 MiB do not hold the upper levels of six large trees. But more
+# is not better: a split that moves pages about has SQLite search the whole cache at the end of the commit, a tenth of
+# it with 64 MiB; and what is not in here is in the cache of the system.
+_PAGE_CACHE_KIB: Final = 16 * 1024
 # Between two processes that commit in a loop, SQLite's own waits of up to 100 ms lose to the other one again and again:
 # the longest wait was 1 to 2 s, and with this it was 0.1 to 0.3 s.
 _LOCK_RETRY_SECONDS: Final = 0.0001
-# So many rows are inserted or deleted by one statement: that takes two thirds of a statement a row, and more rows gain
-# nothing.
+# So many rows are inserted by one statement: that takes two thirds of a statement a row, and more rows gain nothing.
+# (With deletes it gains nothing at all: SQLite makes a tree of the keys first.)
 _ROWS_A_STATEMENT: Final = 16
 # Six statements a table, a few for the store; a statement that falls out of the cache is compiled again.
 _STATEMENTS_CACHED: Final = 512
@@ -153,6 +155,19 @@ def _write_in_halves(batches: Sequence[_Batch], on_step: Callable[[str], None]) 
         on_step("kv:half_written")
 
 
+def _rows_by_table(
+    writes: Iterable[tuple[Key, bytes]], versionstamp: int, bases: Mapping[str, int]
+) -> dict[str, list[_Row]]:
+    """The rows of `writes`, grouped so that each table gets one batch, in the order of `writes` within a table."""
+    rows: dict[str, list[_Row]] = {}
+    for key, value in writes:
+        table_rows = rows.get(key[0]) if key else None  # type: ignore[arg-type]  # a miss is looked at next
+        if table_rows is None:
+            table_rows = rows.setdefault(table_of(key), [])
+        table_rows.append((pack(key[1:], bases), value, versionstamp))
+    return rows
+
+
 def _has_slot(key: Key) -> bool:
     return any(isinstance(part, Slot) for part in key)
 
@@ -164,7 +179,6 @@ class _Table:
         "count",
         "create",
         "delete",
-        "delete_many",
         "get",
         "insert",
         "insert_many",
@@ -191,7 +205,6 @@ class _Table:
         self.insert = f"INSERT OR ROLLBACK INTO {table} VALUES (?, ?, ?)"
         self.insert_many = self.insert + ", (?, ?, ?)" * (_ROWS_A_STATEMENT - 1)
         self.delete = f"DELETE FROM {table} WHERE k = ?"
-        self.delete_many = f"DELETE FROM {table} WHERE k IN (?{', ?' * (_ROWS_A_STATEMENT - 1)})"
         self.scan_up = f"SELECT k, v, s FROM {table} WHERE k > ? AND k < ? ORDER BY k LIMIT ?"
         self.scan_down = f"SELECT k, v, s FROM {table} WHERE k > ? AND k < ? ORDER BY k DESC LIMIT ?"
         self.count = f"SELECT count(*) FROM (SELECT 1 FROM {table} WHERE k > ? AND k < ? LIMIT ?)"
@@ -434,8 +447,8 @@ class SqliteKeyValue:
 
                 created: list[_Table] = []
                 dropped = self._delete(deletes) if deletes else {}
-                new_rows = self._rows_by_table(inserts, versionstamp, bases)
-                rows = self._rows_by_table(puts, versionstamp, bases)
+                new_rows = _rows_by_table(inserts, versionstamp, bases)
+                rows = _rows_by_table(puts, versionstamp, bases)
                 batches = [(self._insert, self._table(name, created), new) for name, new in new_rows.items()]
                 batches += [(self._put, self._table(name, created), changed) for name, changed in rows.items()]
                 if on_step is None:
@@ -462,9 +475,11 @@ class SqliteKeyValue:
         if on_step is not None:
             on_step("kv:committed")
         if self._watches:
-            for table_name, table_rows in (*rows.items(), *new_rows.items()):
-                dropped.setdefault(table_name, []).extend([row[0] for row in table_rows])
-            self._watches.written(versionstamp, dropped)
+            written: dict[str, list[bytes]] = {}
+            for changed in (dropped, rows, new_rows):
+                for name, changes in changed.items():
+                    written.setdefault(name, []).extend([change[0] for change in changes])
+            self._watches.written(versionstamp, written)
         return Committed(versionstamp, bases)
 
     def watch(self, prefix: Key) -> AsyncIterator[int]:
@@ -618,22 +633,20 @@ class SqliteKeyValue:
         self.statements += len(checks)
         return tuple(failed)
 
-    def _delete(self, deletes: Sequence[Key]) -> dict[str, list[bytes]]:
-        packed_keys: dict[str, list[bytes]] = {}
+    def _delete(self, deletes: Sequence[Key]) -> dict[str, list[tuple[bytes]]]:
+        """Deletes rows, and returns their packed keys by table."""
+        dropped: dict[str, list[tuple[bytes]]] = {}
         for key in deletes:
-            keys = packed_keys.get(key[0]) if key else None  # type: ignore[arg-type]  # a miss is looked at next
+            keys = dropped.get(key[0]) if key else None  # type: ignore[arg-type]  # a miss is looked at next
             if keys is None:
-                keys = packed_keys.setdefault(table_of(key), [])
-            keys.append(pack(key[1:]))
-        for name, keys in packed_keys.items():
+                keys = dropped.setdefault(table_of(key), [])
+            keys.append((pack(key[1:]),))
+        for name, keys in dropped.items():
             table = self._tables.get(name) or self._look_for_table(name)
             if table is not None:
-                last_of_many = len(keys) - len(keys) % _ROWS_A_STATEMENT
-                for first in range(0, last_of_many, _ROWS_A_STATEMENT):
-                    self._execute(table.delete_many, keys[first : first + _ROWS_A_STATEMENT])
-                self._write_each(table.delete, [(key,) for key in keys[last_of_many:]])
+                self._write_each(table.delete, keys)
         self.statements += len(deletes)
-        return packed_keys
+        return dropped
 
     def _table(self, name: str, created: list[_Table]) -> _Table:
         """The table `name`; a new one is created inside the running transaction. A rollback takes it along, so the
@@ -645,18 +658,6 @@ class SqliteKeyValue:
         self._execute(table.create)
         created.append(table)
         return table
-
-    def _rows_by_table(
-        self, puts: Iterable[tuple[Key, bytes]], versionstamp: int, bases: Mapping[str, int]
-    ) -> dict[str, list[_Row]]:
-        """The rows of `puts`, grouped so that each table gets one batch, in the order of `puts` within a table."""
-        rows: dict[str, list[_Row]] = {}
-        for key, value in puts:
-            table_rows = rows.get(key[0]) if key else None  # type: ignore[arg-type]  # a miss is looked at next
-            if table_rows is None:
-                table_rows = rows.setdefault(table_of(key), [])
-            table_rows.append((pack(key[1:], bases), value, versionstamp))
-        return rows
 
     def _there(self, inserts: Sequence[tuple[Key, bytes]], deletes: Sequence[Key]) -> tuple[Key, ...]:
         """The keys of `inserts` that have a row, and will still have it after `deletes`. A key with a slot is new."""

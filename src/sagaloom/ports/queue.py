@@ -182,6 +182,8 @@ class QueueCapabilities(msgspec.Struct, frozen=True, kw_only=True):
     """Whether `enqueue_many` is stored as a whole or not at all."""
     exact_releases: bool = True
     """Whether a released message keeps its place. Otherwise it goes to the end."""
+    exact_depth: bool = True
+    """Whether `depth` counts what other clients work on or have delayed."""
 
 
 @runtime_checkable

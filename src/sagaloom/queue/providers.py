@@ -31,6 +31,7 @@ from sagaloom.ports.queue import QueueBroker
 __all__ = ["BrokerOptions", "QueueConnectionOptions", "QueueProvider", "choose_provider", "opener_of", "provider_of"]
 
 _log = logging.getLogger("sagaloom.queue")
+_NAMESPACE: Final = "sagaloom"
 _DEFAULT_PATH: Final = Path(".sagaloom") / "queues.db"
 
 
@@ -48,14 +49,15 @@ class QueueProvider(StrEnum):
 class QueueConnectionOptions:
     """Where the brokers are: a path for `kv`, URLs for the others. What is None is read from the environment.
 
-    `namespace` keeps queues of one name apart: a prefix of the keys in Redis, a schema in PostgreSQL.
+    `namespace` keeps queues of one name apart: a prefix of the keys in Redis and of the names in RabbitMQ, a schema in
+    PostgreSQL.
     """
 
     kv: str | os.PathLike[str] | None = None
     redis: str | None = None
     rabbitmq: str | None = None
     postgres: str | None = None
-    namespace: str = "sagaloom"
+    namespace: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +94,7 @@ _SCHEMES: Final[Mapping[QueueProvider, tuple[str, ...]]] = {
     QueueProvider.POSTGRES: ("postgresql", "postgres"),
 }
 _EXTRAS: Final[Mapping[QueueProvider, str]] = {
-    QueueProvider.RABBITMQ: "aio_pika",
+    QueueProvider.RABBITMQ: "aiormq",
     QueueProvider.REDIS: "redis",
     QueueProvider.POSTGRES: "asyncpg",
 }
@@ -217,8 +219,6 @@ def opener_of(
     address = address_of(provider, connection)
 
     async def open_broker() -> QueueBroker:
-        if provider not in _OPENERS:
-            raise ConfigurationError(f"queue {queue!r}: there is no provider {provider.value} in this version yet")
         _log.info("queue %s is at %s, %s", queue, provider.value, without_credentials(address))
         try:
             return await _OPENERS[provider](queue, address, connection, options)
@@ -259,8 +259,49 @@ async def _open_kv(queue: str, address: str, connection: QueueConnectionOptions,
     return broker
 
 
+async def _open_redis(
+    queue: str, address: str, connection: QueueConnectionOptions, options: BrokerOptions
+) -> QueueBroker:
+    from sagaloom.queues.redis import RedisQueueBroker
+
+    return await RedisQueueBroker.connect(
+        queue,
+        address,
+        namespace=connection.namespace or _NAMESPACE,
+        deduplication_seconds=options.deduplication_seconds,
+        max_length=options.max_length,
+    )
+
+
+async def _open_postgres(
+    queue: str, address: str, connection: QueueConnectionOptions, options: BrokerOptions
+) -> QueueBroker:
+    from sagaloom.queues.postgres import PostgresQueueBroker
+
+    return await PostgresQueueBroker.connect(
+        queue,
+        address,
+        schema=connection.namespace or _NAMESPACE,
+        deduplication_seconds=options.deduplication_seconds,
+        max_length=options.max_length,
+    )
+
+
+async def _open_rabbitmq(
+    queue: str, address: str, connection: QueueConnectionOptions, options: BrokerOptions
+) -> QueueBroker:
+    from sagaloom.queues.rabbitmq import RabbitMQQueueBroker
+
+    return await RabbitMQQueueBroker.connect(
+        queue, address, namespace=connection.namespace, max_length=options.max_length
+    )
+
+
 _OPENERS: Final[
     Mapping[QueueProvider, Callable[[str, str, QueueConnectionOptions, BrokerOptions], Awaitable[QueueBroker]]]
 ] = {
     QueueProvider.KV: _open_kv,
+    QueueProvider.REDIS: _open_redis,
+    QueueProvider.POSTGRES: _open_postgres,
+    QueueProvider.RABBITMQ: _open_rabbitmq,
 }

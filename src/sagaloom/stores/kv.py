@@ -11,6 +11,8 @@ The rows (the first part of a key names its table; times are microseconds since 
     inbox, outbox   partition, number                   Envelope, OutboxEffect
     timer           due, id                             Timer
     schedule        saga id                             ScheduleCursor
+    child           parent's pk, run, status, place     Child; moved when it ends
+    standing        saga id                             SagaStanding
     dead_letter     id                                  DeadLetter; found by saga and by key through dead_letter_index
     feed            number of its first event           the FeedRecords of one commit, unit by unit
     member, lease, arrivals                             who may write what: see `sagaloom.stores.tenure`
@@ -24,7 +26,8 @@ How a commit works:
    and what the units before it changed. A unit that does not fit is left out with its conflict, and so are the later
    units of the same instance, which were decided on top of it. Everything is encoded here, so that a value that cannot
    be stored is refused as the fault of its own unit.
-2. What planning needs and is not in memory is read first, in one read.
+2. A unit that does not fit what is in memory, or of which memory does not know enough, is doubted: its rows are read,
+   all in one read, and the batch is planned once more.
 3. The rest is one key-value commit. It checks the member row of its writer, the versionstamp of each head that it
    replaces, and the absence of each mark, new head, new run and new history row; while there are others, also that
    nothing has arrived in the partitions it applies messages of. A failed check is news: it is read, and the batch
@@ -50,13 +53,15 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
 from itertools import pairwise
 from typing import Final, TypeVar
 
 from sagaloom.definitions import SagaDurabilityTier
 from sagaloom.engine.records import (
+    Child,
+    ChildStatus,
     DeadLetter,
     Envelope,
     FeedEvent,
@@ -65,6 +70,7 @@ from sagaloom.engine.records import (
     Mark,
     OutboxEffect,
     PendingTimer,
+    SagaStanding,
     ScheduleCursor,
     Timer,
 )
@@ -89,7 +95,6 @@ from sagaloom.stores.planning import (
     Beliefs,
     Plan,
     brings_only,
-    check_size,
     consumed_row,
     decided_key,
     doubt,
@@ -97,7 +102,9 @@ from sagaloom.stores.planning import (
     refused,
 )
 from sagaloom.stores.rows import (
-    FEED_KEY,
+    CHILD_STATUSES,
+    children_key,
+    decode_child,
     decode_cursor,
     decode_dead_letter,
     decode_definition,
@@ -108,6 +115,7 @@ from sagaloom.stores.rows import (
     decode_head,
     decode_instance,
     decode_mark,
+    decode_standing,
     decode_timer,
     decoded,
     encode,
@@ -132,6 +140,7 @@ _ROUNDS_MAX: Final = 16
 _ARRIVALS_MAX: Final = 3
 """How often a commit looks at what has arrived meanwhile; then it leaves out whatever would have to know of it."""
 _PAGE: Final = 256
+_COUNTED_MAX: Final = 10_000_000
 
 _SCHEMA_KEY: Final[Key] = ("meta", "schema")
 _STORE_ID_KEY: Final[Key] = ("meta", "store_id")
@@ -340,11 +349,13 @@ class KvSagaStore:
         member = member_key(lease.holder)
         arrived = 0
         marks_there: set[Key] = set()
+        dead_letters: dict[str, tuple[DeadLetter, int]] = {}
         doubted: list[Key] = []
-        looked_twice = False
+        looked_twice = is_careful = False
         for _ in range(_ROUNDS_MAX):
-            dead_letters = await self._beliefs.read_unknown(units, doubted, marks_there)
-            plan = Plan(indexes=self._keeps_indexes)
+            if doubted:
+                await self._beliefs.look_up(doubted, marks_there, dead_letters)
+            plan = Plan(indexes=self._keeps_indexes, is_careful=is_careful)
             plan.lost |= lost
             minded: set[int] = set()
             for index, unit in enumerate(units):
@@ -374,12 +385,19 @@ class KvSagaStore:
                     plan.lost.add(pk_of(unit))
             if plan.conflicts and not looked_twice:
                 looked_twice = True
-                doubted = [key for index in plan.conflicts for key in doubt(units[index])]
+                doubted = list({key: None for index in plan.conflicts for key in doubt(units[index])})
                 if doubted:
                     continue
 
+            try:
+                events = plan.seal()
+            except (TypeError, ValueError, OverflowError):
+                if is_careful:
+                    raise
+                is_careful = True
+                continue
             plan.checks += tenure.arrival_checks(minded)
-            done = await self._write(plan, member)
+            done = await self._write(plan, events, member)
             if isinstance(done, Committed):
                 tenure.nothing_arrived(minded)
                 lost |= plan.lost
@@ -400,10 +418,10 @@ class KvSagaStore:
                     doubted.append(key)
         raise BackendUnavailable(f"{self._kv.name}: somebody without the lease keeps changing the rows of this batch")
 
-    async def _write(self, plan: Plan, member: Key) -> Committed | Conflicted:
+    async def _write(self, plan: Plan, events: int, member: Key) -> Committed | Conflicted:
         """One key-value commit for `plan`, and what is learnt from it."""
         tenure = self._tenure
-        if not plan.writes and not plan.inserts and not plan.feed_count:
+        if not plan.writes and not plan.inserts:
             row = await self._kv.get(member)
             if row is None or row.versionstamp != tenure.stamp:
                 return Conflicted((member,))
@@ -425,11 +443,8 @@ class KvSagaStore:
             puts += [(("arrivals", part), b"") for part in set(plan.inbox) - tenure.parts]
         if plan.outbox:
             reserve["outbox"] = len(plan.outbox)
-        if plan.feed_count:
-            reserve["feed"] = plan.feed_count
-            feed = encode(plan.feed)
-            check_size(len(feed))
-            inserts.append((FEED_KEY, feed))
+        if events:
+            reserve["feed"] = events
         done = await self._commit_kv(
             checks=[Check(member, tenure.stamp), *plan.checks],
             inserts=inserts,
@@ -601,6 +616,18 @@ class KvSagaStore:
         rows = await self._kv.scan(prefix, after=(*prefix, after_entry), limit=limit)
         return [decoded(self._kv, row, decode_entry) for row in rows]
 
+    async def children(
+        self, pk: int, run: int, *, status: ChildStatus = "live", after: tuple[int, int] | None = None, limit: int = 50
+    ) -> list[Child]:
+        await self.open()
+        prefix = children_key(pk, run, status)
+        rows = await self._kv.scan(prefix, after=None if after is None else (*prefix, *after), limit=limit)
+        return [decoded(self._kv, row, decode_child) for row in rows]
+
+    async def count_children(self, pk: int, run: int) -> Mapping[ChildStatus, int]:
+        await self.open()
+        return {each: await self._kv.count(children_key(pk, run, each), limit=_COUNTED_MAX) for each in CHILD_STATUSES}
+
     async def dead_letters(
         self, *, saga_id: str | None = None, key: str | None = None, after: str | None = None, limit: int = 50
     ) -> list[DeadLetter]:
@@ -668,6 +695,14 @@ class KvSagaStore:
         if keys:
             await self._commit_kv(deletes=keys)
         return len(keys)
+
+    async def put_standing(self, standing: SagaStanding) -> None:
+        await self.open()
+        await self._commit_kv(puts=[(("standing", standing.saga_id), encode(standing))])
+
+    async def standings(self) -> list[SagaStanding]:
+        await self.open()
+        return [decoded(self._kv, row, decode_standing) for row in await self._all(("standing",))]
 
     async def definitions(self) -> list[RegisteredDefinition]:
         await self.open()

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from functools import partial
+from operator import itemgetter
 from typing import Final, TypeVar, cast
-
-import msgspec
 
 from sagaloom.definitions import SagaInstanceStatus
 from sagaloom.engine.records import DeadLetter, FeedRecord, Head, Instance
@@ -19,6 +18,8 @@ from sagaloom.ids import instance_id
 from sagaloom.ports.keyvalue import Check, Committed, Entry, Key, KeyValue
 from sagaloom.ports.store import Conflict, RowRef, UnitOfWork
 from sagaloom.stores.rows import (
+    FEED_KEY,
+    child_key,
     dead_letter_keys,
     decode_dead_letter,
     decode_head,
@@ -39,7 +40,6 @@ __all__ = [
     "Beliefs",
     "Plan",
     "brings_only",
-    "check_size",
     "consumed_row",
     "decided_key",
     "doubt",
@@ -59,6 +59,9 @@ _RunFacts = tuple[int, int, SagaInstanceStatus, datetime]
 
 # What a named tuple's own constructor does, without its Python frame: a third of the time, for each row of a commit.
 _check: Final = cast("Callable[[tuple[Key, int | None]], Check]", partial(tuple.__new__, Check))  # pyright: ignore[reportUnknownMemberType]
+
+
+_value_of: Final = cast("Callable[[tuple[Key, bytes]], bytes]", itemgetter(1))
 
 
 class Beliefs:
@@ -143,52 +146,23 @@ class Beliefs:
             self.rows.update((key, None) for key in keys)
             _shrink(self.rows, _ROWS_KNOWN_MAX)
 
-    async def read_unknown(
-        self, units: Sequence[UnitOfWork], doubted: Iterable[Key], marks_there: set[Key]
-    ) -> dict[str, tuple[DeadLetter, int]]:
-        """Reads what planning `units` needs and memory does not have, and what is `doubted`. Adds the marks that it
-        meets to `marks_there`, and returns the dead letters that the units consume, with their
-        versionstamps: anybody may consume one, so each is checked."""
-        wanted: dict[Key, None] = dict.fromkeys(doubted)
-        runs, heads, rows = self.runs, self.heads, self.rows
-        made: set[object] = set()
-        for unit in units:
-            instance = unit.instance
-            if instance is not None:
-                run_key = (instance.pk, instance.run)
-                if unit.revision_before is not None and run_key not in runs and run_key not in made:
-                    wanted["state", instance.pk, instance.run] = None
-                made.add(run_key)
-            head = unit.head
-            if head is not None:
-                head_row = head_key(head.saga_id, head.key)
-                if unit.head_before is not None and head_row not in heads and head_row not in made:
-                    wanted[head_row] = None
-                made.add(head_row)
-            if unit.outbox_done is not None:
-                key: Key = ("outbox", *unit.outbox_done)
-                if key not in rows:
-                    wanted[key] = None
-            if unit.inbox_done or unit.inbox_update or unit.outbox_update or unit.timer_done:
-                for key in _consumed_rows(unit):
-                    if key not in rows:
-                        wanted[key] = None
-            if unit.dead_letter_done is not None:
-                wanted["dead_letter", unit.dead_letter_done] = None
-        dead_letters: dict[str, tuple[DeadLetter, int]] = {}
-        if wanted:
-            keys = list(wanted)
-            for key, row in zip(keys, await self._kv.get_many(keys), strict=True):
-                if key[0] == "dead_letter":
-                    if row is not None:
-                        letter = decoded(self._kv, row, decode_dead_letter)
-                        dead_letters[letter.id] = (letter, row.versionstamp)
-                elif key[0] == "dedupe":
-                    if row is not None:
-                        marks_there.add(key)
+    async def look_up(
+        self, doubted: Sequence[Key], marks_there: set[Key], dead_letters: dict[str, tuple[DeadLetter, int]]
+    ) -> None:
+        """Reads the rows that are `doubted`. The marks among them that are there go to `marks_there`, the dead letters
+        to `dead_letters`, with their versionstamps: anybody may consume one, so each is checked."""
+        for key, row in zip(doubted, await self._kv.get_many(doubted), strict=True):
+            if key[0] == "dead_letter":
+                if row is None:
+                    dead_letters.pop(str(key[1]), None)
                 else:
-                    self.learn_row(key, row)
-        return dead_letters
+                    letter = decoded(self._kv, row, decode_dead_letter)
+                    dead_letters[letter.id] = (letter, row.versionstamp)
+            elif key[0] == "dedupe":
+                if row is not None:
+                    marks_there.add(key)
+            else:
+                self.learn_row(key, row)
 
 
 class _Beside:
@@ -209,13 +183,13 @@ class Plan:
     """What a batch will write, unit by unit, and what it will have changed."""
 
     __slots__ = (
+        "_is_careful",
         "assumed_new",
         "checks",
         "conflicts",
         "consumed",
         "dead_letters",
         "feed",
-        "feed_count",
         "heads",
         "inbox",
         "indexes",
@@ -229,9 +203,11 @@ class Plan:
         "writes",
     )
 
-    def __init__(self, *, indexes: bool = True) -> None:
-        """Without `indexes` the store finds runs and dead letters by other means than rows of ours."""
+    def __init__(self, *, indexes: bool = True, is_careful: bool = False) -> None:
+        """Without `indexes` the store finds runs and dead letters by other means than rows of ours. `is_careful`: every
+        unit is looked at for what cannot be stored, for some unit has such a thing."""
         self.indexes = indexes
+        self._is_careful = is_careful
         self.conflicts: dict[int, Conflict] = {}
         self.lost: set[int] = set()
         """Surrogate numbers of instances of which a unit was left out."""
@@ -252,33 +228,32 @@ class Plan:
         self.inbox: list[int] = []
         """The partition of each new row, in the order of their numbers."""
         self.outbox: list[int] = []
-        self.feed: list[msgspec.Raw] = []
-        self.feed_count = 0
-        """How many events are in `feed`."""
+        self.feed: list[FeedRecord] = []
         self.sagas: set[str] = set()
 
     def place(
         self, unit: UnitOfWork, beliefs: Beliefs, marks_there: set[Key], dead_letters: dict[str, tuple[DeadLetter, int]]
     ) -> Conflict | None:
         """Adds `unit`, whole; or says why not, and leaves the plan as it was."""
-        instance, entry, head, mark, feed = unit.instance, unit.entry, unit.head, unit.mark, unit.feed
+        instance, entry, head, mark = unit.instance, unit.entry, unit.head, unit.mark
         done = unit.outbox_done
-        if done is not None and unit == UnitOfWork(part=unit.part, outbox_done=done, feed=feed):
+        if done is not None and _only_settles(unit):
             # Every effect ends as such a unit, so half of all units are.
             row: Key = ("outbox", *done)
             if row not in beliefs.rows or row in self.consumed:
                 return Conflict("gone", f"outbox row {done}")
-            if feed:
-                self._show(feed, [msgspec.Raw(encode(record)) for record in feed])
+            if self._is_careful:
+                encode(unit.feed)
             self.writes[row] = None
             self.consumed.add(row)
+            self.feed += unit.feed
             return None
         if instance is not None or entry is not None:
             shape = _misshapen(unit)
             if shape is not None:
                 return Conflict("refused", shape)
         pk = pk_of(unit)
-        if pk and pk in self.lost:
+        if self.lost and pk and pk in self.lost:
             return Conflict("revision", "an earlier unit of the same instance in this batch was not written")
         checks: list[Check] = []
         rows: list[tuple[Key, bytes | None]] = []
@@ -288,7 +263,6 @@ class Plan:
         if instance is not None:
             run = instance.run
             run_key = (pk, run)
-            run_row: Key = ("state", pk, run)
             facts = self.runs.get(run_key)
             if facts is None:
                 known = beliefs.runs.get(run_key)
@@ -297,11 +271,11 @@ class Plan:
             if unit.revision_before is None:
                 if facts is not None:
                     return _wrong_revision(instance, facts)
-                inserts.append((run_row, encode(instance)))
+                inserts.append((("state", pk, run), encode(instance)))
             else:
                 if facts is None or facts[0] != unit.revision_before or facts[1] != unit.entries_before:
                     return _wrong_revision(instance, facts)
-                rows.append((run_row, encode(instance)))
+                rows.append((("state", pk, run), encode(instance)))
             status = instance.status
             if self.indexes and (facts is None or facts[2] != status or facts[3] != instance.created_at):
                 if facts is not None:
@@ -352,7 +326,6 @@ class Plan:
             for effect in unit.outbox_add:
                 inserts.append((("outbox", unit.part, slot("outbox", number)), encode(effect)))
                 number += 1
-        shown = [msgspec.Raw(encode(record)) for record in feed]
         beside: _Beside | None = None
         if (
             done is not None
@@ -365,6 +338,8 @@ class Plan:
             or unit.timer_done is not None
             or unit.dead_letters_add
             or unit.dead_letter_done is not None
+            or unit.children_add
+            or unit.child_done is not None
         ):
             found = self._beside(unit, beliefs, dead_letters)
             if isinstance(found, Conflict):
@@ -373,7 +348,9 @@ class Plan:
             checks += beside.checks
             rows += beside.rows
             inserts += beside.inserts
-        _check_sizes(rows, inserts)
+        if self._is_careful:
+            encode(unit.feed)
+            _check_sizes(rows, inserts)
 
         # From here on nothing is refused.
         self.writes.update(rows)
@@ -394,11 +371,22 @@ class Plan:
             self.marks[mark_row] = True
         if unit.outbox_add:
             self.outbox += [unit.part] * len(unit.outbox_add)
-        if feed:
-            self._show(feed, shown)
+        self.feed += unit.feed
         if beside is not None:
             self._learn(unit, beside)
         return None
+
+    def seal(self) -> int:
+        """Adds the row of the feed, and returns how many events are in it. Raises `TypeError`, `ValueError` or
+        `OverflowError` for what cannot be stored: a careful plan finds out which unit brings it."""
+        events = sum([len(record.moments) for record in self.feed])
+        if events:
+            self.inserts.append((FEED_KEY, encode(self.feed)))
+        # Only when all rows together are so large can one of them be.
+        size = sum(map(len, map(_value_of, self.inserts))) + sum(map(len, filter(None, self.writes.values())))
+        if size > ROW_BYTES_MAX:
+            _check_sizes(self.writes.items(), self.inserts)
+        return events
 
     def _beside(
         self, unit: UnitOfWork, beliefs: Beliefs, dead_letters: dict[str, tuple[DeadLetter, int]]
@@ -465,6 +453,10 @@ class Plan:
             first, *others = self._letter_keys(letter)
             rows.append((first, encode(letter)))
             rows += [(key, b"") for key in others]
+        rows += [(child_key(child, "live"), encode(child)) for child in unit.children_add]
+        if (child := unit.child_done) is not None:
+            # Nobody else writes them: the parent has before its child came to be, and a child ends once.
+            rows += [(child_key(child, "live"), None), (child_key(child, child.status), encode(child))]
         return beside
 
     def _letter_keys(self, letter: DeadLetter) -> tuple[Key, ...]:
@@ -490,11 +482,6 @@ class Plan:
                 self.checks.append(_check((row, None)))
                 self.assumed_new.discard(row)
         self.marks[row] = False
-
-    def _show(self, records: tuple[FeedRecord, ...], encoded: list[msgspec.Raw]) -> None:
-        self.feed += encoded
-        for record in records:
-            self.feed_count += len(record.moments)
 
 
 def brings_only(unit: UnitOfWork) -> bool:
@@ -525,8 +512,7 @@ def consumed_row(unit: UnitOfWork) -> RowRef | None:
 
 
 def doubt(unit: UnitOfWork) -> list[Key]:
-    """The rows on which a conflict of `unit` may rest, or that may name a better one; all but those that every
-    round reads anyway."""
+    """The rows on which a conflict of `unit` may rest, or that may name a better one."""
     keys: list[Key] = []
     if unit.instance is not None:
         keys.append(("state", unit.instance.pk, unit.instance.run))
@@ -534,22 +520,46 @@ def doubt(unit: UnitOfWork) -> list[Key]:
         keys.append(head_key(unit.head.saga_id, unit.head.key))
     if unit.mark is not None:
         keys.append(mark_key(unit.mark_pk, unit.mark.dedupe_key))
-    keys += _consumed_rows(unit)
+    if unit.outbox_done is not None:
+        keys.append(("outbox", *unit.outbox_done))
+    if unit.inbox_done is not None:
+        keys.append(("inbox", *unit.inbox_done))
+    if unit.timer_done is not None:
+        keys.append(timer_key(unit.timer_done))
+    if unit.inbox_update is not None:
+        keys.append(("inbox", *unit.inbox_update.ref))
+    if unit.outbox_update is not None:
+        keys.append(("outbox", *unit.outbox_update.ref))
+    if unit.dead_letter_done is not None:
+        keys.append(("dead_letter", unit.dead_letter_done))
     return keys
 
 
-def _check_sizes(rows: list[tuple[Key, bytes | None]], inserts: list[tuple[Key, bytes]]) -> None:
-    for _, value in rows:
-        if value is not None and len(value) > ROW_BYTES_MAX:
-            check_size(len(value))
-    for _, value in inserts:
-        if len(value) > ROW_BYTES_MAX:
-            check_size(len(value))
+def _check_sizes(rows: Iterable[tuple[Key, bytes | None]], inserts: Iterable[tuple[Key, bytes]]) -> None:
+    largest = max(map(len, [value for _, value in (*rows, *inserts) if value is not None]), default=0)
+    if largest > ROW_BYTES_MAX:
+        raise ValueError(f"a row of {largest} bytes is too large for the store: at most {ROW_BYTES_MAX} are allowed")
 
 
-def check_size(size: int) -> None:
-    if size > ROW_BYTES_MAX:
-        raise ValueError(f"a row of {size} bytes is too large for the store: at most {ROW_BYTES_MAX} are allowed")
+def _only_settles(unit: UnitOfWork) -> bool:
+    """Whether a unit with an `outbox_done` writes nothing else but its feed."""
+    return not (
+        unit.mark
+        or unit.instance
+        or unit.entry
+        or unit.head
+        or unit.inbox_add
+        or unit.inbox_done
+        or unit.inbox_update
+        or unit.outbox_add
+        or unit.outbox_update
+        or unit.timers_add
+        or unit.timers_remove
+        or unit.timer_done
+        or unit.dead_letters_add
+        or unit.dead_letter_done
+        or unit.unmark
+    )
 
 
 def _misshapen(unit: UnitOfWork) -> str | None:
@@ -577,22 +587,6 @@ def pk_of(unit: UnitOfWork) -> int:
     if unit.head is not None:
         return unit.head.pk
     return unit.mark_pk
-
-
-def _consumed_rows(unit: UnitOfWork) -> list[Key]:
-    """The inbox, outbox and timer rows that must be there for `unit`."""
-    keys: list[Key] = []
-    if unit.outbox_done is not None:
-        keys.append(("outbox", *unit.outbox_done))
-    if unit.inbox_done is not None:
-        keys.append(("inbox", *unit.inbox_done))
-    if unit.timer_done is not None:
-        keys.append(timer_key(unit.timer_done))
-    if unit.inbox_update is not None:
-        keys.append(("inbox", *unit.inbox_update.ref))
-    if unit.outbox_update is not None:
-        keys.append(("outbox", *unit.outbox_update.ref))
-    return keys
 
 
 def refused(error: Exception) -> Conflict:

@@ -27,7 +27,7 @@ from typing import Any, Final
 
 from sagaloom.errors import ConfigurationError, SagasError
 from sagaloom.kv.postgres.connection import PostgresDatabase
-from sagaloom.kv.postgres.driver import InterfaceError, PostgresError, Row
+from sagaloom.kv.postgres.driver import InterfaceError, InternalClientError, PostgresError, Row
 from sagaloom.kv.presence import FilePresence
 
 __all__ = ["PostgresPresence"]
@@ -199,7 +199,7 @@ class PostgresPresence:
             try:
                 await connection.add_listener(self._channel, self._notified)
                 await ended.wait()
-            except (PostgresError, InterfaceError, OSError) as error:
+            except (PostgresError, InterfaceError, InternalClientError, OSError) as error:
                 _log.debug("cannot listen: %s", error)
                 await asyncio.sleep(_RELISTEN_SECONDS)
             finally:

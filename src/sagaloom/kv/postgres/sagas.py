@@ -12,6 +12,7 @@ the other.
     outbox       saga_runtime_outbox        partition, number
     timer        saga_runtime_timer         due, id
     dead_letter  saga_runtime_dead_letter   id
+    child        saga_runtime_child         parent's pk, run, status, place
     arrivals     saga_runtime_arrivals      partition
     feed         saga_runtime_feed          written only; read by number
 
@@ -34,12 +35,13 @@ from __future__ import annotations
 import secrets
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
-from typing import Final
+from typing import Any, Final
 
 from sagaloom.errors import BackendUnavailable
 from sagaloom.kv.packing import pack, table_of
 from sagaloom.kv.postgres.batch import COMMIT, SagaBatch
 from sagaloom.kv.postgres.columns import (
+    child_row,
     entry_row,
     head_changes,
     head_row,
@@ -70,6 +72,7 @@ _COLUMNS: Final[dict[str, tuple[tuple[str, str], ...]]] = {
     "outbox": (("part", "int"), ("seq", "bigint")),
     "timer": (("due", "bigint"), ("id", "text")),
     "dead_letter": (("id", "text"),),
+    "child": (("pk", "bigint"), ("parent_run", "int"), ("status", "int"), ("revision", "int"), ("position", "int")),
     "arrivals": (("part", "int"),),
 }
 _VALUE: Final = {"arrivals": "''::bytea"}
@@ -492,6 +495,8 @@ def _batch_of(
                 batch.inbox.append(inbox_changes(part, seq, value))
             case ("dead_letter", str(letter)):
                 batch.letters.append(letter_row(letter, value))
+            case ("child", int(pk), int(run), int(status), int(revision), int(position)):
+                batch.children.append(child_row((pk, run, status, revision, position), value))
             case ("arrivals", int(part)):
                 batch.part_puts.append((part,))
                 parts.setdefault(part, None)
@@ -509,14 +514,27 @@ def _batch_of(
                 batch.timers_gone.append((due, timer))
             case ("dedupe", int(pk), bytes(hashed)):
                 batch.marks_gone.append((pk, hashed))
+            case ("child", *place):
+                batch.children_gone.append(tuple(place))
             case ("dead_letter", str(letter)):
                 batch.letters_gone.append((letter,))
             case _:
                 raise NotImplementedError(f"a commit of saga rows does not delete {key!r}")
-    # In one order, so that of two commits that want the same rows none waits for the other.
+    # In one order, so that no two commits that want the same rows wait for each other. Heads that will be changed are
+    # locked together with those that are checked: the holder changes what somebody else, who brings, checks.
     batch.parts = sorted(parts.items())
-    batch.head_checks.sort()
+    checked = {hashed for hashed, _ in batch.head_checks}
+    batch.head_checks += [(row[0], None) for row in batch.heads if row[0] not in checked]
+    batch.head_checks.sort(key=_first)
+    batch.letter_checks.sort()
+    batch.marks.sort()
+    batch.heads_new = dict(sorted(batch.heads_new.items()))
+    batch.sagas_seen.sort()
     return batch
+
+
+def _first(row: tuple[object, ...]) -> Any:
+    return row[0]
 
 
 def _typed(key: Key, width: int) -> tuple[object, ...]:

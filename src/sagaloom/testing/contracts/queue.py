@@ -485,8 +485,7 @@ class QueueContract:
         await consumer.settle(Buried(delivery.token, letter_of(delivery)))
 
         assert list(await broker.dead_letters(limit=10)) == [letter_of(delivery)]
-        assert (await broker.depth()).dead == 1
-        assert (await broker.depth()).live == 0
+        await _until(broker, live=0, dead=1)
         assert await consumer.finds_nothing()
 
     async def test_dead_letters_are_listed_from_the_oldest_on_page_by_page(
@@ -895,7 +894,7 @@ def _stop_soon(queue: Queue[Any]) -> None:
     task.add_done_callback(_stopping.discard)
 
 
-async def _until(queue: Queue[Any], *, live: int, dead: int) -> None:
+async def _until(queue: Queue[Any] | QueueBroker, *, live: int, dead: int) -> None:
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while ((depth := await queue.depth()).live, depth.dead) != (live, dead):
         assert time.monotonic() < deadline, f"{depth} is not live={live} dead={dead}"
