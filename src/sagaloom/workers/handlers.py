@@ -17,7 +17,7 @@ import re
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final, Generic, Literal, Protocol, TypeAlias, TypeVar, cast, get_args, overload
+from typing import Any, Final, Generic, Literal, Protocol, TypeAlias, TypeGuard, TypeVar, cast, get_args, overload
 
 import msgspec
 
@@ -42,6 +42,7 @@ __all__ = [
     "create_failure_result",
     "create_success_result",
     "define_job_handler",
+    "is_job",
 ]
 
 P = TypeVar("P")
@@ -282,6 +283,11 @@ def define_job_handler(
         heartbeat_timeout=_checked_length(where, "heartbeat_timeout", heartbeat_timeout),
         schedule=_checked_schedule(where, job_id, schedule, codec, takes_objects_only=payload is None),
     )
+
+
+def is_job(value: object) -> TypeGuard[JobDefinition[Any]]:
+    """Whether it is a job, whatever its payload."""
+    return isinstance(value, JobDefinition)
 
 
 class JobSet:

@@ -23,7 +23,7 @@ from sagaloom.errors import DefinitionError, SagasError
 from sagaloom.modules import module_at
 from sagaloom.ports.jobs import Settlement
 from sagaloom.workers.context import JobContext
-from sagaloom.workers.handlers import JobDefinition
+from sagaloom.workers.handlers import JobDefinition, is_job
 from sagaloom.workers.outcomes import Raised, Returned, settlement_of, unusable
 from sagaloom.workers.pool_wire import HEAD, Done, FromProcess, Hello, Said, Task, ToProcess, pack, read_to
 
@@ -151,10 +151,8 @@ def _settlement(task: Task, line: _Line, work: _Work) -> Settlement:
 def _job_of(task: Task) -> JobDefinition[Any]:
     module = module_at(task.module, task.file)
     for value in vars(module).values():
-        if isinstance(value, JobDefinition):
-            job = cast("JobDefinition[Any]", value)
-            if job.id == task.run.job_id:
-                return job
+        if is_job(value) and value.id == task.run.job_id:
+            return value
     raise DefinitionError(
         f"job {task.run.job_id!r} is no global of {task.file or task.module}, where the processes of the pool look for "
         "it: define it at the top of that module, with the same id"

@@ -16,11 +16,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Final, NamedTuple, TypeGuard, cast
+from typing import Any, Final, NamedTuple, cast
 
 from sagaloom.errors import ConfigurationError
 from sagaloom.modules import ModuleKind, attribute_of, import_named, modules_named
-from sagaloom.workers.handlers import JobDefinition
+from sagaloom.workers.handlers import JobDefinition, is_job
 
 __all__ = ["ModuleTrouble", "load_jobs", "load_what_is_sound"]
 
@@ -84,7 +84,7 @@ def _jobs_of(module: ModuleType, attribute: str | None, name: str) -> list[JobDe
         # `from . import jobs` puts a module under that name; it is no export of jobs.
         if export in exported and not isinstance(exported[export], ModuleType):
             return _checked(exported[export], name, export)
-    found = {id(value): value for value in exported.values() if _is_job(value)}
+    found = {id(value): value for value in exported.values() if is_job(value)}
     if not found:
         raise ConfigurationError(
             f"{_JOBS.label} {name} must export {', '.join(_EXPORTS)}, or have jobs among its globals: make one with "
@@ -94,7 +94,7 @@ def _jobs_of(module: ModuleType, attribute: str | None, name: str) -> list[JobDe
 
 
 def _checked(value: object, name: str, export: str) -> list[JobDefinition[Any]]:
-    if _is_job(value):
+    if is_job(value):
         return [value]
     if isinstance(value, Mapping):
         entries = list(cast("Mapping[Any, object]", value).values())
@@ -106,7 +106,7 @@ def _checked(value: object, name: str, export: str) -> list[JobDefinition[Any]]:
             "make one with define_job_handler(function)"
         )
     for entry in entries:
-        if not _is_job(entry):
+        if not is_job(entry):
             raise ConfigurationError(
                 f"{_JOBS.label} {name} contains an entry in {export} that is no job: {entry!r:.80}; did you forget "
                 "define_job_handler?"
@@ -114,7 +114,3 @@ def _checked(value: object, name: str, export: str) -> list[JobDefinition[Any]]:
     if not entries:
         raise ConfigurationError(f"{_JOBS.label} {name}: {export} is empty")
     return cast("list[JobDefinition[Any]]", entries)
-
-
-def _is_job(value: object) -> TypeGuard[JobDefinition[Any]]:
-    return isinstance(value, JobDefinition)
