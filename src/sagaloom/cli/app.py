@@ -16,6 +16,7 @@ import typer
 
 from sagaloom.cli.checking import add_check_commands
 from sagaloom.cli.client import DEFAULT_URL, ApiClient, CommandFailed, instance_path
+from sagaloom.cli.database import db_app
 from sagaloom.cli.jobs import jobs_app
 from sagaloom.cli.operating import add_dead_letter_commands, add_instance_commands
 from sagaloom.cli.options import AsJson, Host, Insecure, Key, Limit, Modules, Run, Saga, Token, Topic, Url
@@ -47,6 +48,7 @@ app.add_typer(dead_letters_app, name="dead-letters")
 app.add_typer(timers_app, name="timers")
 app.add_typer(schedules_app, name="schedules")
 app.add_typer(jobs_app, name="jobs")
+app.add_typer(db_app, name="db")
 
 Port = Annotated[int | None, typer.Option("--port", min=0, max=65535, help="The port; by default PORT, else 8092.")]
 
