@@ -15,7 +15,7 @@ unexport VIRTUAL_ENV
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install serve test check crash examples bench docs format clean
+.PHONY: help install serve test check crash examples chaos bench docs format clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,10 @@ crash: install  ## Kill workers and count what was lost (shorter: KILLS=12 MESSA
 
 examples: install  ## Stop every example at every commit and kill it (some of them: make examples ARGS="-k orders")
 	SAGALOOM_EXAMPLES=all $(BIN)/python -m pytest tests/examples/test_stories.py $(ARGS)
+
+# And of this one: STORE (postgres or kv), ORDERS, KILLS, STOPS, RESTARTS, PROCESSES, SEED.
+chaos: install  ## Kill workers, stop them, restart the database, and ask an oracle (one file: STORE=kv)
+	$(BIN)/python -m tests.chaos
 
 bench: install  ## Measure throughput and latency on this machine
 	$(BIN)/python -m bench

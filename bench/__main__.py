@@ -32,6 +32,7 @@ LINES: Final = {
     "1": "line1_throughput",
     "3": "line3_latency",
     "4": "line4_http",
+    "5": "line5_peers",
     "6": "line6_crowds",
     "7": "line7_restart",
     "8": "line8_idle",

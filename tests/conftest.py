@@ -20,7 +20,7 @@ __all__ = ["schema", "schema_of_the_session"]
 GROUPS = (
     *("core", "authoring", "servers", "stores", "queues", "runtime", "publisher", "doors", "workers"),
     *("middleware", "telemetry"),
-    *("crash", "typing", "examples", "bugs"),
+    *("crash", "chaos", "typing", "examples", "bugs"),
 )
 
 _HERE = Path(__file__).parent

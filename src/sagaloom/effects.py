@@ -67,7 +67,10 @@ _OPTIONS: Final = {
     "queue": "queue",
     "on_dead_letter": "on_dead_letter",
     "onDeadLetter": "on_dead_letter",
+    "on_parent_cancel": "on_parent_cancel",
+    "onParentCancel": "on_parent_cancel",
 }
+_OF_A_CHILD: Final = ("on_parent_cancel",)
 
 
 @final
@@ -142,6 +145,7 @@ class Spawn(CascadedMessage, frozen=True):
     input: Any
     idempotency_key: str | None = None
     concurrency_key: str | None = None
+    on_parent_cancel: Literal["cancel", "abandon"] = "cancel"
 
 
 class Answer(CascadedMessage, frozen=True):
@@ -273,9 +277,11 @@ def spawn(
     *,
     idempotency_key: str | None = None,
     concurrency_key: str | None = None,
+    on_parent_cancel: Literal["cancel", "abandon"] | None = None,
 ) -> CascadedMessage:
     """Starts a child saga, in the same commit. `input` is a message, or the payload of the child's first starting
-    type. The child's end comes back as `<child id>:completed`, `:failed` or `:cancelled`.
+    type. The child's end comes back as `<child id>:completed`, `:failed` or `:cancelled`. When this run is cancelled or
+    terminated, so is the child, unless `on_parent_cancel="abandon"` lets it live.
 
     >>> spawn("shipment", {"orderId": "o-1"}).child
     'shipment'
@@ -285,13 +291,18 @@ def spawn(
     child_id = child.id if isinstance(child, SagaDefinition) else child
     if not isinstance(child_id, str) or not child_id.strip():
         raise DefinitionError(f"spawn takes a saga definition or its id, got {child!r:.80}")
-    chosen = _options("spawn", options, only=("idempotency_key", "concurrency_key"))
+    chosen = _options("spawn", options, only=("idempotency_key", "concurrency_key", "on_parent_cancel"))
     if idempotency_key is not None:
         chosen["idempotency_key"] = idempotency_key
     if concurrency_key is not None:
         chosen["concurrency_key"] = concurrency_key
+    if on_parent_cancel is not None:
+        chosen["on_parent_cancel"] = on_parent_cancel
     for name, value in chosen.items():
         _check_text("spawn", name, value)
+    if chosen.get("on_parent_cancel", "cancel") not in ("cancel", "abandon"):
+        given = chosen["on_parent_cancel"]
+        raise DefinitionError(f"spawn: on_parent_cancel must be 'cancel' or 'abandon', got {given!r:.80}")
     return Spawn(child_id.strip(), input, **chosen)
 
 
@@ -330,8 +341,8 @@ def _options(what: str, options: Mapping[str, Any] | None, *, only: tuple[str, .
     chosen: dict[str, Any] = {}
     for name, value in (options or {}).items():
         known = _OPTIONS.get(name)
-        if known is None or (only is not None and known not in only):
-            allowed = ", ".join(only or dict.fromkeys(_OPTIONS.values()))
+        if known is None or (known not in only if only is not None else known in _OF_A_CHILD):
+            allowed = ", ".join(only or [each for each in dict.fromkeys(_OPTIONS.values()) if each not in _OF_A_CHILD])
             raise DefinitionError(f"{what}: unknown option {name!r}; it takes {allowed}")
         if value is not None:
             chosen[known] = value

@@ -163,7 +163,7 @@ def test_a_spawn_carries_the_link_to_its_parent() -> None:
     outgoing = sent(gone(saga_with(returning(spawn("child", {"n": 1}, concurrency_key="c")))))
 
     assert (outgoing.kind, outgoing.target, outgoing.correlation_key) == ("spawn", "child", None)
-    assert outgoing.parent == ParentLink("s", "k", 1, outgoing.effect_key)
+    assert outgoing.parent == ParentLink("s", "k", 1, outgoing.effect_key, pk=7, revision=2, position=0)
     assert (outgoing.encoded, outgoing.concurrency_key) == (b'{"n":1}', "c")
 
 

@@ -45,7 +45,7 @@ from tests.crash.wire import Client
 from tests.crash.witness import Witness
 from tests.crash.worker import Waiting
 
-__all__ = ["ALL_AT_ONCE", "RANDOM", "STOPS", "CrashRun", "Report", "plan_kills", "plan_stops"]
+__all__ = ["ALL_AT_ONCE", "RANDOM", "STOPPED_DECIDED", "STOPS", "CrashRun", "Report", "plan_kills", "plan_stops"]
 
 RANDOM: Final = "at random"
 ALL_AT_ONCE: Final = "all at once"
@@ -56,6 +56,7 @@ STOPS: Final = (STOPPED, STOPPED_DECIDED)
 _STEP_SECONDS_MAX: Final = 4.0
 _PLANNED_AGAIN_MAX: Final = 3
 _SETTLE_SECONDS_MAX: Final = 60.0
+_ORDERS_PER_SECOND_MIN: Final = 20
 _SHARED_SECONDS_MAX: Final = 10.0
 _TAKEOVER_SECONDS_MAX: Final = 10.0
 _LOOK_SECONDS: Final = 0.005
@@ -91,9 +92,9 @@ def plan_kills(kills: int, rng: random.Random, *, steps: Sequence[str], processe
     return plan
 
 
-def plan_stops(kills: int) -> list[tuple[str, int]]:
-    """(how, 0) of each stop: both kinds by turns, one for each dozen of kills, and never fewer than two."""
-    return [(STOPS[number % 2], 0) for number in range(max(2, kills // 12))]
+def plan_stops(stops: int) -> list[tuple[str, int]]:
+    """(how, 0) of each stop: both kinds by turns."""
+    return [(STOPS[number % 2], 0) for number in range(stops)]
 
 
 @dataclass
@@ -214,7 +215,7 @@ class CrashRun:
             self._watch(self._witness.follow_feed(self._ledger.odd))
         await self._harm_them(fleet, clients)
         await fleet.all_ready()
-        await clients.finish(_SETTLE_SECONDS_MAX + len(self._orders) / 50)
+        await clients.finish(_SETTLE_SECONDS_MAX + len(self._orders) / _ORDERS_PER_SECOND_MIN)
         await self._settle(fleet)
         await self._end_watching()
         if not self._is_shared:
@@ -325,8 +326,10 @@ class CrashRun:
         """Has something happen to the place of the store in the middle of the load. Workers survive it."""
         await fleet.all_ready()
         await self._wait_for_a_random_moment(fleet, clients, self._rng.choice(fleet.slots))
+        since = time.monotonic()
         await self._place.strike(disaster)
         self._report.disasters[disaster] += 1
+        self._tell(f"  {disaster}, and back after {time.monotonic() - since:.1f} s")
 
     async def _wait_for_a_random_moment(self, fleet: Fleet, clients: Clients, slot: Slot) -> None:
         """Up to a random number of the acknowledgements of this portion, and a bit: mostly in the middle of the load,
@@ -458,7 +461,7 @@ class CrashRun:
         await self._wait_until_shared_out(fleet)
         before = [(await fleet.standing(slot)).applied for slot in fleet.slots]
         await self._let_more_out(clients, count)
-        async with asyncio.timeout(_SETTLE_SECONDS_MAX):
+        async with asyncio.timeout(_SETTLE_SECONDS_MAX + count / _ORDERS_PER_SECOND_MIN):
             while not clients.are_idle:
                 await asyncio.sleep(0.01)
                 clients.raise_trouble()

@@ -19,11 +19,13 @@ import msgspec
 
 from tests.crash.nursery import Nursery, Worker
 from tests.crash.wire import Client
-from tests.crash.worker import Standing
+from tests.crash.worker import NO_STORE, Standing
 
 __all__ = ["BOOT_SECONDS_MAX", "Fleet", "Slot"]
 
-BOOT_SECONDS_MAX: Final = 20.0
+BOOT_SECONDS_MAX: Final = 40.0
+_NO_STORE_SECONDS: Final = 0.2
+"""After how long another worker looks for the store that one has not found."""
 _STOP_SECONDS_MAX: Final = 5.0
 
 
@@ -84,6 +86,7 @@ class Fleet:
         assert slot.is_empty
         if slot.coming is not None:
             slot.coming.cancel()
+            slot.coming = None
         return await self._birth(slot, fault)
 
     async def _birth(self, slot: Slot, fault: str | None) -> Worker:
@@ -118,13 +121,16 @@ class Fleet:
             await self.ready(slot)
 
     async def ready(self, slot: Slot) -> None:
-        if slot.is_being_born:
-            assert slot.coming is not None  # whoever else gives a worker waits until it is born
-            await slot.coming
-        worker = slot.worker
-        assert worker is not None
         async with asyncio.timeout(BOOT_SECONDS_MAX):
-            said = await asyncio.shield(worker.ready)
+            while True:
+                if slot.coming is not None and not slot.coming.done():
+                    await asyncio.shield(slot.coming)
+                worker = slot.worker
+                assert worker is not None
+                said = await asyncio.shield(worker.ready)
+                if said or await worker.died != NO_STORE:
+                    break
+                await asyncio.sleep(0)  # `_is_down` is told by the same future, and may have its turn after us
         if not said:
             raise RuntimeError(f"a worker did not start (status {await worker.died}): see {self._log}")
         await asyncio.sleep(0)  # `_is_up` is told by the same future, and may have its turn after us
@@ -138,7 +144,9 @@ class Fleet:
         self._someone.set()
 
     def _is_down(self, slot: Slot, worker: Worker, status: int) -> None:
-        if status != -signal.SIGKILL and not (self._may_exit and status == 0):
+        if status == NO_STORE and slot.worker is worker:
+            self.birth_later(slot, _NO_STORE_SECONDS)
+        elif status != -signal.SIGKILL and not (self._may_exit and status == 0):
             self._trouble.append(f"a worker ended with {status}, not by a kill: see {self._log}")
         if slot.worker is worker:
             slot.is_up = slot.is_stopped = False

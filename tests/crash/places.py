@@ -16,17 +16,22 @@ from typing import ClassVar, Final
 
 import apsw
 
+from sagaloom.kv.postgres import PostgresDatabase, PostgresPresence, PostgresSagaRows
 from sagaloom.kv.presence import FilePresence
 from sagaloom.kv.sqlite import SqliteKeyValue
 from sagaloom.ports.keyvalue import KeyValue
 from sagaloom.ports.store import SagaStore
 from sagaloom.stores.kv import KvSagaStore
-from sagaloom.testing.faults import STEPS
+from sagaloom.stores.sql import SqlSagaStore
+from sagaloom.testing.faults import STEPS, WALK_STEPS
+from tests.servers.postgres import PgBouncer, Postgres
 
-__all__ = ["LEASE_SECONDS", "FilePlace", "Place", "open_store"]
+__all__ = ["KILLED", "LEASE_SECONDS", "RESTARTED", "DatabasePlace", "FilePlace", "Place", "open_store"]
 
 LEASE_SECONDS: Final = 1.0
 """How long a worker that was stopped is still believed to be alive."""
+RESTARTED: Final = "database restarted"
+KILLED: Final = "database killed"
 _LOCK_SECONDS_MAX: Final = 5.0
 
 
@@ -136,8 +141,54 @@ class _SilentPresence(FilePresence):
         return None
 
 
+class DatabasePlace(Place):
+    """A store in a PostgreSQL of our own. The workers reach it through a pooler, we who look do not."""
+
+    steps = WALK_STEPS
+    after_kill_seconds_max = 3 * LEASE_SECONDS
+    """All are on one host, where the dead are told by their locks; but only by whoever can ask the database."""
+    disasters = (RESTARTED, KILLED)
+
+    def __init__(self, database: Postgres, pooler: PgBouncer) -> None:
+        super().__init__()
+        self._database = database
+        self._pooler = pooler
+
+    @property
+    def address(self) -> str:
+        return self._pooler.url
+
+    async def strike(self, disaster: str) -> None:
+        if disaster == KILLED:
+            await asyncio.to_thread(self._database.kill)
+            await asyncio.to_thread(self._database.start)
+        else:
+            await asyncio.to_thread(self._database.restart)
+
+    async def _open(self) -> tuple[KeyValue, SagaStore]:
+        rows = PostgresSagaRows(PostgresDatabase(url=self._database.url))
+        await rows.open()
+        return rows, SqlSagaStore(rows)
+
+
+class _SilentDatabasePresence(PostgresPresence):
+    def nudge(self) -> None:
+        return None
+
+
+async def _open_database(url: str, *, is_silent: bool) -> SagaStore:
+    database = PostgresDatabase(url=url)
+    rows = PostgresSagaRows(database)
+    await rows.open()
+    files = PostgresPresence.on_this_host(rows.store_id, lease_seconds=LEASE_SECONDS)
+    presence = _SilentDatabasePresence if is_silent else PostgresPresence
+    return SqlSagaStore(rows, presence=presence(database, lease_seconds=LEASE_SECONDS, files=files))
+
+
 async def open_store(address: str, *, is_silent: bool, on_step: Callable[[str], None]) -> SagaStore:
     """The store at `address`, as a worker opens it. One that is silent wakes nobody when it brings something."""
+    if address.startswith("postgresql://"):
+        return await _open_database(address, is_silent=is_silent)
     kv = await SqliteKeyValue.open(address, on_step=on_step)
     presence = (_SilentPresence if is_silent else FilePresence)(address, lease_seconds=LEASE_SECONDS)
     return KvSagaStore(kv, presence=presence)

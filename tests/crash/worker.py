@@ -2,8 +2,9 @@
 
 `python -m tests.crash.worker STORE RECEIVER_PORT [SABOTAGE]` is the nursery that forks it. `SAGALOOM_FAULT=step:nth`
 makes it kill itself at that step, and so does `POST /arm` later on. Ready, it says on which port it listens and by what
-name it holds partitions. It stops in order on SIGTERM, and at once when the nursery is gone. On SIGUSR1 it stops itself
-(SIGSTOP) the next time that it has decided and is about to commit.
+name it holds partitions. Without a store it ends with status 75, and is given another try. It stops in order on
+SIGTERM, and at once when the nursery is gone. On SIGUSR1 it stops itself (SIGSTOP) the next time that it has decided
+and is about to commit.
 
 What it tells the driver, as notes:
 
@@ -26,7 +27,7 @@ from typing import Any, Final
 import msgspec
 
 from sagaloom.definitions import RetryPolicy
-from sagaloom.errors import Fenced
+from sagaloom.errors import BackendUnavailable, Fenced
 from sagaloom.ids import PARTITIONS
 from sagaloom.messages import SagaMessage
 from sagaloom.ports.store import CommitResult, Holding, Lease, SagaStore, UnitOfWork
@@ -41,8 +42,11 @@ from tests.crash.sabotage import Saboteur
 from tests.crash.story import definitions
 from tests.crash.wire import HOST, Request, serve
 
-__all__ = ["SERVICES", "Standing", "Waiting", "effect_retry", "what_waits"]
+__all__ = ["NO_STORE", "SERVICES", "Standing", "Waiting", "effect_retry", "what_waits"]
 
+NO_STORE: Final = 75
+"""The status of a worker that found no store when it started."""
+_log = logging.getLogger("crash.worker")
 SERVICES: Final = ("payments", "mail", "carrier")
 
 
@@ -156,6 +160,14 @@ class _ToldStore:
 
 
 async def _main(address: str, receiver_port: int, sabotage: str, tag: str, life: int) -> int:
+    try:
+        return await _work(address, receiver_port, sabotage, tag, life)
+    except BackendUnavailable as error:
+        _log.warning("worker %s found no store: %s", tag, error.message)
+        return NO_STORE
+
+
+async def _work(address: str, receiver_port: int, sabotage: str, tag: str, life: int) -> int:
     tell = _Told(tag)
     faults = Faults.from_env()
     steps = _Steps(faults, tell)

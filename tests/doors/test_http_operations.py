@@ -403,6 +403,7 @@ async def test_the_openapi_document_lists_what_is_served_and_nothing_else(door: 
         f"{PREFIX}/instances",
         f"{PREFIX}/instances/{{sagaName}}/{{correlationId}}",
         f"{PREFIX}/instances/{{sagaName}}/{{correlationId}}/history",
+        f"{PREFIX}/instances/{{sagaName}}/{{correlationId}}/children",
         f"{PREFIX}/instances/{{sagaName}}/{{correlationId}}/cancel",
         f"{PREFIX}/instances/{{sagaName}}/{{correlationId}}/terminate",
         f"{PREFIX}/instances/{{sagaName}}/{{correlationId}}/skip",

@@ -35,6 +35,7 @@ async def test_a_cancelled_instance_is_shown_as_it_is_then(door: Door) -> None:
     found = response.json()
     assert (found["status"], found["reason"], found["version"]) == ("cancelled", "ordered twice", 2)
     assert (found["endedAt"], "completedAt" in found) == ("2026-01-01T00:00:00.000Z", False)
+    assert found.pop("control") == {"disposition": "applied"}
     assert found == (await door.get("/instances/order/o-1")).json()
 
 

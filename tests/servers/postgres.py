@@ -37,10 +37,10 @@ class Postgres(Server):
     polite: ClassVar = signal.SIGINT  # "fast": sessions are ended, data is written
     abrupt: ClassVar = signal.SIGQUIT  # "immediate": as a crash, but it takes its shared memory along
 
-    def __init__(self, *, data: Path | None = None, **settings: str) -> None:
+    def __init__(self, **settings: str) -> None:
         self._bin = binary("initdb", of="PostgreSQL", among=_WHERE).parent
         super().__init__()
-        self._data = data or self.directory / "data"
+        self._data = self.directory / "data"
         self._settings = {**_SETTINGS, **settings}
         self._primary: Postgres | None = None
         self._standby_name = ""
@@ -161,5 +161,18 @@ class PgBouncer(Server):
 
 
 def _is_ready(pg_isready: Path, port: int) -> bool:
-    asked = [pg_isready, "-q", "-h", HOST, "-p", str(port), "-U", "postgres", "-d", "postgres", "-t", "2"]
+    asked: list[str | Path] = [
+        pg_isready,
+        "-q",
+        "-h",
+        HOST,
+        "-p",
+        str(port),
+        "-U",
+        "postgres",
+        "-d",
+        "postgres",
+        "-t",
+        "2",
+    ]
     return subprocess.run(asked, check=False, timeout=10).returncode == 0

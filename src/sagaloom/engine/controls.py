@@ -35,9 +35,10 @@ from typing import Final, Literal, NamedTuple
 import msgspec
 
 from sagaloom.definitions import SagaInstanceStatus
-from sagaloom.engine.ledger import end_of_child
+from sagaloom.engine.families import cancel_children, child_end_of, end_of_child, end_told
 from sagaloom.engine.lifecycle import next_status
 from sagaloom.engine.records import (
+    Child,
     Decision,
     Envelope,
     FeedKind,
@@ -51,7 +52,6 @@ from sagaloom.engine.records import (
 from sagaloom.engine.retrying import storable
 from sagaloom.errors import MessageRejected
 from sagaloom.ids import effect_key
-from sagaloom.messages import SagaMessage
 
 __all__ = [
     "CANCEL",
@@ -113,9 +113,11 @@ def control(
     reason: str | None = None,
     compensate: bool = True,
     step: str | None = None,
+    parent: ParentLink | None = None,
 ) -> Envelope:
     """The envelope of a control for run number `run`, or for the newest when it is decided. `compensate` is for cancel;
-    `step` is for skip: what its author believes to be next. Raises `MessageRejected` for a reason that is no text or
+    `step` is for skip: what its author believes to be next. With `parent` it comes from there, and concerns its child
+    alone. Raises `MessageRejected` for a reason that is no text or
     too long."""
     if reason is not None and (not isinstance(reason, str) or len(reason) > REASON_LENGTH_MAX):
         size = f"has {len(reason)} characters" if isinstance(reason, str) else f"is {type(reason).__name__}"
@@ -131,9 +133,10 @@ def control(
         message_id,
         msgspec.json.encode(said),
         accepted_at,
-        "operator",
+        "operator" if parent is None else "parent",
         run,
         dedupe_key=message_id,
+        parent=parent,
     )
 
 
@@ -215,10 +218,30 @@ def apply_control(instance: Instance, envelope: Envelope, now: datetime) -> Deci
     )
     if not is_over:
         return decision
-    outgoing = () if instance.parent is None else (_end(new, envelope, instance.parent),)
+    outgoing: tuple[Outgoing, ...] = ()
+    ended: Child | None = None
+    if instance.parent is not None:
+        ended = child_end_of(new, instance.parent)
+        if envelope.origin != "parent":
+            outgoing = (_end(new, envelope, instance.parent),)
     # The timer that brought it, when a configured timeout cancels, is consumed as the message that it is.
     others = tuple(timer for timer in instance.timers if timer.id != envelope.id)
-    return msgspec.structs.replace(decision, outgoing=outgoing, timers_ended=others)
+    return msgspec.structs.replace(
+        decision,
+        outgoing=outgoing,
+        timers_ended=others,
+        child_end=ended,
+        follow_ups=children_go_along(new, envelope),
+    )
+
+
+def children_go_along(instance: Instance, envelope: Envelope) -> tuple[Envelope, ...]:
+    """What the control that ends `instance` sends on its way to the children."""
+    if not instance.children:
+        return ()
+    kind: Literal["saga:cancel", "saga:terminate"] = TERMINATE if envelope.type == TERMINATE else CANCEL
+    said = _said(envelope)
+    return cancel_children(instance, envelope, kind=kind, compensate=said.compensate, reason=said_by(envelope))
 
 
 def advanced(instance: Instance, envelope: Envelope, now: datetime) -> Instance:
@@ -286,17 +309,7 @@ def _end(instance: Instance, envelope: Envelope, parent: ParentLink) -> Outgoing
     """Tells the parent's run that this one was cancelled."""
     saga_id, key, run = instance.saga_id, instance.key, instance.run
     payload = {**end_of_child(saga_id, key, run), "reason": instance.reason}
-    return Outgoing(
-        "child_end",
-        parent.saga_id,
-        SagaMessage(f"{saga_id}:{instance.status}", payload),
-        effect_key(saga_id, key, run, instance.revision, 0),
-        (saga_id, key, run),
-        envelope.id,
-        envelope.hops + 1,
-        parent.key,
-        to_run=parent.run,
-        traceparent=instance.traceparent,
-        tracestate=instance.tracestate,
-        encoded=msgspec.json.encode(payload),
-    )
+    name = effect_key(saga_id, key, run, instance.revision, 0)
+    message_type, sender = f"{saga_id}:{instance.status}", (saga_id, key, run)
+    traced = msgspec.structs.replace(envelope, traceparent=instance.traceparent, tracestate=instance.tracestate)
+    return end_told(parent, message_type, payload, sender=sender, by=traced, effect_key=name)

@@ -228,14 +228,16 @@ def route(definitions: DefinitionSet, outgoing: Outgoing, *, now: datetime) -> R
     each alone. A child's end whose parent has no handler for it is dropped: the parent did not ask.
     """
     named = definitions.get(outgoing.target)
+    if outgoing.kind == "child_end":
+        message_type: str = outgoing.payload.type
+        if named is not None and message_type not in named.handlers:
+            return Routed()
+        # A parent that is not loaded here may be known to whoever holds it.
+        return Routed((_child_end(outgoing, message_type, now),))
     try:
         message, payload_json = _message_of(outgoing, named)
     except SagasError as refused:
         return Routed((), (_undeliverable(outgoing, None, outgoing.encoded, refused, now),))
-    if outgoing.kind == "child_end":
-        if named is None or message.type not in named.handlers:
-            return Routed()
-        return Routed((_child_end(outgoing, message, payload_json, now),))
     receivers = (named,) if named is not None else definitions.handling(message.type)
     if named is None and (outgoing.kind == "spawn" or not receivers):
         what = "child saga" if outgoing.kind == "spawn" else "saga or message type"
@@ -391,14 +393,14 @@ def _type_for(outgoing: Outgoing, named: SagaDefinition[Any] | None) -> str:
     )
 
 
-def _child_end(outgoing: Outgoing, message: SagaMessage[Any], payload_json: bytes, now: datetime) -> Envelope:
+def _child_end(outgoing: Outgoing, message_type: str, now: datetime) -> Envelope:
     # The parent's very run: no rule is asked, for the link says exactly who waits.
     return Envelope(
         saga_id=outgoing.target,
         key=outgoing.correlation_key or "",
-        type=message.type,
+        type=message_type,
         id=outgoing.effect_key,
-        payload=payload_json,
+        payload=outgoing.encoded or _encoded(outgoing.sender[0], outgoing.payload),
         accepted_at=now,
         origin="child",
         run=outgoing.to_run,

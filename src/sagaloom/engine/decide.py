@@ -57,11 +57,23 @@ from typing import Any, Final, Literal, NamedTuple
 import msgspec
 
 from sagaloom.codec import encode_any
-from sagaloom.definitions import HandlerBinding, SagaDefinition, SagaInstanceStatus
+from sagaloom.definitions import HandlerBinding, SagaDefinition, SagaHandler, SagaInstanceStatus
+from sagaloom.effects import saga_fail
 from sagaloom.engine.compensation import begin_unwinding, carry_out, go_on, skip_next
-from sagaloom.engine.controls import CANCEL, apply_control, needs_definition, said_by, why_in_vain, why_said
+from sagaloom.engine.controls import (
+    CANCEL,
+    SKIP,
+    apply_control,
+    children_go_along,
+    needs_definition,
+    said_by,
+    why_in_vain,
+    why_said,
+)
 from sagaloom.engine.correlation import dead_letter_id
-from sagaloom.engine.ledger import LIMIT_EXCEEDED, Refused, end_of_child
+from sagaloom.engine.expecting import UNEXPECTED, gather, handler_during, why_not_gathered
+from sagaloom.engine.families import child_end_of, end_of_child, refused_child
+from sagaloom.engine.ledger import LIMIT_EXCEEDED, Refused
 from sagaloom.engine.lifecycle import is_terminal
 from sagaloom.engine.records import (
     AppliedStep,
@@ -117,8 +129,12 @@ def decide(
     elif instance is not None:
         if is_terminal(instance.status):
             if is_bound or definition.reuse != "new_run" or binding is None or not binding.starts:
+                if message.parent is not None and message.origin != "parent":
+                    return _refuse_child(instance, message, context, message.parent)
                 return _ignore_terminal(instance, message, context)
             instance = None
+        elif message.parent is not None and message.origin != "parent":
+            return _refuse_child(instance, message, context, message.parent)
         elif instance.is_paused and message.origin not in _PASSES_PAUSE:
             return Decision("deferred", f"run {instance.run} of {definition.id}:{message.key} is paused")
     if message.hops > context.limits.hops_max:
@@ -187,6 +203,10 @@ def steer(
     if instance is None or (message.run is not None and message.run != instance.run):
         named = "run" if message.run is None else f"run {message.run}"
         return Decision("ignored", f"there is no {named} of {message.saga_id}:{message.key}")
+    if message.parent is not None and (
+        instance.parent is None or instance.parent.effect_key != message.parent.effect_key
+    ):
+        return Decision("ignored", f"run {instance.run} of {message.saga_id}:{message.key} is not that child")
     if is_terminal(instance.status):
         return _ignore_terminal(instance, message, context)
     is_about_timer = is_timer_control(message)
@@ -203,7 +223,13 @@ def steer(
             "here: load its module, or terminate the run"
         )
         return _ignore(instance, message, context, reason)
-    return _safely(definition, instance, message, context, _unwind if message.type == CANCEL else _skip)
+    if message.type == SKIP:
+        return _safely(definition, instance, message, context, _skip)
+    decision = _safely(definition, instance, message, context, _unwind)
+    if decision.disposition != "applied" or decision.instance is None:
+        return decision
+    follow_ups = (*decision.follow_ups, *children_go_along(decision.instance, message))
+    return msgspec.structs.replace(decision, follow_ups=follow_ups)
 
 
 def _safely(
@@ -267,15 +293,49 @@ def _apply(
 ) -> Decision:
     state = _initial_state(definition) if instance is None else readable_state(definition, instance)
     typed = context.typed if not leaves_failures else None
+    handler = binding.handler
+    if binding.during is not None:
+        bound, expected = handler_during(definition, binding, state)
+        if bound is not None:
+            handler = bound
+        elif binding.on_unexpected == "fail":
+            handler = _failing(expected)
+        else:
+            return _unexpected(binding, instance, message, context, expected)
+    if binding.is_gathered_only and instance is not None:
+        why = why_not_gathered(binding, instance.gathered)
+        if why is not None:
+            return _ignore(instance, message, context, why)
     if typed is None:
         typed = _read(definition, binding, message)
     new_transition = Update if binding.answers else Transition
     transition = new_transition(definition, instance, message, context, state)
-    asked = transition.step("handle", binding.handler, typed)
+    asked = ASKED_NOTHING
+    if not binding.is_gathered_only:
+        asked = transition.step("handle", handler, typed)
+    if binding.joins and asked is ASKED_NOTHING:
+        asked = gather(transition, binding, typed)
+        if not transition.has_steps:
+            transition.step("handle", handler, typed)
     if asked is not ASKED_NOTHING:
         carry_out(transition, asked, leaves_failures=leaves_failures)
     decision = _written(transition, context, is_last_attempt=leaves_failures)
     return answered(decision, transition) if isinstance(transition, Update) else decision
+
+
+def _unexpected(
+    binding: HandlerBinding, instance: Instance | None, message: Envelope, context: DecideContext, expected: str
+) -> Decision:
+    """A message that comes in a status in which nobody handles it."""
+    if binding.on_unexpected == "dead_letter":
+        raise Refused(f"saga {message.saga_id!r}: {expected}", code=UNEXPECTED)
+    if binding.on_unexpected == "ignore" and instance is not None:
+        return _ignore(instance, message, context, expected)
+    return Decision("deferred", expected, stands_aside=True)
+
+
+def _failing(reason: str) -> SagaHandler[Any, Any]:
+    return lambda saga, event, context: [saga_fail(reason)]
 
 
 def _read(definition: SagaDefinition[Any], binding: HandlerBinding, message: Envelope) -> SagaMessage[Any]:
@@ -311,8 +371,9 @@ def _written(transition: Transition, context: DecideContext, *, is_last_attempt:
     is_over = is_terminal(status)
     if is_over:
         applied, undoing = (), None
+        transition.gathered = ()
         transition.end_all_timers()
-        if parent is not None:
+        if parent is not None and message.origin != "parent":
             _tell_parent(transition, parent)
     elif message.type in definition.compensations and not transition.is_current_undone:
         applied = _with_step(transition)
@@ -352,6 +413,8 @@ def _written(transition: Transition, context: DecideContext, *, is_last_attempt:
         "json",
         undoing,
         pivot,
+        transition.spawned if instance is None else instance.children + transition.spawned,
+        transition.gathered,
     )
     keeps_states = definition.durability != "t1"
     steps = transition.records()
@@ -389,6 +452,8 @@ def _written(transition: Transition, context: DecideContext, *, is_last_attempt:
         None,
         _shown(transition, steps, reason),
     )
+    if is_over and parent is not None:
+        decision = msgspec.structs.replace(decision, child_end=child_end_of(new, parent))
     return decision if carrying is None else _with_carrying(decision, carrying)
 
 
@@ -527,7 +592,7 @@ def _tell_parent(transition: Transition, parent: ParentLink) -> None:
         payload["result"] = None if transition.result is None else msgspec.json.decode(transition.result)
     else:
         payload["reason"] = None if transition.reason is None else storable(transition.reason)
-    transition.child_end(parent, f"{saga_id}:{transition.status}", payload)
+    transition.tell_parent(parent, f"{saga_id}:{transition.status}", payload)
 
 
 def _without_instance(
@@ -540,8 +605,24 @@ def _without_instance(
         f"(starting: {starting})"
     )
     if binding.on_missing == "discard":
-        return Decision("ignored", reason)
+        if message.parent is None:
+            return Decision("ignored", reason)
+        ended, told = refused_child(message.parent, message, reason=reason, now=context.now)
+        return Decision("ignored", reason, outgoing=(told,), child_end=ended)
+    if binding.on_missing == "wait":
+        deadline = message.accepted_at + binding.patience
+        if context.now < deadline:
+            return Decision("deferred", reason, retry_at=deadline, stands_aside=True)
+        reason += f"; none has come within {binding.patience}"
     return _give_up(definition, None, message, context, InstanceNotFound(reason))
+
+
+def _refuse_child(instance: Instance, message: Envelope, context: DecideContext, parent: ParentLink) -> Decision:
+    """A spawn whose key has a run that was not spawned by it: there is no such child, and the parent hears so."""
+    name = instance_id(message.saga_id, message.key, instance.run)
+    reason = f"{name} is there already, and is not this child: spawn it under a key of its own"
+    ended, told = refused_child(parent, message, reason=reason, now=context.now, run=instance.run)
+    return msgspec.structs.replace(_ignore(instance, message, context, reason), outgoing=(told,), child_end=ended)
 
 
 def _ignore_terminal(instance: Instance, message: Envelope, context: DecideContext) -> Decision:

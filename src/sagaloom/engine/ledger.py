@@ -18,6 +18,7 @@ from sagaloom.definitions import SagaDefinition
 from sagaloom.durations import resolve_delay
 from sagaloom.effects import CancelScheduled, Scheduled, Send, Spawn
 from sagaloom.engine.correlation import as_sent, has_default_key
+from sagaloom.engine.families import end_told
 from sagaloom.engine.records import (
     DecideContext,
     EffectSummary,
@@ -38,7 +39,6 @@ __all__ = [
     "LIMIT_EXCEEDED",
     "Ledger",
     "Refused",
-    "end_of_child",
 ]
 
 _TEXT_FIELDS: Final = ("id", "correlation_key", "idempotency_key", "concurrency_key", "traceparent", "tracestate")
@@ -68,8 +68,10 @@ class Ledger:
         "now",
         "open_timers",
         "outgoing",
+        "pk",
         "revision",
         "run",
+        "spawned",
         "timers",
         "timers_ended",
     )
@@ -87,10 +89,12 @@ class Ledger:
         self.envelope = envelope
         self.now = context.now
         self.limits = context.limits
+        self.pk = context.head.pk
         self.run = run
         self.revision = revision
         self._position = 0
         self._bytes = 0
+        self.spawned = 0
         self.effects: list[OutboxEffect] = []
         self.outgoing: list[Outgoing] = []
         self.timers: tuple[Timer, ...] = ()
@@ -160,8 +164,10 @@ class Ledger:
         """Writes down that a child starts, with the link by which its end finds its way back."""
         self._check_text("child", effect.child)
         self._check_options(effect)
-        key = self._next_key()
+        position = self._next_position()
+        key = effect_key(self.definition.id, self.envelope.key, self.run, self.revision, position)
         payload, encoded = self._encode_sent("spawn", effect.input)
+        self.spawned += 1
         sender = (self.definition.id, self.envelope.key, self.run)
         self.outgoing.append(
             Outgoing(
@@ -175,10 +181,11 @@ class Ledger:
                 None,
                 effect.idempotency_key,
                 effect.concurrency_key,
-                parent=ParentLink(*sender, key),
+                parent=ParentLink(*sender, key, self.pk, self.revision, position),
                 traceparent=self.envelope.traceparent,
                 tracestate=self.envelope.tracestate,
                 encoded=encoded,
+                on_parent_cancel=effect.on_parent_cancel,
             )
         )
         return EffectSummary("spawn", effect.child, key)
@@ -277,25 +284,14 @@ class Ledger:
         """The result of a completed run as JSON; None is no result."""
         return None if value is None else self._encode("saga_complete", value)
 
-    def child_end(self, parent: ParentLink, message_type: str, payload: Any) -> None:
+    def tell_parent(self, parent: ParentLink, message_type: str, payload: dict[str, object]) -> None:
         """Tells the parent's run that this one is over."""
-        key = self._next_key()
-        self.outgoing.append(
-            Outgoing(
-                "child_end",
-                parent.saga_id,
-                SagaMessage(message_type, payload),
-                key,
-                (self.definition.id, self.envelope.key, self.run),
-                self.envelope.id,
-                self.envelope.hops + 1,
-                parent.key,
-                to_run=parent.run,
-                traceparent=self.envelope.traceparent,
-                tracestate=self.envelope.tracestate,
-                encoded=self._encode("end of a child", payload),
-            )
-        )
+        position = self._next_position()
+        key = effect_key(self.definition.id, self.envelope.key, self.run, self.revision, position)
+        sender = (self.definition.id, self.envelope.key, self.run)
+        told = end_told(parent, message_type, payload, sender=sender, by=self.envelope, effect_key=key)
+        self.count_bytes(len(told.encoded))
+        self.outgoing.append(told)
 
     def end_all_timers(self) -> None:
         """A run that is over waits for nothing: timers of this decision are not written, earlier ones are removed."""
@@ -382,11 +378,6 @@ class Ledger:
         if has_default_key(self.definition, self.envelope.key):
             return instance_id(self.definition.id, self.envelope.key, self.run)
         return self.envelope.key
-
-
-def end_of_child(saga_id: str, key: str, run: int) -> dict[str, object]:
-    """What a parent hears of a child that has ended, before what came of it."""
-    return {"instanceId": instance_id(saga_id, key, run), "sagaId": saga_id, "correlationKey": key, "run": run}
 
 
 # A saga sends to the same few targets for ever, and history may keep one text for all.

@@ -9,6 +9,8 @@ None of those can be part of a reference cycle, so the garbage collector need no
     Head           one correlation key of one saga: where its runs live, and which is the newest        stored
     Instance       one run: its state, status and revision                                             stored
     Undoing        what is left to undo of a run, and how it ends then                                 stored
+    Child          one run that another one has spawned, as its parent's side knows it                 stored
+    SagaStanding   what operators have said about a saga as a whole                                    stored
     HistoryEntry   what one message did to one run                                                     stored
     OutboxEffect   a committed effect that has to leave                                                stored
     Timer          a message that will enter later                                                     stored
@@ -35,6 +37,8 @@ from sagaloom.messages import SagaMessage
 
 __all__ = [
     "AppliedStep",
+    "Child",
+    "ChildStatus",
     "DeadLetter",
     "DecideContext",
     "Decision",
@@ -45,15 +49,18 @@ __all__ = [
     "FeedKind",
     "FeedMoment",
     "FeedRecord",
+    "GatheredMessage",
     "Head",
     "HistoryEntry",
     "Instance",
     "Mark",
+    "OnParentCancel",
     "Origin",
     "OutboxEffect",
     "Outgoing",
     "ParentLink",
     "PendingTimer",
+    "SagaStanding",
     "ScheduleCursor",
     "StepRecord",
     "Timer",
@@ -62,16 +69,51 @@ __all__ = [
 ]
 
 Disposition = Literal["applied", "duplicate", "ignored", "deferred", "dead_lettered", "pending"]
+ChildStatus = Literal["live", "completed", "failed", "cancelled"]
+OnParentCancel = Literal["cancel", "abandon"]
 Origin = Literal["door", "saga", "reply", "timer", "spawn", "child", "redrive", "operator", "undo", "parent"]
 
 
 class ParentLink(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """The run that spawned this one, and the effect key of the spawn."""
+    """The run that spawned this one, and the effect key of the spawn. `pk`, `run`, `revision` and `position` find the
+    `Child` row."""
 
     saga_id: str
     key: str
     run: int
     effect_key: str
+    pk: int = 0
+    revision: int = 0
+    position: int = 0
+
+
+class Child(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One run that another one has spawned. A row of its own, so that a parent of ten thousand does not grow; the
+    spawning commit writes it as `live`, and the one that ends the child moves it. `key` is empty while the spawn is a
+    dead letter that names no instance. `run` is known once it has ended."""
+
+    pk: int
+    parent_run: int
+    revision: int
+    position: int
+    saga_id: str
+    key: str
+    effect_key: str
+    spawned_at: datetime
+    on_parent_cancel: OnParentCancel = "cancel"
+    status: ChildStatus = "live"
+    run: int = 0
+    ended_at: datetime | None = None
+
+
+class SagaStanding(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What operators have said about a saga as a whole, for all processes that run it."""
+
+    saga_id: str
+    is_enabled: bool = True
+    is_paused: bool = False
+    reason: str | None = None
+    changed_at: datetime | None = None
 
 
 class Envelope(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -159,10 +201,21 @@ class PendingTimer(msgspec.Struct, frozen=True, array_like=True, gc=False):
     name: str | None = None
 
 
+class GatheredMessage(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A message that a join of the run has taken, and waits for others with. An empty `type` says that the join has
+    run."""
+
+    join: str
+    type: str
+    id: str
+    payload: bytes
+
+
 class Instance(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One run of a saga. `state` and `result` are JSON. `entries` counts the history rows written so far,
     `bystanders` those of them that changed nothing (ignored or dead-lettered messages). `undoing` says what is left to
-    undo while a compensation fails, `pivot` which message was the last point of no return."""
+    undo while a compensation fails, `pivot` which message was the last point of no return, `children` how many were
+    ever spawned."""
 
     saga_id: str
     key: str
@@ -192,6 +245,8 @@ class Instance(msgspec.Struct, frozen=True, array_like=True, gc=False):
     codec: str = "json"
     undoing: Undoing | None = None
     pivot: str | None = None
+    children: int = 0
+    gathered: tuple[GatheredMessage, ...] = ()
 
 
 class EffectSummary(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -425,6 +480,7 @@ class Outgoing(msgspec.Struct, frozen=True, gc=False):
     tracestate: str | None = None
     encoded: bytes = b""
     """The JSON of the payload, or of the payload of the message that `payload` is."""
+    on_parent_cancel: OnParentCancel = "cancel"
 
 
 class DecideContext(msgspec.Struct, frozen=True):
@@ -448,7 +504,8 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
     - ignored: `entry` and an `instance` that differs only in its counters; both None past the limit of rows;
     - pending: the attempt failed, `retry_at` and `error` say when and why; nothing else is set;
     - dead_lettered: `dead_letter`, and `entry` with `instance` when a run exists;
-    - deferred: the run is paused; the message waits for its turn as it is, and nothing is set;
+    - deferred: the message waits as it is, and nothing is set. It holds those behind it until its run, which is paused,
+      goes on; or it `stands_aside` until its instance changes or appears, at most until `retry_at`;
     - duplicate: nothing is set.
     """
 
@@ -465,10 +522,13 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
     feed: FeedRecord | None = None
     retry_at: datetime | None = None
     error: str | None = None
+    child_end: Child | None = None
+    """How this run, or the one that was asked for, has ended as somebody's child."""
     follow_ups: tuple[Envelope, ...] = ()
     """Messages of the engine's own to this very run, by which it goes on later."""
     spends_attempt: bool = True
     """False when the attempt did not reach the handler, through no fault of the message: it is not to be counted."""
+    stands_aside: bool = False
 
     @property
     def events(self) -> tuple[FeedEvent, ...]:

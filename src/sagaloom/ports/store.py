@@ -31,6 +31,8 @@ import msgspec
 
 from sagaloom.definitions import SagaDurabilityTier, SagaInstanceStatus
 from sagaloom.engine.records import (
+    Child,
+    ChildStatus,
     DeadLetter,
     Envelope,
     FeedEvent,
@@ -41,6 +43,7 @@ from sagaloom.engine.records import (
     Mark,
     OutboxEffect,
     PendingTimer,
+    SagaStanding,
     ScheduleCursor,
     Timer,
 )
@@ -138,6 +141,10 @@ class UnitOfWork(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     unmark: tuple[int, str] | None = None
     """(pk, dedupe key) of a mark to forget: a discarded dead letter frees its key."""
     feed: tuple[FeedRecord, ...] = ()
+    children_add: tuple[Child, ...] = ()
+    """Rows of children, written over what is there under their place: of children that are spawned."""
+    child_done: Child | None = None
+    """The row of a child that has ended, in the place of the live one. Its parent may be of any partition."""
     about: tuple[str, str] | None = None
     """The saga and the correlation key whose message was decided, when there is no `instance` to say so."""
 
@@ -168,13 +175,15 @@ class CommitResult(msgspec.Struct, frozen=True):
 
 
 class InstanceFilter(msgspec.Struct, frozen=True, kw_only=True):
-    """Which runs to list. Empty tuples mean all. Times bound `created_at`."""
+    """Which runs to list. Empty tuples mean all. Times bound `created_at`; `version_below` leaves out runs whose state
+    was written by that version of their definition, or a newer one."""
 
     saga_ids: tuple[str, ...] = ()
     statuses: tuple[SagaInstanceStatus, ...] = ()
     key_prefix: str = ""
     created_after: datetime | None = None
     created_before: datetime | None = None
+    version_below: int | None = None
 
 
 class RegisteredDefinition(msgspec.Struct, frozen=True):
@@ -325,6 +334,17 @@ class SagaStore(Protocol):
         """All runs of one key, newest first."""
         ...
 
+    async def children(
+        self, pk: int, run: int, *, status: ChildStatus = "live", after: tuple[int, int] | None = None, limit: int = 50
+    ) -> list[Child]:
+        """The children of one status that run `run` of number `pk` has spawned, in the order of their spawning; `after`
+        is the revision and the position of the last one of the page before."""
+        ...
+
+    async def count_children(self, pk: int, run: int) -> Mapping[ChildStatus, int]:
+        """How many children there are of each status."""
+        ...
+
     async def history(self, instance: Instance, *, after_entry: int = 0, limit: int = 50) -> list[HistoryEntry]:
         """History rows in the order in which they were written."""
         ...
@@ -349,6 +369,14 @@ class SagaStore(Protocol):
         """Forgets the oldest commits of the feed whose events are all numbered below `before`, at most `limit` of them
         in one commit, and returns how many that were. The newest one stays, so that its number is known. Needs no
         lease."""
+        ...
+
+    async def put_standing(self, standing: SagaStanding) -> None:
+        """Keeps what an operator has said about a saga, in the place of what was said before. Needs no lease."""
+        ...
+
+    async def standings(self) -> list[SagaStanding]:
+        """What operators have said about sagas, by saga id."""
         ...
 
     async def put_definitions(self, definitions: Sequence[RegisteredDefinition]) -> None: ...

@@ -14,13 +14,17 @@ under way new messages gather, so batches grow with the load by themselves: that
    control ends the pause; what comes after that control in its own batch waits behind them.
 4. A message that stepped aside is offered again after every transition of its instance. An offer that fails costs no
    attempt and writes nothing.
-5. A unit that conflicts drops what is remembered of its instance, and its message goes back in front, in order.
-6. Messages to a partition that another process holds are only accepted: their holder finds them. While somebody else
+5. A message that its saga *defers* (it is bound to another business status, or waits for its instance to appear) has
+   its row, and stands aside like one whose attempt failed. After every transition of its instance it comes before
+   everything younger: what of that instance is left of the batch is put back until it had its turn. So the outcome is
+   the same however messages fall into batches, processes and lives.
+6. A unit that conflicts drops what is remembered of its instance, and its message goes back in front, in order.
+7. Messages to a partition that another process holds are only accepted: their holder finds them. While somebody else
    writes to the store, what they bring is read between turns (`sagaloom.runtime.share`), and it goes before everything
    that is not accepted yet. A message from a door that turns out to be *behind* something that was not read yet is
    accepted first: so it has its place in the order, and never has to yield twice. A timer yields once, for only its row
    can be cancelled.
-7. When the store does not answer, the outcome of a commit is unknown: everything remembered is dropped, publishers
+8. When the store does not answer, the outcome of a commit is unknown: everything remembered is dropped, publishers
    are told to try again under the same id, rows are decided again, and nothing is accepted until a probe succeeds.
 
 What we dislike about it: one commit is under way at a time, so a store with a slow round trip is not kept busy.
@@ -44,8 +48,10 @@ from sagaloom.clock import Clock
 from sagaloom.engine.controls import ends_pause
 from sagaloom.engine.correlation import DefinitionSet, dead_letter_id, route
 from sagaloom.engine.decide import DecideContext, decide, steer
+from sagaloom.engine.families import CANCEL_CHILDREN, child_spawned
 from sagaloom.engine.lifecycle import is_terminal
 from sagaloom.engine.records import (
+    Child,
     DeadLetter,
     Decision,
     Envelope,
@@ -86,7 +92,8 @@ __all__ = ["DISCARD", "REDRIVE", "Receiver", "Work"]
 
 REDRIVE: Final = "saga:redrive"
 DISCARD: Final = "saga:discard"
-_REPAIRS: Final = frozenset((REDRIVE, DISCARD))
+_CARRIED_OUT: Final = frozenset((REDRIVE, DISCARD, CANCEL_CHILDREN))
+"""What operators ask of the process that holds a partition, without a decision."""
 
 _log = logging.getLogger("sagaloom.receiver")
 _PKS_AT_ONCE = 1_000
@@ -117,8 +124,9 @@ class Work(Protocol):
 class _Planned(msgspec.Struct, gc=False):
     """The unit of one delivery and what follows from it, once it is committed: `hot` is what to remember of the key.
     `decision` is None when the message was only accepted. `waits`: its message is in the inbox now, decided or not.
-    `holds`: its key waits for it. `is_next`: it was accepted to get its place, and has its turn as soon as it comes.
-    `successor` is the same message as it is found in the inbox from then on, when it waits there for the first time."""
+    `is_deferred`: it stands aside from then on. `holds`: its key waits for it. `is_next`: it was accepted to get its
+    place, and has its turn as soon as it comes. `successor` is the same message as it is found in the inbox from then
+    on, when it waits there for the first time."""
 
     delivery: Delivery
     unit: UnitOfWork
@@ -127,6 +135,7 @@ class _Planned(msgspec.Struct, gc=False):
     waits: bool = True
     holds: bool = False
     is_next: bool = False
+    is_deferred: bool = False
     successor: Delivery | None = None
 
 
@@ -173,6 +182,8 @@ class Receiver:
             on_holding=on_holding,
             is_quiet=is_quiet,
         )
+        self._postponed: list[Delivery] = []
+        """What was taken for this turn and is left for the next, in order."""
         self._wake: asyncio.Future[None] | None = None
         self._is_turning = False
         self._failures = 0
@@ -288,6 +299,7 @@ class Receiver:
             units = [each.unit for each in planned]
             units.extend([work.unit for work in works])
             if not units:
+                self._postpone()
                 return
             self._options.on_step("decided")
             assert self.share.lease is not None
@@ -303,7 +315,14 @@ class Receiver:
         if self.telemetry is not None:
             self.telemetry.committed(planned, works, result.conflicts)
         self._on_commit(result.feed_base)
+        self._postpone()
         await self._follow_up(planned, works, result)
+
+    def _postpone(self) -> None:
+        """Puts back what has to wait for something older that had no turn yet."""
+        postponed, self._postponed = self._postponed, []
+        if postponed:
+            self._backlog.put_back(postponed)
 
     def _take_works(self) -> list[Work]:
         works = self._work
@@ -322,9 +341,16 @@ class Receiver:
         holding: set[InstanceKey] = set()  # The keys whose next messages of this batch have to wait.
         placing: set[InstanceKey] = set()  # The keys whose next messages have to get a place first, as one before did.
         parts, holds_some = self.share.parts, self._backlog.holds_some
+        defers_some = self._backlog.defers_some
+        deferring: set[InstanceKey] = set()  # The keys of which a message of this batch was deferred.
+        stopped: set[InstanceKey] = set()  # The keys that have moved since: what was deferred comes first now.
+        self._postponed = []
         planned: list[_Planned] = []
         for delivery in batch:
             key, envelope = delivery.key, delivery.envelope
+            if stopped and key in stopped and not delivery.passes:
+                self._postponed.append(delivery)
+                continue
             known = newest[key]
             head = known.head or self._new_head(key, now)
             if delivery.enters:
@@ -339,7 +365,7 @@ class Receiver:
                 unit = unit_of_accept(delivery, head, known.head)
                 newest[key] = Hot(head, known.instance)
                 step = _Planned(delivery, unit, None, None)
-            elif envelope.origin == "operator" and envelope.type in _REPAIRS:
+            elif envelope.origin == "operator" and envelope.type in _CARRIED_OUT:
                 self._on_repair(delivery)
                 continue
             elif (holds_some and self._backlog.is_held(delivery)) or (key in holding and not delivery.passes):
@@ -366,19 +392,34 @@ class Receiver:
                     tier = None if definition is None else definition.durability
                     run = partial(self._decide, delivery, addressed, head, definitions, now, corrupt.get(key))
                     decision = self.telemetry.decide(delivery, addressed, tier, run)
-                if delivery.is_offer and decision.disposition == "pending":
+                if delivery.is_offer and decision.disposition in ("pending", "deferred") and not _is_held(decision):
                     self._put_aside(delivery)
                     continue
+                if decision.stands_aside:
+                    deferring.add(key)
+                    if not delivery.enters:
+                        self._defer(delivery, decision.retry_at)
+                        continue
                 if decision.disposition == "deferred" and not delivery.enters:
                     self._backlog.wait_behind(delivery)  # A timer keeps its row, so that it can still be cancelled.
                     continue
                 if decision.disposition == "deferred":
+                    if decision.stands_aside and known.head is None:
+                        head = msgspec.structs.replace(head, awaits_start=False)  # It does not start what it waits for.
                     unit = unit_of_accept(delivery, head, known.head)
-                    step = _Planned(delivery, unit, None, Hot(head, known.instance))
+                    is_deferred = decision.stands_aside
+                    shown = decision if is_deferred else None
+                    step = _Planned(delivery, unit, shown, Hot(head, known.instance), is_deferred=is_deferred)
                 elif key in corrupt:
                     step = _Planned(delivery, unit_of_loss(delivery, decision), decision, None, waits=False)
                 else:
                     step = self._plan_decision(delivery, decision, known, head, addressed, definitions, now)
+                if (
+                    (defers_some or deferring)
+                    and decision.disposition == "applied"
+                    and (key in deferring or self._backlog.has_deferred(key))
+                ):
+                    stopped.add(key)
             if step.holds or (envelope.origin != "door" and ends_pause(envelope)):
                 holding.add(key)
             if step.unit.mark is not None:
@@ -407,7 +448,7 @@ class Receiver:
             return Decision("pending", missing, retry_at=now + _UNKNOWN_AGAIN, error=missing, spends_attempt=False)
         if definition is None or corrupt is not None or delivery.refusal is not None:
             return _give_up(envelope, now, corrupt or delivery.refusal or _vanished(envelope.saga_id))
-        if not definition.about.enabled and envelope.origin != "operator":
+        if not definition.about.enabled and envelope.origin not in ("operator", "parent"):
             why = f"saga {envelope.saga_id!r} is disabled by its configuration"
             return Decision("pending", why, retry_at=now + _UNKNOWN_AGAIN, error=why, spends_attempt=False)
         typed, delivery.typed = delivery.typed, None
@@ -440,8 +481,12 @@ class Receiver:
             head = msgspec.structs.replace(head, awaits_start=waits)
         cascaded: list[Envelope] = list(decision.follow_ups)
         dead_letters: list[DeadLetter] = []
+        children: list[Child] = []
         for outgoing in decision.outgoing:
             routed = route(definitions, outgoing, now=now)
+            if outgoing.kind == "spawn":
+                child_key = routed.envelopes[0].key if routed.envelopes else ""
+                children.append(child_spawned(outgoing, child_key, now))
             cascaded.extend(routed.envelopes)
             dead_letters.extend(routed.dead_letters)
         unit = unit_of_decision(
@@ -453,6 +498,8 @@ class Receiver:
             cascaded=cascaded,
             dead_letters=dead_letters,
         )
+        if children or decision.child_end is not None:
+            unit = msgspec.structs.replace(unit, children_add=tuple(children), child_done=decision.child_end)
         newest, hot = known.instance, None
         if head_before is not None or unit.head is not None:
             hot = Hot(head, instance if instance is not None and instance.run == head.run else newest)
@@ -562,6 +609,8 @@ class Receiver:
             self._backlog.add_in_order([successor])
         elif each.decision is None:
             self._backlog.wait_behind(successor)
+        elif each.is_deferred:
+            self._defer(successor, each.decision.retry_at)
         elif each.holds:
             self._backlog.hold(successor)
             self._set_alarm(successor)
@@ -615,6 +664,7 @@ class Receiver:
 
     async def _cannot_commit(self, batch: list[Delivery], works: list[Work], error: SagasError) -> None:
         self._counters.commits_failed += 1
+        self._postponed = []  # They are part of the batch.
         if self.telemetry is not None:
             self.telemetry.not_committed(error)
         self._hot.clear()
@@ -738,9 +788,15 @@ class Receiver:
         self._backlog.put_aside(delivery)
         self._set_alarm(delivery)
 
+    def _defer(self, delivery: Delivery, until: datetime | None) -> None:
+        """Lets a message stand aside until its instance has moved."""
+        delivery.is_deferred, delivery.until = True, until
+        self._put_aside(delivery)
+
     def _set_alarm(self, delivery: Delivery) -> None:
-        assert delivery.envelope.due_at is not None
-        self._alarm.set(delivery.envelope.due_at)
+        wakes_at = delivery.wakes_at
+        if wakes_at is not None:
+            self._alarm.set(wakes_at)
 
     def _bound_marks(self) -> None:
         if len(self._marks) > _MARKS_REMEMBERED:
@@ -764,6 +820,11 @@ class Receiver:
         for work in works:
             if work.unit.outbox_done is not None:
                 step("settled")
+
+
+def _is_held(decision: Decision) -> bool:
+    """Whether the message has to wait behind its run, which is paused."""
+    return decision.disposition == "deferred" and not decision.stands_aside
 
 
 class _NewRows:

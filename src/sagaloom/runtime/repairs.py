@@ -7,6 +7,9 @@ Rows of a partition belong to its holder. Putting a message into the inbox is ev
 a partition that another process holds is asked of that process, by a message of origin `operator` in its inbox
 (`saga:redrive`, `saga:discard`). It carries the repair out instead of deciding it, and consumes it in the same commit;
 one that finds the letter gone is only consumed, so being carried out twice does no harm.
+
+`saga:cancel_children` is carried out the same way: each commit brings the cancels for one page of children, and leaves
+a message for the next page in its place.
 """
 
 from __future__ import annotations
@@ -19,10 +22,12 @@ from typing import ClassVar, Final, Literal, NamedTuple, TypeVar
 import msgspec
 
 from sagaloom.clock import Clock
-from sagaloom.engine.correlation import DefinitionSet, address
-from sagaloom.engine.records import DeadLetter, Envelope, Origin
+from sagaloom.engine.controls import control
+from sagaloom.engine.correlation import DefinitionSet, address, route
+from sagaloom.engine.families import CANCEL_CHILDREN, child_named, next_page, refused_child, what_was_asked
+from sagaloom.engine.records import Child, DeadLetter, Envelope, Origin, ParentLink
 from sagaloom.errors import BackendUnavailable, DeadLetterNotFound, SagasError
-from sagaloom.ids import key_hash, new_message_id, partition_of
+from sagaloom.ids import derived_id, key_hash, new_message_id, partition_of
 from sagaloom.messages import SagaMessage
 from sagaloom.ports.store import Conflict, OutboxRow, RowRef, SagaStore, UnitOfWork
 from sagaloom.runtime.deliveries import Delivery
@@ -35,6 +40,7 @@ __all__ = ["Repairs", "in_time"]
 _log = logging.getLogger("sagaloom.repairs")
 _OPERATOR_SECONDS: Final = 5.0
 _AGAIN_SECONDS: Final = 0.5
+_CHILDREN_AT_ONCE: Final = 1_000
 _T = TypeVar("_T")
 _Kind = Literal["saga:redrive", "saga:discard"]
 
@@ -113,6 +119,10 @@ class Repairs:
         if trouble is not None:
             raise trouble
 
+    @property
+    def is_idle(self) -> bool:
+        return not self._carrying
+
     def carry_out(self, delivery: Delivery) -> None:
         """Does what another process has asked for."""
         task = asyncio.create_task(self._carry_out(delivery), name="sagaloom-repair")
@@ -149,22 +159,65 @@ class Repairs:
             )
 
     async def _carry_out(self, delivery: Delivery) -> None:
-        kind: _Kind = REDRIVE if delivery.envelope.type == REDRIVE else DISCARD
         try:
-            letter = await self._store.dead_letter(msgspec.json.decode(delivery.envelope.payload, type=_Asked).id)
-            repair = _Repair(UnitOfWork(part=delivery.part), _nothing)
-            if letter is not None:
-                repair = await self._planned(kind, letter)
-            await self.submit(msgspec.structs.replace(repair.unit, inbox_done=delivery.row))
-            repair.then()
+            if delivery.envelope.type == CANCEL_CHILDREN:
+                await self.submit(await self._cancelling_children(delivery))
+            else:
+                await self._repair_as_asked(delivery)
         except DeadLetterNotFound as error:
-            _log.info("%s was not carried out: %s", kind, error.message)
+            _log.info("%s was not carried out: %s", delivery.envelope.type, error.message)
             await self.submit(UnitOfWork(part=delivery.part, inbox_done=delivery.row))
         except BackendUnavailable as error:
             # Its row is still there, or with another process by now, where this does no harm.
-            _log.warning("%s has to wait: %s", kind, error.message)
+            _log.warning("%s has to wait: %s", delivery.envelope.type, error.message)
             await asyncio.sleep(_AGAIN_SECONDS)
             self._receiver.offer(delivery)
+
+    async def _cancelling_children(self, delivery: Delivery) -> UnitOfWork:
+        """One page of cancels, and the message for the next page."""
+        envelope, now = delivery.envelope, self._clock.now()
+        asked = what_was_asked(envelope)
+        (loaded,) = await self._store.load([delivery.key])
+        rows: list[Child] = []
+        if loaded.head is not None:
+            pk, run = loaded.head.pk, envelope.run or loaded.head.run
+            rows = await self._store.children(pk, run, after=asked.after, limit=_CHILDREN_AT_ONCE)
+        cancels: list[Envelope] = []
+        for row in rows:
+            if row.on_parent_cancel == "abandon" or not row.key:
+                continue
+            cancel = control(
+                asked.kind,
+                row.saga_id,
+                row.key,
+                message_id=derived_id("cp", row.effect_key),
+                accepted_at=now,
+                reason=asked.reason,
+                compensate=asked.compensate,
+                parent=ParentLink(
+                    envelope.saga_id, envelope.key, row.parent_run, row.effect_key, row.pk, row.revision, row.position
+                ),
+            )
+            cancels.append(
+                msgspec.structs.replace(
+                    cancel,
+                    causation_id=envelope.id,
+                    traceparent=envelope.traceparent,
+                    tracestate=envelope.tracestate,
+                )
+            )
+        if len(rows) == _CHILDREN_AT_ONCE:
+            cancels.append(next_page(envelope, rows[-1]))
+        return UnitOfWork(part=delivery.part, inbox_add=tuple(cancels), inbox_done=delivery.row)
+
+    async def _repair_as_asked(self, delivery: Delivery) -> None:
+        kind: _Kind = REDRIVE if delivery.envelope.type == REDRIVE else DISCARD
+        letter = await self._store.dead_letter(msgspec.json.decode(delivery.envelope.payload, type=_Asked).id)
+        repair = _Repair(UnitOfWork(part=delivery.part), _nothing)
+        if letter is not None:
+            repair = await self._planned(kind, letter)
+        await self.submit(msgspec.structs.replace(repair.unit, inbox_done=delivery.row))
+        repair.then()
 
     async def _planned(self, kind: _Kind, letter: DeadLetter) -> _Repair:
         return self._redriving(letter) if kind == REDRIVE else await self._discarding(letter)
@@ -176,6 +229,10 @@ class Repairs:
             assert letter.envelope is not None
             envelope = self._readdressed(letter.envelope)
             unit = UnitOfWork(part=part, dead_letter_done=letter.id, inbox_add=(envelope,))
+            if envelope.parent is not None and not letter.envelope.key:
+                # Only now it is known under which key the child will be.
+                child = child_named(envelope.parent, envelope, spawned_at=letter.at)
+                unit = msgspec.structs.replace(unit, children_add=(child,))
             return _Repair(unit, _nothing, brings_only=True)
         again = msgspec.structs.replace(effect, attempt=0, due_at=None, dead_letter_id=None)
         if letter.outbox_part is None or letter.outbox_seq is None:
@@ -195,12 +252,23 @@ class Repairs:
             return _Repair(unit, lambda: self._dispatcher.skip(effect.lane))
         assert letter.envelope is not None
         envelope = letter.envelope
+        if envelope.parent is not None and envelope.origin in ("spawn", "redrive"):
+            return self._never_born(letter, envelope, envelope.parent)
         (loaded,) = await self._store.load([(envelope.saga_id, envelope.key)]) if envelope.key else (None,)
         if loaded is None or loaded.head is None:
             return _Repair(UnitOfWork(part=part, dead_letter_done=letter.id), _nothing, brings_only=True)
         unmark = (loaded.head.pk, envelope.dedupe_key or envelope.id)
         unit = UnitOfWork(part=part, dead_letter_done=letter.id, unmark=unmark)
         return _Repair(unit, lambda: self._receiver.forget_mark(*unmark))
+
+    def _never_born(self, letter: DeadLetter, envelope: Envelope, parent: ParentLink) -> _Repair:
+        """Discards the first message of a child: its parent hears that there will be none, and waits no longer."""
+        reason = f"its first message was given up and discarded: {letter.reason}"[:2_000]
+        ended, told = refused_child(parent, envelope, reason=reason, now=self._clock.now())
+        routed = route(self._definitions(), told, now=self._clock.now())
+        part = partition_of(key_hash(letter.saga_id, letter.key))
+        unit = UnitOfWork(part=part, dead_letter_done=letter.id, inbox_add=routed.envelopes, child_done=ended)
+        return _Repair(unit, _nothing, brings_only=True)
 
     def _readdressed(self, envelope: Envelope) -> Envelope:
         """The envelope of a redriven message. One that never found its instance is addressed again."""

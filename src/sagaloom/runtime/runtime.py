@@ -31,7 +31,16 @@ from sagaloom.definitions import QueryDefinition, SagaDefinition, SignalDefiniti
 from sagaloom.describe import describe
 from sagaloom.engine.controls import CANCEL, PAUSE, RESUME, SKIP, TERMINATE, ControlType, control
 from sagaloom.engine.correlation import DefinitionSet, address
-from sagaloom.engine.records import DeadLetter, Envelope, HistoryEntry, Instance, OutboxEffect, Timer
+from sagaloom.engine.records import (
+    Child,
+    ChildStatus,
+    DeadLetter,
+    Envelope,
+    HistoryEntry,
+    Instance,
+    OutboxEffect,
+    Timer,
+)
 from sagaloom.engine.schedules import tick_message
 from sagaloom.engine.timer_controls import timer_control
 from sagaloom.errors import (
@@ -393,7 +402,7 @@ class SagaRuntime:
 
     async def _await_ends(self, deliveries: list[Delivery], outcomes: list[Outcome], wait: float | timedelta) -> None:
         """Puts how the messages ended in the place of how they were accepted, for those that end in time."""
-        if not any(outcome.disposition == "pending" for outcome in outcomes):
+        if not any(outcome.disposition in ("pending", "deferred") for outcome in outcomes):
             return
         seconds = wait.total_seconds() if isinstance(wait, timedelta) else wait
         waiting = [delivery.settled for delivery in deliveries if delivery.settled is not None]
@@ -599,6 +608,30 @@ class SagaRuntime:
         if instance.run == 0:
             return []
         return await self.store.history(instance, after_entry=after_entry, limit=limit)
+
+    async def children(
+        self,
+        saga_id: str,
+        key: str,
+        *,
+        run: int | None = None,
+        status: ChildStatus = "live",
+        after: tuple[int, int] | None = None,
+        limit: int = 50,
+    ) -> list[Child]:
+        """The children that a run has spawned, of one status, in the order of their spawning; `after` is the revision
+        and the position of the last one of the page before. Raises `InstanceNotFound`."""
+        instance = await self.get_instance(saga_id, key, run=run)
+        if instance is None:
+            raise _no_instance(saga_id, key, run)
+        return await self.store.children(instance.pk, instance.run, status=status, after=after, limit=limit)
+
+    async def count_children(self, saga_id: str, key: str, *, run: int | None = None) -> Mapping[ChildStatus, int]:
+        """How many children of each status a run has. Raises `InstanceNotFound`."""
+        instance = await self.get_instance(saga_id, key, run=run)
+        if instance is None:
+            raise _no_instance(saga_id, key, run)
+        return await self.store.count_children(instance.pk, instance.run)
 
     async def dead_letters(
         self, *, saga_id: str | None = None, key: str | None = None, after: str | None = None, limit: int = 50
@@ -950,7 +983,7 @@ class SagaRuntime:
     def _is_drained(self) -> bool:
         if not self.options.works:
             return self._receiver.is_idle
-        roles = (self._receiver, self._dispatcher, self._timekeeper, self._scheduler)
+        roles = (self._receiver, self._dispatcher, self._timekeeper, self._scheduler, self._repairs)
         return all(role.is_idle for role in roles)
 
     async def _wait_until(self, condition: Callable[[], bool], timeout: float) -> None:

@@ -96,6 +96,24 @@ EXAMPLES: Final[Mapping[type, Any]] = {
         ],
     },
     shapes.InstanceView: _INSTANCE_EXAMPLE,
+    shapes.ChildList: {
+        "children": [
+            {
+                "sagaName": "shipment",
+                "instanceId": "shipment:o-1/1",
+                "correlationId": "o-1/1",
+                "correlationKey": "o-1/1",
+                "run": 1,
+                "status": "running",
+                "onParentCancel": "cancel",
+                "effectKey": "8f14e45fceea167a5a36dedd4bea2543",
+                "spawnedAt": "2026-01-31T12:00:00.000Z",
+            }
+        ],
+        "counts": {"live": 1, "completed": 99, "failed": 0, "cancelled": 0},
+        "limit": 50,
+        "cursor": None,
+    },
     shapes.ControlBody: {"reason": "ordered twice"},
     shapes.SignalBody: {"payload": {"by": "ann"}, "id": "web-7f3b"},
     shapes.SignalAnswer: {

@@ -15,6 +15,7 @@ from fastapi import Depends, Path, Query, Response
 from pydantic import AfterValidator, AwareDatetime, BeforeValidator, Field
 
 from sagaloom.definitions import SagaInstanceStatus
+from sagaloom.engine.records import ChildStatus
 from sagaloom.errors import DeadLetterNotFound, MessageRejected, SagaNotFound
 from sagaloom.ports.store import InstanceFilter
 from sagaloom.service import shapes
@@ -43,6 +44,7 @@ __all__ = ["add_health", "add_reading"]
 _OFFSET_MAX: Final = 10_000
 _COUNTED_MAX: Final = 10_000
 _NUMBER: Final = re.compile(r"[0-9.eE+\-_ ]+")
+_CHILD_CURSOR: Final = re.compile(r"([0-9]{1,15})-([0-9]{1,15})")
 _DEAD_LETTER_CURSOR: Final = re.compile(r"dl[0-9a-f]{1,60}")
 
 
@@ -89,6 +91,13 @@ class InstancesQuery(WebQuery):
     q: Annotated[str, Field(description="What the correlation key begins with.")] = ""
     created_after: _Time = None
     created_before: _Time = None
+
+
+class ChildrenQuery(WebQuery):
+    run: RunNumber = None
+    status: ChildStatus = "live"
+    limit: Limit = 50
+    cursor: Text = None
 
 
 class HistoryQuery(WebQuery):
@@ -265,6 +274,35 @@ def _add_one_instance(table: RouteTable, runtime: SagaRuntime) -> None:
 
     @table.add(
         "GET",
+        f"{INSTANCE_PATH}/children",
+        answer=shapes.ChildList,
+        tag="instances",
+        errors=(404, 422, 503),
+        route_class=InstanceRoute,
+    )
+    async def _list_children(
+        address: Annotated[InstanceAddress, Depends(address_of_instance)], query: Annotated[ChildrenQuery, Query()]
+    ) -> Response:
+        """The runs that one run has spawned: those that are live, or those that ended in one way."""
+        instance = await find(address, query.run)
+        found = await runtime.store.children(
+            instance.pk, instance.run, status=query.status, after=_place_of(query.cursor), limit=query.limit
+        )
+        # What ended says so in its row; of the others the newest run of their key is looked at.
+        are_live = query.status == "live"
+        loaded = await runtime.store.load([(each.saga_id, each.key) for each in found]) if are_live and found else []
+        instances = [each.instance for each in loaded] or [None] * len(found)
+        return json_response(
+            shapes.ChildList(
+                children=[shapes.child_view(*pair) for pair in zip(found, instances, strict=True)],
+                counts=shapes.child_counts(await runtime.store.count_children(instance.pk, instance.run)),
+                limit=query.limit,
+                cursor=f"{found[-1].revision}-{found[-1].position}" if len(found) == query.limit else None,
+            )
+        )
+
+    @table.add(
+        "GET",
         INSTANCE_PATH,
         answer=shapes.InstanceView,
         tag="instances",
@@ -274,8 +312,10 @@ def _add_one_instance(table: RouteTable, runtime: SagaRuntime) -> None:
     async def _get_instance(
         address: Annotated[InstanceAddress, Depends(address_of_instance)], query: Annotated[InstanceQuery, Query()]
     ) -> Response:
-        """One run: its state, status and revision."""
-        return json_response(shapes.instance_view(await find(address, query.run)))
+        """One run: its state, status and revision, the run that spawned it, and how many it has spawned."""
+        instance = await find(address, query.run)
+        children = await runtime.store.count_children(instance.pk, instance.run) if instance.children else None
+        return json_response(shapes.instance_view(instance, children=children))
 
 
 def _add_dead_letters(table: RouteTable, runtime: SagaRuntime) -> None:
@@ -333,6 +373,15 @@ def _add_dead_letters(table: RouteTable, runtime: SagaRuntime) -> None:
         """Gives it up for good: a message's idempotency key is free again, an effect's lane goes on without it.
         Answers with what was discarded."""
         return json_response(shapes.dead_letter_view(await runtime.discard(letter_id), with_content=True))
+
+
+def _place_of(cursor: str | None) -> tuple[int, int] | None:
+    if cursor is None:
+        return None
+    found = _CHILD_CURSOR.fullmatch(cursor)
+    if found is None:
+        raise invalid(f"{cursor!r:.80} is no cursor of this listing", "cursor")
+    return int(found[1]), int(found[2])
 
 
 def _saga_views(runtime: SagaRuntime) -> list[dict[str, Any]]:

@@ -19,11 +19,14 @@ from sagaloom.describe import describe
 from sagaloom.engine.controls import REASON_LENGTH_MAX
 from sagaloom.engine.records import (
     AppliedStep,
+    Child,
+    ChildStatus,
     DeadLetter,
     Disposition,
     EffectSummary,
     HistoryEntry,
     Instance,
+    OnParentCancel,
     Origin,
     StepRecord,
     Undoing,
@@ -408,6 +411,15 @@ class ControlView(_Shape, frozen=True, kw_only=True):
     reason: str | UnsetType = UNSET
 
 
+class ChildCounts(_Shape, frozen=True, kw_only=True):
+    """How many children of each status a run has spawned."""
+
+    live: int
+    completed: int
+    failed: int
+    cancelled: int
+
+
 class InstanceView(_Shape, frozen=True, kw_only=True):
     """One run of a saga. `version` is its revision. `completedAt` is there when it completed, `endedAt` when it ended
     in whatever way. `pending` with run 0: its first message is accepted and not applied yet."""
@@ -439,6 +451,9 @@ class InstanceView(_Shape, frozen=True, kw_only=True):
         str | UnsetType, Meta(description="The message type of its last point of no return, if it has passed one.")
     ] = UNSET
     undoing: UndoingView | UnsetType = UNSET
+    children: Annotated[
+        ChildCounts | UnsetType, Meta(description="There for a single run that has ever spawned any.")
+    ] = UNSET
     control: Annotated[ControlView | UnsetType, Meta(description="There in answers to commands.")] = UNSET
 
 
@@ -453,7 +468,12 @@ class InstanceList(_Shape, frozen=True, kw_only=True):
     cursor: str | None
 
 
-def instance_view(instance: Instance, *, control: ControlView | UnsetType = UNSET) -> InstanceView:
+def instance_view(
+    instance: Instance,
+    *,
+    control: ControlView | UnsetType = UNSET,
+    children: Mapping[ChildStatus, int] | None = None,
+) -> InstanceView:
     """One run, as the wire shows it."""
     parent, undoing = instance.parent, instance.undoing
     return InstanceView(
@@ -488,8 +508,68 @@ def instance_view(instance: Instance, *, control: ControlView | UnsetType = UNSE
         ),
         pivot=_if_known(instance.pivot),
         undoing=UNSET if undoing is None else _undoing_view(undoing, instance.steps),
+        children=UNSET if children is None else child_counts(children),
         control=control,
     )
+
+
+def child_counts(counts: Mapping[ChildStatus, int]) -> ChildCounts:
+    return ChildCounts(
+        live=counts["live"],
+        completed=counts["completed"],
+        failed=counts["failed"],
+        cancelled=counts["cancelled"],
+    )
+
+
+class ChildView(_Shape, frozen=True, kw_only=True):
+    """A run that another one has spawned. `status` is that of its instance, `pending` until its first message has been
+    applied. It has no `instanceId` while that message is a dead letter that names none."""
+
+    saga_name: str
+    instance_id: str | UnsetType = UNSET
+    correlation_id: str | UnsetType = UNSET
+    correlation_key: str | UnsetType = UNSET
+    run: int | UnsetType = UNSET
+    status: SagaInstanceStatus
+    on_parent_cancel: OnParentCancel
+    effect_key: str
+    spawned_at: Time
+    ended_at: Time | UnsetType = UNSET
+
+
+class ChildList(_Shape, frozen=True, kw_only=True):
+    """A page of the children of one run, in the order of their spawning. `cursor` asks for the next page and is null on
+    the last one."""
+
+    children: Sequence[ChildView]
+    counts: ChildCounts
+    limit: int
+    cursor: str | None
+
+
+def child_view(child: Child, instance: Instance | None) -> ChildView:
+    """One child, with what is known of its run if that is live."""
+    live = instance if instance is not None and _is_of(child, instance) else None
+    status: SagaInstanceStatus = child.status if child.status != "live" else "pending" if live is None else live.status
+    run = child.run or (live.run if live is not None else 0)
+    has_key = bool(child.key)
+    return ChildView(
+        saga_name=child.saga_id,
+        instance_id=instance_id(child.saga_id, child.key, run) if has_key else UNSET,
+        correlation_id=child.key if has_key else UNSET,
+        correlation_key=child.key if has_key else UNSET,
+        run=run or UNSET,
+        status=status,
+        on_parent_cancel=child.on_parent_cancel,
+        effect_key=child.effect_key,
+        spawned_at=wire_time(child.spawned_at),
+        ended_at=_wire_time_if(child.ended_at),
+    )
+
+
+def _is_of(child: Child, instance: Instance) -> bool:
+    return instance.parent is not None and instance.parent.effect_key == child.effect_key
 
 
 def _undoing_view(undoing: Undoing, applied: Sequence[AppliedStep]) -> UndoingView:
@@ -884,6 +964,13 @@ class HandledTypeView(_Shape, frozen=True, kw_only=True):
     starts: bool
     on_missing: str
     schema: Mapping[str, Any]
+    during: Annotated[
+        Sequence[str] | UnsetType, Meta(description="The business statuses it is handled in, when not in all.")
+    ] = UNSET
+    on_unexpected: Annotated[str | UnsetType, Meta(description="What becomes of it in any other status.")] = UNSET
+    patience: Annotated[
+        int | UnsetType, Meta(description="How long it waits for its instance, in milliseconds, with onMissing `wait`.")
+    ] = UNSET
 
 
 class CompensationView(_Shape, frozen=True, kw_only=True):
@@ -943,15 +1030,17 @@ class TimeoutView(_Shape, frozen=True, kw_only=True):
 
 
 class GraphNode(_Shape, frozen=True, kw_only=True):
-    """A node: `start`, `instance`, a message type, a compensation, a schedule or a timeout."""
+    """A node: `start`, `instance`, a message type, signal or update, a compensation, a schedule or a timeout; and what
+    was read off the handlers: a status, a target, a child, an end."""
 
     id: str
     kind: str
+    label: str
 
 
 class GraphEdge(Struct, frozen=True, kw_only=True, rename={"from_": "from"}):
     """An edge of the graph: which types start an instance, which continue one, which compensations undo them, which a
-    schedule or a timeout sends."""
+    schedule or a timeout sends; and what handlers may send, schedule, spawn, set or end."""
 
     from_: str
     to: str
@@ -992,6 +1081,8 @@ class SagaView(_Shape, frozen=True, kw_only=True):
     signals: Sequence[SignalView]
     updates: Sequence[SignalView]
     queries: Sequence[QueryView]
+    joins: Annotated[Sequence[Sequence[str]], Meta(description="Message types that one handler waits for together.")]
+    status_field: Annotated[str, Meta(description="The field of the state that holds the business status.")]
     retry: RetryView
     concurrency: ConcurrencyView | None
     schedule: ScheduleView | None

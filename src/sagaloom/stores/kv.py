@@ -11,6 +11,8 @@ The rows (the first part of a key names its table; times are microseconds since 
     inbox, outbox   partition, number                   Envelope, OutboxEffect
     timer           due, id                             Timer
     schedule        saga id                             ScheduleCursor
+    child           parent's pk, run, status, place     Child; moved when it ends
+    standing        saga id                             SagaStanding
     dead_letter     id                                  DeadLetter; found by saga and by key through dead_letter_index
     feed            number of its first event           the FeedRecords of one commit, unit by unit
     member, lease, arrivals                             who may write what: see `sagaloom.stores.tenure`
@@ -51,13 +53,15 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
 from itertools import pairwise
 from typing import Final, TypeVar
 
 from sagaloom.definitions import SagaDurabilityTier
 from sagaloom.engine.records import (
+    Child,
+    ChildStatus,
     DeadLetter,
     Envelope,
     FeedEvent,
@@ -66,6 +70,7 @@ from sagaloom.engine.records import (
     Mark,
     OutboxEffect,
     PendingTimer,
+    SagaStanding,
     ScheduleCursor,
     Timer,
 )
@@ -97,6 +102,9 @@ from sagaloom.stores.planning import (
     refused,
 )
 from sagaloom.stores.rows import (
+    CHILD_STATUSES,
+    children_key,
+    decode_child,
     decode_cursor,
     decode_dead_letter,
     decode_definition,
@@ -107,6 +115,7 @@ from sagaloom.stores.rows import (
     decode_head,
     decode_instance,
     decode_mark,
+    decode_standing,
     decode_timer,
     decoded,
     encode,
@@ -131,6 +140,7 @@ _ROUNDS_MAX: Final = 16
 _ARRIVALS_MAX: Final = 3
 """How often a commit looks at what has arrived meanwhile; then it leaves out whatever would have to know of it."""
 _PAGE: Final = 256
+_COUNTED_MAX: Final = 10_000_000
 
 _SCHEMA_KEY: Final[Key] = ("meta", "schema")
 _STORE_ID_KEY: Final[Key] = ("meta", "store_id")
@@ -220,7 +230,7 @@ class KvSagaStore:
 
     async def close(self) -> None:
         self._beliefs.forget()
-        self._tenure.close()
+        await self._tenure.close()
         await self._kv.close()
 
     # -- the lease ------------------------------------------------------------------------------------------------
@@ -606,6 +616,18 @@ class KvSagaStore:
         rows = await self._kv.scan(prefix, after=(*prefix, after_entry), limit=limit)
         return [decoded(self._kv, row, decode_entry) for row in rows]
 
+    async def children(
+        self, pk: int, run: int, *, status: ChildStatus = "live", after: tuple[int, int] | None = None, limit: int = 50
+    ) -> list[Child]:
+        await self.open()
+        prefix = children_key(pk, run, status)
+        rows = await self._kv.scan(prefix, after=None if after is None else (*prefix, *after), limit=limit)
+        return [decoded(self._kv, row, decode_child) for row in rows]
+
+    async def count_children(self, pk: int, run: int) -> Mapping[ChildStatus, int]:
+        await self.open()
+        return {each: await self._kv.count(children_key(pk, run, each), limit=_COUNTED_MAX) for each in CHILD_STATUSES}
+
     async def dead_letters(
         self, *, saga_id: str | None = None, key: str | None = None, after: str | None = None, limit: int = 50
     ) -> list[DeadLetter]:
@@ -673,6 +695,14 @@ class KvSagaStore:
         if keys:
             await self._commit_kv(deletes=keys)
         return len(keys)
+
+    async def put_standing(self, standing: SagaStanding) -> None:
+        await self.open()
+        await self._commit_kv(puts=[(("standing", standing.saga_id), encode(standing))])
+
+    async def standings(self) -> list[SagaStanding]:
+        await self.open()
+        return [decoded(self._kv, row, decode_standing) for row in await self._all(("standing",))]
 
     async def definitions(self) -> list[RegisteredDefinition]:
         await self.open()

@@ -42,7 +42,7 @@ class Listing:
 
     async def count(self, wanted: InstanceFilter, *, limit: int = 10_000) -> int:
         counted = 0
-        if wanted.key_prefix:
+        if wanted.key_prefix or wanted.version_below is not None:
             async for _ in self._listed(wanted, None, _PAGE):
                 counted += 1
                 if counted >= limit:
@@ -81,7 +81,9 @@ class Listing:
                 else:
                     heapq.heapreplace(ahead, (*_newest_first(following), order, following))
             for instance in await self._instances_of(rows):
-                if instance is not None and instance.key.startswith(wanted.key_prefix):
+                if instance is None or not instance.key.startswith(wanted.key_prefix):
+                    continue
+                if wanted.version_below is None or instance.def_version < wanted.version_below:
                     yield instance
 
     async def _instances_of(self, rows: Sequence[Entry]) -> list[Instance | None]:

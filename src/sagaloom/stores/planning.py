@@ -19,6 +19,7 @@ from sagaloom.ports.keyvalue import Check, Committed, Entry, Key, KeyValue
 from sagaloom.ports.store import Conflict, RowRef, UnitOfWork
 from sagaloom.stores.rows import (
     FEED_KEY,
+    child_key,
     dead_letter_keys,
     decode_dead_letter,
     decode_head,
@@ -335,6 +336,8 @@ class Plan:
             or unit.timer_done is not None
             or unit.dead_letters_add
             or unit.dead_letter_done is not None
+            or unit.children_add
+            or unit.child_done is not None
         ):
             found = self._beside(unit, beliefs, dead_letters)
             if isinstance(found, Conflict):
@@ -448,6 +451,10 @@ class Plan:
             first, *others = self._letter_keys(letter)
             rows.append((first, encode(letter)))
             rows += [(key, b"") for key in others]
+        rows += [(child_key(child, "live"), encode(child)) for child in unit.children_add]
+        if (child := unit.child_done) is not None:
+            # Nobody else writes them: the parent has before its child came to be, and a child ends once.
+            rows += [(child_key(child, "live"), None), (child_key(child, child.status), encode(child))]
         return beside
 
     def _letter_keys(self, letter: DeadLetter) -> tuple[Key, ...]:

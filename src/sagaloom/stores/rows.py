@@ -11,6 +11,8 @@ from typing import Final, TypeVar
 import msgspec
 
 from sagaloom.engine.records import (
+    Child,
+    ChildStatus,
     DeadLetter,
     Envelope,
     FeedEvent,
@@ -21,6 +23,7 @@ from sagaloom.engine.records import (
     Mark,
     OutboxEffect,
     PendingTimer,
+    SagaStanding,
     ScheduleCursor,
     Timer,
 )
@@ -45,6 +48,8 @@ decode_dead_letter = msgspec.msgpack.Decoder(DeadLetter).decode
 _decode_feed = msgspec.msgpack.Decoder(tuple[FeedRecord, ...]).decode
 _decode_feed_1 = msgspec.msgpack.Decoder(tuple[tuple[FeedEvent, ...], ...]).decode
 decode_lease = msgspec.msgpack.Decoder(tuple[str, int]).decode
+decode_child = msgspec.msgpack.Decoder(Child).decode
+decode_standing = msgspec.msgpack.Decoder(SagaStanding).decode
 decode_definition = msgspec.msgpack.Decoder(RegisteredDefinition).decode
 
 _R = TypeVar("_R")
@@ -87,6 +92,19 @@ def mark_key(pk: int, dedupe_key: str) -> Key:
 
 def timer_key(timer: PendingTimer) -> Key:
     return "timer", micros(timer.due_at), timer.id
+
+
+CHILD_STATUSES: Final[tuple[ChildStatus, ...]] = ("live", "completed", "failed", "cancelled")
+_CHILD_NUMBER: Final = {status: number for number, status in enumerate(CHILD_STATUSES)}
+
+
+def children_key(pk: int, run: int, status: ChildStatus) -> Key:
+    """What the rows of a run's children of one status begin with."""
+    return "child", pk, run, _CHILD_NUMBER[status]
+
+
+def child_key(child: Child, status: ChildStatus) -> Key:
+    return *children_key(child.pk, child.parent_run, status), child.revision, child.position
 
 
 def pending_key(head: Head) -> Key:

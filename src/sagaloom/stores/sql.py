@@ -14,6 +14,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Final, Protocol, TypeVar, runtime_checkable
 
+from msgspec.structs import replace
+
 from sagaloom.definitions import SAGA_INSTANCE_STATUSES
 from sagaloom.engine.records import DeadLetter, FeedEvent, Instance, Timer
 from sagaloom.ports.keyvalue import Entry, Key, KeyValue
@@ -41,6 +43,7 @@ _EPOCH: Final = datetime.fromtimestamp(0, UTC)
 _FIRST: Final = datetime(1, 1, 2, tzinfo=UTC)
 _LAST: Final = datetime(9999, 12, 30, tzinfo=UTC)
 _R = TypeVar("_R")
+_PAGE: Final = 256
 _LAST_PLACE: Final = (_LAST, 2**63 - 1, 2**31 - 1)
 
 
@@ -176,6 +179,8 @@ class SqlSagaStore(KvSagaStore):
         self, wanted: InstanceFilter, *, limit: int, offset: int = 0, cursor: str | None = None
     ) -> tuple[list[Instance], str | None]:
         await self.open()
+        if wanted.version_below is not None:
+            return await self._older(wanted, limit=limit, offset=offset, cursor=cursor)
         before = _LAST_PLACE if cursor is None else _place(cursor)
         rows = await self._rows.listed(
             await self._sagas_of(wanted),
@@ -194,8 +199,25 @@ class SqlSagaStore(KvSagaStore):
         page = found[:limit]
         return page, to_cursor(page[-1]) if page and len(found) > limit else None
 
+    async def _older(
+        self, wanted: InstanceFilter, *, limit: int, offset: int, cursor: str | None
+    ) -> tuple[list[Instance], str | None]:
+        """A page of the runs below a version. It is in no column: few ask, and only between two releases."""
+        assert wanted.version_below is not None
+        everything = replace(wanted, version_below=None)
+        found: list[Instance] = []
+        while True:
+            page, cursor = await self.instances(everything, limit=_PAGE, cursor=cursor)
+            found += [each for each in page if each.def_version < wanted.version_below]
+            if cursor is None or len(found) > offset + limit:
+                break
+        page = found[offset : offset + limit]
+        return page, to_cursor(page[-1]) if page and len(found) > offset + limit else None
+
     async def count_instances(self, wanted: InstanceFilter, *, limit: int = 10_000) -> int:
         await self.open()
+        if wanted.version_below is not None:
+            return len((await self._older(wanted, limit=limit, offset=0, cursor=None))[0])
         return await self._rows.counted(
             await self._sagas_of(wanted),
             list(dict.fromkeys(wanted.statuses or SAGA_INSTANCE_STATUSES)),

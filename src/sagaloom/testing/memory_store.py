@@ -7,13 +7,15 @@ nothing survives the process. One unit after the other is looked at, then writte
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 
 import msgspec
 
 from sagaloom.definitions import SagaDurabilityTier
 from sagaloom.engine.records import (
+    Child,
+    ChildStatus,
     DeadLetter,
     Envelope,
     FeedEvent,
@@ -23,6 +25,7 @@ from sagaloom.engine.records import (
     Mark,
     OutboxEffect,
     PendingTimer,
+    SagaStanding,
     ScheduleCursor,
     Timer,
 )
@@ -65,6 +68,8 @@ class MemoryStore:
         self.timers_by_place: dict[tuple[datetime, str], Timer] = {}
         self.cursors_by_saga: dict[str, ScheduleCursor] = {}
         self.dead_letters_by_id: dict[str, DeadLetter] = {}
+        self.children_by_place: dict[tuple[int, int, int, int], Child] = {}
+        self.standings_by_saga: dict[str, SagaStanding] = {}
         self.events: list[FeedEvent] = []
         """The feed, with what was pruned: `feed_start` is the number of the oldest that is still there."""
         self.feed_start = 1
@@ -258,6 +263,10 @@ class MemoryStore:
         for letter in unit.dead_letters_add:
             self.dead_letters_by_id[letter.id] = letter
 
+        for child in (*unit.children_add, unit.child_done):
+            if child is not None:
+                self.children_by_place[child.pk, child.parent_run, child.revision, child.position] = child
+
         self.events.extend(unit.events)
 
     # -- what the runtime reads -----------------------------------------------------------------------------------
@@ -338,6 +347,21 @@ class MemoryStore:
         found = [instance for (pk, _), instance in self.instances_by_run.items() if head and pk == head.pk]
         return sorted(found, key=lambda instance: instance.run, reverse=True)
 
+    async def children(
+        self, pk: int, run: int, *, status: ChildStatus = "live", after: tuple[int, int] | None = None, limit: int = 50
+    ) -> list[Child]:
+        found = [child for child in self._children_of(pk, run) if child.status == status]
+        return [child for child in found if after is None or (child.revision, child.position) > after][:limit]
+
+    async def count_children(self, pk: int, run: int) -> Mapping[ChildStatus, int]:
+        counts: dict[ChildStatus, int] = {"live": 0, "completed": 0, "failed": 0, "cancelled": 0}
+        for child in self._children_of(pk, run):
+            counts[child.status] += 1
+        return counts
+
+    def _children_of(self, pk: int, run: int) -> list[Child]:
+        return [child for place, child in sorted(self.children_by_place.items()) if place[:2] == (pk, run)]
+
     async def history(self, instance: Instance, *, after_entry: int = 0, limit: int = 50) -> list[HistoryEntry]:
         entries = self.entries.get((instance.pk, instance.run), [])
         return [entry for entry in entries if entry.entry_no > after_entry][:limit]
@@ -373,6 +397,13 @@ class MemoryStore:
     def others_version(self) -> int | None:
         return 0  # Nobody else can reach it.
 
+    async def put_standing(self, standing: SagaStanding) -> None:
+        self._refuse_if_closed()
+        self.standings_by_saga[standing.saga_id] = standing
+
+    async def standings(self) -> list[SagaStanding]:
+        return [standing for _, standing in sorted(self.standings_by_saga.items())]
+
     async def put_definitions(self, definitions: Sequence[RegisteredDefinition]) -> None:
         self._refuse_if_closed()
         for definition in definitions:
@@ -401,6 +432,7 @@ def _is_wanted(instance: Instance, wanted: InstanceFilter) -> bool:
         and instance.key.startswith(wanted.key_prefix)
         and (wanted.created_after is None or instance.created_at >= wanted.created_after)
         and (wanted.created_before is None or instance.created_at < wanted.created_before)
+        and (wanted.version_below is None or instance.def_version < wanted.version_below)
     )
 
 

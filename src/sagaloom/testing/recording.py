@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple, TypeVar
 
 from sagaloom.definitions import SagaDurabilityTier
 from sagaloom.engine.records import (
+    Child,
+    ChildStatus,
     DeadLetter,
     Envelope,
     FeedEvent,
@@ -16,6 +18,7 @@ from sagaloom.engine.records import (
     Mark,
     OutboxEffect,
     PendingTimer,
+    SagaStanding,
     ScheduleCursor,
     Timer,
 )
@@ -245,6 +248,21 @@ class RecordingStore:
 
     def others_version(self) -> int | None:
         return self.inner.others_version() if isinstance(self.inner, SeesOthers) else None
+
+    async def children(
+        self, pk: int, run: int, *, status: ChildStatus = "live", after: tuple[int, int] | None = None, limit: int = 50
+    ) -> list[Child]:
+        work = self.inner.children(pk, run, status=status, after=after, limit=limit)
+        return await self._recorded("children", work, pk=pk, run=run, status=status, after=after, limit=limit)
+
+    async def count_children(self, pk: int, run: int) -> Mapping[ChildStatus, int]:
+        return await self._recorded("count_children", self.inner.count_children(pk, run), pk=pk, run=run)
+
+    async def put_standing(self, standing: SagaStanding) -> None:
+        await self._recorded("put_standing", self.inner.put_standing(standing), standing=standing)
+
+    async def standings(self) -> list[SagaStanding]:
+        return await self._recorded("standings", self.inner.standings())
 
     async def put_definitions(self, definitions: Sequence[RegisteredDefinition]) -> None:
         work = self.inner.put_definitions(definitions)

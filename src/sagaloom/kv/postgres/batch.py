@@ -26,6 +26,8 @@ _ROWS: Final = {
     "timers_gone": 2,
     "letters": 10,
     "letters_gone": 1,
+    "children": 11,
+    "children_gone": 5,
 }
 
 _Row = tuple[object, ...]
@@ -65,6 +67,8 @@ class SagaBatch:
         self.timers_gone: list[_Row] = []
         self.letters: list[_Row] = []
         self.letters_gone: list[_Row] = []
+        self.children: list[_Row] = []
+        self.children_gone: list[_Row] = []
 
     def arguments(self, commit_no: int) -> list[object]:
         """The arguments of `COMMIT`."""
@@ -73,7 +77,7 @@ class SagaBatch:
         rows = (
             *(self.part_puts, self.sagas_seen, self.inbox_new, self.inbox, self.inbox_gone),
             *(self.outbox_new, self.outbox, self.outbox_gone, self.timers, self.timers_gone),
-            *(self.letters, self.letters_gone),
+            *(self.letters, self.letters_gone, self.children, self.children_gone),
         )
         arguments: list[object] = [self.member, self.stamp]
         _columns(arguments, begin, _BEGIN.values())

@@ -7,10 +7,11 @@ from typing import Final
 
 import msgspec
 
-from sagaloom.engine.records import DeadLetter, Envelope, Head, HistoryEntry, Instance, OutboxEffect, Timer
+from sagaloom.engine.records import Child, DeadLetter, Envelope, Head, HistoryEntry, Instance, OutboxEffect, Timer
 from sagaloom.ids import key_hash
 
 __all__ = [
+    "child_row",
     "entry_row",
     "head_changes",
     "head_row",
@@ -33,6 +34,7 @@ _entry: Final = msgspec.msgpack.Decoder(HistoryEntry).decode
 _envelope: Final = msgspec.msgpack.Decoder(Envelope).decode
 _effect: Final = msgspec.msgpack.Decoder(OutboxEffect).decode
 _timer: Final = msgspec.msgpack.Decoder(Timer).decode
+_child: Final = msgspec.msgpack.Decoder(Child).decode
 _letter: Final = msgspec.msgpack.Decoder(DeadLetter).decode
 
 
@@ -118,6 +120,11 @@ def letter_row(letter_id: str, value: bytes) -> _Row:
         *(letter_id, text(each.saga_id), text(each.key), key_hash(each.saga_id, each.key), text(each.type)),
         *(text(each.code), text(each.reason), each.attempts, each.at, value),
     )
+
+
+def child_row(place: tuple[int, int, int, int, int], value: bytes) -> _Row:
+    each = _child(value)
+    return (*place, text(each.saga_id), text(each.key), each.run, each.spawned_at, each.ended_at, value)
 
 
 def _json(value: bytes | None) -> str | None:

@@ -34,6 +34,7 @@ OLDEST_SERVER: Final = 13
 _SCHEMES: Final = ("postgresql", "postgres", "postgresql+asyncpg", "postgres+asyncpg")
 _SCHEMA_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_$-]{0,62}")
 _TRIES: Final = 3
+_DRIVER_ERRORS: Final = (driver.PostgresError, driver.InterfaceError, driver.InternalClientError)
 _OF_THE_CONNECTION: Final = ("08", "57P01", "57P02", "57P03")
 _LOST_A_RACE: Final = ("40001", "40P01", "55P03")
 _OF_THE_PROXY: Final = ("26000", "42P05")
@@ -205,7 +206,7 @@ class PostgresDatabase:
     def translated(self, error: BaseException) -> BaseException:
         """The error of ours that says what `error` means, and what helps; itself when it is none of the database's."""
         if isinstance(error, SagasError) or not isinstance(
-            error, (driver.PostgresError, driver.InterfaceError, OSError, TimeoutError, ssl.SSLError)
+            error, (*_DRIVER_ERRORS, OSError, TimeoutError, ssl.SSLError)
         ):
             return error
         state = _state_of(error)
@@ -258,6 +259,8 @@ def _is_of_connection(error: BaseException) -> bool:
     """Whether `error` says that there is no connection (any more), rather than what the server thinks."""
     if isinstance(error, TimeoutError):
         return False
+    if isinstance(error, driver.InternalClientError):
+        return True
     if isinstance(error, (OSError, driver.InterfaceError)):
         return "closed" in str(error) or "connect" in str(error) or isinstance(error, OSError)
     return _state_of(error).startswith(_OF_THE_CONNECTION)

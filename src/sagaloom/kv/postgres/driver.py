@@ -19,6 +19,7 @@ except ImportError as error:
 __all__ = [
     "Connection",
     "InterfaceError",
+    "InternalClientError",
     "Pool",
     "PostgresError",
     "Row",
@@ -80,3 +81,5 @@ connect: Callable[..., Any] = _asyncpg.connect
 create_pool: Callable[..., Any] = _asyncpg.create_pool
 PostgresError: type[Exception] = _asyncpg.PostgresError
 InterfaceError: type[Exception] = _asyncpg.InterfaceError
+InternalClientError: type[Exception] = _asyncpg.InternalClientError
+"""What comes of a connection that was cut between the two messages of one statement."""

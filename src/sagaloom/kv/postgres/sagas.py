@@ -12,6 +12,7 @@ the other.
     outbox       saga_runtime_outbox        partition, number
     timer        saga_runtime_timer         due, id
     dead_letter  saga_runtime_dead_letter   id
+    child        saga_runtime_child         parent's pk, run, status, place
     arrivals     saga_runtime_arrivals      partition
     feed         saga_runtime_feed          written only; read by number
 
@@ -34,12 +35,13 @@ from __future__ import annotations
 import secrets
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
-from typing import Final
+from typing import Any, Final
 
 from sagaloom.errors import BackendUnavailable
 from sagaloom.kv.packing import pack, table_of
 from sagaloom.kv.postgres.batch import COMMIT, SagaBatch
 from sagaloom.kv.postgres.columns import (
+    child_row,
     entry_row,
     head_changes,
     head_row,
@@ -70,10 +72,14 @@ _COLUMNS: Final[dict[str, tuple[tuple[str, str], ...]]] = {
     "outbox": (("part", "int"), ("seq", "bigint")),
     "timer": (("due", "bigint"), ("id", "text")),
     "dead_letter": (("id", "text"),),
+    "child": (("pk", "bigint"), ("parent_run", "int"), ("status", "int"), ("revision", "int"), ("position", "int")),
     "arrivals": (("part", "int"),),
 }
 _VALUE: Final = {"arrivals": "''::bytea"}
 _STAMP: Final = {"correlation": "s", "dead_letter": "s", "arrivals": "s"}
+_NOBODY: Final = 0
+"""The versionstamp of a partition that nobody has ever brought anything to: to whoever reads, it has no row."""
+_IS_THERE: Final = {"arrivals": f"s <> {_NOBODY}"}
 _SAGA_TABLES: Final = frozenset({*_COLUMNS, "feed", "saga_seen"})
 
 _RENEW_MEMBER: Final = """
@@ -212,7 +218,7 @@ class PostgresSagaRows(PostgresKeyValue):
             SELECT c.no, t.v, t.s FROM unnest({arrays}) WITH ORDINALITY AS c({names}, no)
             CROSS JOIN LATERAL (
                 SELECT {_VALUE.get(table, "v")} AS v, {_STAMP.get(table, "0")} AS s
-                FROM @schema@.saga_runtime_{table} t WHERE {same} LIMIT 1
+                FROM @schema@.saga_runtime_{table} t WHERE {same} AND {_IS_THERE.get(table, "true")} LIMIT 1
             ) t
         """)
 
@@ -443,7 +449,7 @@ def _batch_of(
     for key, stamp in checks:
         match key:
             case ("arrivals", int(part)):
-                parts[part] = -1 if stamp is None else stamp  # which no row has: there always is one
+                parts[part] = stamp or _NOBODY
             case ("correlation", _, bytes(hashed)) if stamp is not None:
                 batch.head_checks.append((hashed, stamp))
             case ("dead_letter", str(letter)) if stamp is not None:
@@ -492,6 +498,8 @@ def _batch_of(
                 batch.inbox.append(inbox_changes(part, seq, value))
             case ("dead_letter", str(letter)):
                 batch.letters.append(letter_row(letter, value))
+            case ("child", int(pk), int(run), int(status), int(revision), int(position)):
+                batch.children.append(child_row((pk, run, status, revision, position), value))
             case ("arrivals", int(part)):
                 batch.part_puts.append((part,))
                 parts.setdefault(part, None)
@@ -509,14 +517,27 @@ def _batch_of(
                 batch.timers_gone.append((due, timer))
             case ("dedupe", int(pk), bytes(hashed)):
                 batch.marks_gone.append((pk, hashed))
+            case ("child", *place):
+                batch.children_gone.append(tuple(place))
             case ("dead_letter", str(letter)):
                 batch.letters_gone.append((letter,))
             case _:
                 raise NotImplementedError(f"a commit of saga rows does not delete {key!r}")
-    # In one order, so that of two commits that want the same rows none waits for the other.
+    # In one order, so that no two commits that want the same rows wait for each other. Heads that will be changed are
+    # locked together with those that are checked: the holder changes what somebody else, who brings, checks.
     batch.parts = sorted(parts.items())
-    batch.head_checks.sort()
+    checked = {hashed for hashed, _ in batch.head_checks}
+    batch.head_checks += [(row[0], None) for row in batch.heads if row[0] not in checked]
+    batch.head_checks.sort(key=_first)
+    batch.letter_checks.sort()
+    batch.marks.sort()
+    batch.heads_new = dict(sorted(batch.heads_new.items()))
+    batch.sagas_seen.sort()
     return batch
+
+
+def _first(row: tuple[object, ...]) -> Any:
+    return row[0]
 
 
 def _typed(key: Key, width: int) -> tuple[object, ...]:
@@ -541,7 +562,9 @@ def _bounds(table: str, prefix: Key, after: Key | None, before: Key | None) -> t
             marks.append(f"${len(arguments)}::{kind}")
         return f"({names}) {operator} ({', '.join(marks)})" if len(parts) > 1 else f"{names} {operator} {marks[0]}"
 
-    conditions = [compared("=", prefix[1:])] if len(prefix) > 1 else []
+    conditions = [_IS_THERE.get(table, "true")]
+    if len(prefix) > 1:
+        conditions.append(compared("=", prefix[1:]))
     for bound, whole, cut in ((after, ">", ">="), (before, "<", "<")):
         if bound is not None:
             if bound[0] != table:
@@ -549,4 +572,4 @@ def _bounds(table: str, prefix: Key, after: Key | None, before: Key | None) -> t
             if len(bound) > 1:
                 # A key sorts before those that continue it.
                 conditions.append(compared(whole if len(bound) - 1 == len(columns) else cut, bound[1:]))
-    return " AND ".join(conditions) or "true", arguments
+    return " AND ".join(conditions), arguments

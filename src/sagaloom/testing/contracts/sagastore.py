@@ -36,6 +36,7 @@ from msgspec.structs import replace
 
 from sagaloom.definitions import SagaInstanceStatus
 from sagaloom.engine.records import (
+    Child,
     DeadLetter,
     Envelope,
     FeedEvent,
@@ -48,6 +49,7 @@ from sagaloom.engine.records import (
     Mark,
     OutboxEffect,
     PendingTimer,
+    SagaStanding,
     ScheduleCursor,
     StepRecord,
     Timer,
@@ -196,6 +198,14 @@ def step_of(before: Instance | None, after: Instance, **more: Any) -> UnitOfWork
 def next_of(instance: Instance, **more: Any) -> Instance:
     """`instance` one revision and one entry later."""
     return replace(instance, revision=instance.revision + 1, entries=instance.entries + 1, **more)
+
+
+def child_of(pk: int, revision: int, position: int, **more: Any) -> Child:
+    """A live child of run 1 of number `pk`."""
+    facts = {"parent_run": 1, "key": f"child-{revision}-{position}"} | more
+    effect_key = f"effect-{pk}-{facts['parent_run']}-{revision}-{position}"
+    child = Child(pk, 1, revision, position, "shipments", "", effect_key, NOW)
+    return replace(child, **facts)
 
 
 def pending_of(timer: Timer) -> PendingTimer:
@@ -1008,6 +1018,76 @@ class SagaStoreContract:
         assert not await store.put_schedule_cursor(replace(other, saga_id="refunds"), replaces=other)
 
     # -- dead letters ---------------------------------------------------------------------------------------------
+
+    async def test_the_children_of_a_run_are_listed_in_the_order_of_their_spawning(
+        self, store: SagaStore, lease: Lease
+    ) -> None:
+        children = tuple(child_of(7, revision, position) for revision in (2, 10) for position in (0, 3, 20))
+        others = (child_of(7, 1, 0, parent_run=2), child_of(8, 1, 0))
+        await write(store, lease, UnitOfWork(part=0, children_add=(*reversed(children), *others)))
+
+        first = await store.children(7, 1, limit=4)
+        rest = await store.children(7, 1, after=(first[-1].revision, first[-1].position), limit=4)
+
+        assert (*first, *rest) == children
+        assert await store.count_children(7, 1) == {"live": 6, "completed": 0, "failed": 0, "cancelled": 0}
+
+    async def test_a_child_that_has_ended_is_found_by_how_it_ended_alone(self, store: SagaStore, lease: Lease) -> None:
+        first, second = child_of(7, 1, 0), child_of(7, 1, 1)
+        await write(store, lease, UnitOfWork(part=0, children_add=(first, second)))
+        ended = replace(first, status="failed", run=1, ended_at=at(5))
+
+        await write(store, lease, UnitOfWork(part=0, child_done=ended))
+
+        assert await store.children(7, 1) == [second]
+        assert await store.children(7, 1, status="failed") == [ended]
+        assert await store.count_children(7, 1) == {"live": 1, "completed": 0, "failed": 1, "cancelled": 0}
+
+    async def test_a_child_may_come_to_be_and_end_in_one_batch(self, store: SagaStore, lease: Lease) -> None:
+        child = child_of(7, 1, 0)
+        ended = replace(child, status="completed", run=1, ended_at=at(5))
+
+        await write(store, lease, UnitOfWork(part=0, children_add=(child,)), UnitOfWork(part=0, child_done=ended))
+
+        assert await store.children(7, 1) == []
+        assert await store.children(7, 1, status="completed") == [ended]
+
+    async def test_a_child_that_is_added_again_is_written_over(self, store: SagaStore, lease: Lease) -> None:
+        await write(store, lease, UnitOfWork(part=0, children_add=(child_of(7, 1, 0, key=""),)))
+        named = child_of(7, 1, 0, key="o-1")
+
+        await write(store, lease, UnitOfWork(part=0, children_add=(named,)))
+
+        assert await store.children(7, 1) == [named]
+
+    async def test_the_children_of_a_unit_that_conflicts_are_not_there(self, store: SagaStore, lease: Lease) -> None:
+        unit = UnitOfWork(part=0, inbox_done=RowRef(0, 99), children_add=(child_of(7, 1, 0),))
+
+        result = await store.commit([unit], lease=lease)
+
+        assert kinds(result) == {0: "gone"}
+        assert await store.children(7, 1) == []
+
+    # -- what operators say about sagas ---------------------------------------------------------------------------
+
+    async def test_what_is_said_about_a_saga_replaces_what_was_said_before(self, store: SagaStore) -> None:
+        await store.put_standing(SagaStanding("refunds", is_enabled=False, reason="audit", changed_at=at(1)))
+        await store.put_standing(SagaStanding("orders", is_paused=True))
+        await store.put_standing(SagaStanding("refunds"))
+
+        assert await store.standings() == [SagaStanding("orders", is_paused=True), SagaStanding("refunds")]
+
+    async def test_runs_of_an_older_version_are_found_and_counted(self, store: SagaStore, lease: Lease) -> None:
+        for number, version in enumerate((1, 2, 3)):
+            await started(store, lease, f"o-{number}", def_version=version, created_at=at(number))
+        wanted = InstanceFilter(saga_ids=("orders",), version_below=3)
+
+        first, cursor = await store.instances(wanted, limit=1)
+        rest, end = await store.instances(wanted, limit=5, cursor=cursor)
+
+        assert [each.key for each in (*first, *rest)] == ["o-1", "o-0"]
+        assert end is None
+        assert await store.count_instances(wanted) == 2
 
     async def test_dead_letters_come_newest_first(self, store: SagaStore, lease: Lease) -> None:
         letters = [dead_letter_of(f"d-{n}") for n in range(5)]

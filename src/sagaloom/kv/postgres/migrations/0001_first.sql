@@ -151,6 +151,23 @@ CREATE TABLE @schema@.saga_runtime_dead_letter (
 CREATE INDEX saga_runtime_dead_letter_saga ON @schema@.saga_runtime_dead_letter (saga_id, id);
 CREATE INDEX saga_runtime_dead_letter_key ON @schema@.saga_runtime_dead_letter (key_hash, id);
 
+-- One row for each run that another one has spawned. The status is part of its place: 0 live, 1 completed, 2 failed,
+-- 3 cancelled.
+CREATE TABLE @schema@.saga_runtime_child (
+    pk              bigint NOT NULL, -- of the parent
+    parent_run      int NOT NULL,
+    status          int NOT NULL,
+    revision        int NOT NULL,
+    position        int NOT NULL,
+    saga_id         text NOT NULL,
+    correlation_key text NOT NULL,
+    run             int NOT NULL,
+    spawned_at      timestamptz NOT NULL,
+    ended_at        timestamptz,
+    v               bytea NOT NULL,
+    PRIMARY KEY (pk, parent_run, status, revision, position)
+) WITH (autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_cost_delay = 0);
+
 -- The feed: a row for each commit that shows something, with the number of its first event as soon as it has one.
 CREATE TABLE @schema@.saga_runtime_feed (
     id   bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
@@ -359,7 +376,7 @@ BEGIN
         CROSS JOIN LATERAL (
             SELECT h.s FROM @schema@.saga_runtime_correlation h WHERE h.key_hash = c.hash FOR NO KEY UPDATE
         ) h
-        WHERE h.s = c.s;
+        WHERE h.s = c.s OR c.s IS NULL; -- without a versionstamp it is only locked
         IF v_count <> cardinality(p_head_check_hash) THEN
             outcome := 'checks';
             RETURN;
@@ -540,6 +557,12 @@ CREATE FUNCTION @schema@.saga_runtime_write_rows(
     p_letter_id text[], p_letter_saga text[], p_letter_key text[], p_letter_hash bytea[], p_letter_type text[],
     p_letter_code text[], p_letter_reason text[], p_letter_attempts int[], p_letter_at timestamptz[], p_letter_v bytea[],
     p_letter_gone_id text[],
+    -- children: puts, deletes
+    p_child_pk bigint[], p_child_parent_run int[], p_child_status int[], p_child_revision int[], p_child_position int[],
+    p_child_saga text[], p_child_key text[], p_child_run int[], p_child_spawned timestamptz[],
+    p_child_ended timestamptz[], p_child_v bytea[],
+    p_child_gone_pk bigint[], p_child_gone_parent_run int[], p_child_gone_status int[], p_child_gone_revision int[],
+    p_child_gone_position int[],
     -- the feed
     p_feed_n int, p_feed_v bytea,
     OUT inbox_base bigint, OUT outbox_base bigint, OUT feed_base bigint
@@ -622,6 +645,25 @@ BEGIN
         ON CONFLICT (id) DO UPDATE
         SET reason = excluded.reason, code = excluded.code, attempts = excluded.attempts, at = excluded.at,
             v = excluded.v, s = excluded.s;
+    END IF;
+    IF cardinality(p_child_gone_pk) > 0 THEN
+        DELETE FROM @schema@.saga_runtime_child t
+        USING unnest(
+            p_child_gone_pk, p_child_gone_parent_run, p_child_gone_status, p_child_gone_revision, p_child_gone_position
+        ) AS g(pk, parent_run, status, revision, position)
+        WHERE t.pk = g.pk AND t.parent_run = g.parent_run AND t.status = g.status AND t.revision = g.revision
+          AND t.position = g.position;
+    END IF;
+    IF cardinality(p_child_pk) > 0 THEN
+        INSERT INTO @schema@.saga_runtime_child
+            (pk, parent_run, status, revision, position, saga_id, correlation_key, run, spawned_at, ended_at, v)
+        SELECT * FROM unnest(
+            p_child_pk, p_child_parent_run, p_child_status, p_child_revision, p_child_position, p_child_saga,
+            p_child_key, p_child_run, p_child_spawned, p_child_ended, p_child_v
+        )
+        ON CONFLICT (pk, parent_run, status, revision, position) DO UPDATE
+        SET saga_id = excluded.saga_id, correlation_key = excluded.correlation_key, run = excluded.run,
+            ended_at = excluded.ended_at, v = excluded.v;
     END IF;
     IF cardinality(p_part_put) > 0 THEN
         UPDATE @schema@.saga_runtime_arrivals a SET s = p_stamp FROM unnest(p_part_put) AS c(part) WHERE a.part = c.part;
