@@ -25,6 +25,7 @@ from sagaloom.builder import SagaBuilder, SagaDraft, SagaWithHandlers, SagaWithS
 from sagaloom.definitions import (
     SAGA_DURABILITY_TIERS,
     SAGA_INSTANCE_STATUSES,
+    Gathered,
     QueryDefinition,
     RetryPolicy,
     Saga,
@@ -91,6 +92,7 @@ __all__ = [
     "DefinitionError",
     "DeliveryFailed",
     "EncodeError",
+    "Gathered",
     "HandlerError",
     "IdempotencyKeyReused",
     "InstanceEnded",

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from enum import Enum
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, Literal, NoReturn, Self, TypeAlias, TypeVar, cast, get_args, overload
 
@@ -29,9 +30,12 @@ from sagaloom.definitions import (
     SAGA_DURABILITY_TIERS,
     CatchUp,
     CompensationBinding,
+    Gathered,
     HandlerBinding,
     Invariant,
+    JoinBinding,
     OnMissing,
+    OnUnexpected,
     QueryBinding,
     QueryDefinition,
     RetryPolicy,
@@ -57,7 +61,6 @@ S = TypeVar("S")
 P = TypeVar("P")
 
 OnLimit = Literal["reject", "wait"]
-OnUnexpected = Literal["defer", "ignore", "dead_letter", "fail"]
 
 _Migration: TypeAlias = Callable[[Any], Any]
 _HANDLER = "a handler takes (saga, event, context)"
@@ -82,6 +85,8 @@ class _Data:
     correlations: Mapping[str, SagaCorrelation[Any]] = dataclasses.field(
         default_factory=dict[str, SagaCorrelation[Any]]
     )
+    joins: tuple[JoinBinding, ...] = ()
+    status_field: str = "status"
     signals: Mapping[str, HandlerBinding] = dataclasses.field(default_factory=dict[str, HandlerBinding])
     updates: Mapping[str, UpdateBinding] = dataclasses.field(default_factory=dict[str, UpdateBinding])
     queries: Mapping[str, QueryBinding] = dataclasses.field(default_factory=dict[str, QueryBinding])
@@ -297,17 +302,18 @@ class SagaDraft(_Stage):
     """A saga that has no state yet: `.state(...)` comes before any handler."""
 
     @overload
-    def state(self, initial: dict[str, Any]) -> SagaWithState[dict[str, Any]]: ...
+    def state(self, initial: dict[str, Any], *, status_field: str = "status") -> SagaWithState[dict[str, Any]]: ...
     @overload
-    def state(self, initial: S) -> SagaWithState[S]: ...
+    def state(self, initial: S, *, status_field: str = "status") -> SagaWithState[S]: ...
     @overload
-    def state(self, initial: object, *, type: type[S]) -> SagaWithState[S]: ...
-    def state(self, initial: Any, *, type: Any = None) -> SagaWithState[Any]:
+    def state(self, initial: object, *, type: type[S], status_field: str = "status") -> SagaWithState[S]: ...
+    def state(self, initial: Any, *, type: Any = None, status_field: str = "status") -> SagaWithState[Any]:
         """Declares the state that a new instance starts with, and with it the type of the state.
 
         A dict is untyped JSON. An instance of a dataclass, `msgspec.Struct`, attrs class or pydantic model is typed by
         its class. A TypedDict is a plain dict when the program runs, so its type has to be named to be checked there.
-        The value is encoded now, and every instance gets one of its own.
+        The value is encoded now, and every instance gets one of its own. `status_field` names the field that `.during`
+        goes by.
 
         >>> from typing import TypedDict
         >>> class OrderState(TypedDict):
@@ -334,7 +340,11 @@ class SagaDraft(_Stage):
             raise DefinitionError(
                 f"{data.where}: initial state: {error.message}", code=error.code, data=error.data
             ) from error
-        return SagaWithState(dataclasses.replace(data, initial_json=encoded, state_codec=codec))
+        if not isinstance(status_field, str) or not status_field.strip():
+            raise DefinitionError(f"{data.where}: status_field must be the name of a field, got {status_field!r:.80}")
+        return SagaWithState(
+            dataclasses.replace(data, initial_json=encoded, state_codec=codec, status_field=status_field)
+        )
 
     if not TYPE_CHECKING:  # for a type checker these methods are not there, which is the point of a stage
 
@@ -359,6 +369,7 @@ class SagaWithState(_Stage, Generic[S]):
         *,
         starts: bool = True,
         on_missing: OnMissing = "dead_letter",
+        patience: timedelta | float | str = "1h",
         pivot: bool = False,
     ) -> SagaWithHandlers[S]: ...
     @overload
@@ -370,6 +381,7 @@ class SagaWithState(_Stage, Generic[S]):
         payload: type[P],
         starts: bool = True,
         on_missing: OnMissing = "dead_letter",
+        patience: timedelta | float | str = "1h",
         pivot: bool = False,
     ) -> SagaWithHandlers[S]: ...
     @overload
@@ -380,6 +392,7 @@ class SagaWithState(_Stage, Generic[S]):
         *,
         starts: bool = True,
         on_missing: OnMissing = "dead_letter",
+        patience: timedelta | float | str = "1h",
         pivot: bool = False,
     ) -> SagaWithHandlers[S]: ...
     def on(
@@ -390,12 +403,14 @@ class SagaWithState(_Stage, Generic[S]):
         payload: Any = None,
         starts: bool = True,
         on_missing: OnMissing = "dead_letter",
+        patience: timedelta | float | str = "1h",
         pivot: bool = False,
     ) -> SagaWithHandlers[S]:
         """Registers the handler of a message type, given as a message class or as the wire type.
 
         With a class the payload is an instance of it; with a wire type it is plain JSON, or what `payload=` says.
-        `starts`: the message may open an instance. `on_missing`: what becomes of it when it may not, and none is live.
+        `starts`: the message may open an instance. `on_missing`: what becomes of it when it may not, and none is live:
+        with `"wait"` it waits for one, for as long as its `patience` (a timedelta, milliseconds, or `"1h"`) lasts.
         `pivot`: it is a point of no return. Once it has been applied, the steps before it are not undone any more by
         `ALL_STEPS` or a cancel.
 
@@ -410,16 +425,18 @@ class SagaWithState(_Stage, Generic[S]):
         name = _wire_type(data, message, "event")
         codec = _payload_codec(data, name, message, payload)
         _check_function(handler, 3, f"{data.where}: the handler of {name!r}", _HANDLER)
-        if not isinstance(starts, bool):
-            raise DefinitionError(f"{data.where}: starts of {name!r} must be True or False, got {starts!r:.80}")
-        _one_of(on_missing, get_args(OnMissing), f"{data.where}: on_missing of {name!r}")
+        missing = _checked_missing(data, name, starts, on_missing, patience)
         if not isinstance(pivot, bool):
             raise DefinitionError(f"{data.where}: pivot of {name!r} must be True or False, got {pivot!r:.80}")
-        if name in data.handlers:
+        known = data.handlers.get(name)
+        if known is not None and not known.is_gathered_only:
+            how = "a handler" if known.during is None else "handlers during some statuses"
             raise DefinitionError(
-                f"{data.where} already has a handler for {name!r}: put both into one, or give the message another type"
+                f"{data.where} already has {how} for {name!r}: put both into one, or give the message another type"
             )
-        binding = HandlerBinding(name, handler, codec, starts, on_missing)
+        joins = known.joins if known is not None else ()
+        _check_codecs(data, name, codec, joins)
+        binding = HandlerBinding(name, handler, codec, starts, on_missing, missing, joins=joins)
         pivots = data.pivots | {name} if pivot else data.pivots
         return SagaWithHandlers(dataclasses.replace(data, handlers={**data.handlers, name: binding}, pivots=pivots))
 
@@ -461,35 +478,129 @@ class SagaWithState(_Stage, Generic[S]):
 
     @overload
     def during(
-        self, status: str, message: type[P], handler: SagaHandler[S, P], *, on_unexpected: OnUnexpected = "defer"
+        self,
+        status: str,
+        message: type[P],
+        handler: SagaHandler[S, P],
+        *,
+        on_unexpected: OnUnexpected = "defer",
+        starts: bool = False,
+        on_missing: OnMissing = "dead_letter",
+        patience: timedelta | float | str = "1h",
     ) -> SagaWithHandlers[S]: ...
     @overload
     def during(
-        self, status: str, message: str, handler: SagaHandler[S, Any], *, on_unexpected: OnUnexpected = "defer"
+        self,
+        status: str,
+        message: str,
+        handler: SagaHandler[S, P],
+        *,
+        payload: type[P],
+        on_unexpected: OnUnexpected = "defer",
+        starts: bool = False,
+        on_missing: OnMissing = "dead_letter",
+        patience: timedelta | float | str = "1h",
+    ) -> SagaWithHandlers[S]: ...
+    @overload
+    def during(
+        self,
+        status: str,
+        message: str,
+        handler: SagaHandler[S, Any],
+        *,
+        on_unexpected: OnUnexpected = "defer",
+        starts: bool = False,
+        on_missing: OnMissing = "dead_letter",
+        patience: timedelta | float | str = "1h",
     ) -> SagaWithHandlers[S]: ...
     def during(
-        self, status: str, message: Any, handler: Any, *, on_unexpected: OnUnexpected = "defer"
+        self,
+        status: str,
+        message: Any,
+        handler: Any,
+        *,
+        payload: Any = None,
+        on_unexpected: OnUnexpected = "defer",
+        starts: bool = False,
+        on_missing: OnMissing = "dead_letter",
+        patience: timedelta | float | str = "1h",
     ) -> SagaWithHandlers[S]:
-        """Handles a type while the state has this business status. Checks its arguments; raises `NotImplementedYet`."""
-        where = self._data.where
+        """Registers the handler of a type for when the state has this business status: the value of its field
+        `status`, or of the one that `.state(..., status_field=...)` names.
+
+        In a status that none of the type's handlers is for, the message is unexpected. `on_unexpected` says what then:
+        it waits until a transition leads to such a status, and comes before anything newer (`"defer"`), is ignored on
+        the record (`"ignore"`), is given up (`"dead_letter"`), or makes the run fail (`"fail"`). What is said of a type
+        is said once for all of its statuses. `starts`, `on_missing` and `patience` are those of `.on`; a message starts
+        an instance when one of its statuses is that of the initial state.
+
+        >>> draft = define_saga("order").state({"status": "new"})
+        >>> draft.during("new", "Placed", lambda saga, event, context: [], starts=True)
+        <SagaWithHandlers 'order', handles ['Placed']>
+        """
+        data = self._data
+        where = data.where
         if not isinstance(status, str) or not status.strip():
             raise DefinitionError(f"{where}: status of .during(...) must not be empty, got {status!r:.80}")
-        name = _wire_type(self._data, message, "event")
+        name = _wire_type(data, message, "event")
+        codec = _payload_codec(data, name, message, payload)
         _check_function(handler, 3, f"{where}: the handler of {name!r} during {status!r}", _HANDLER)
         _one_of(on_unexpected, get_args(OnUnexpected), f"{where}: on_unexpected of {name!r}")
-        self._not_yet("during")
+        missing = _checked_missing(data, name, starts, on_missing, patience)
+        status = str(status.value) if isinstance(status, Enum) else status
+        said = HandlerBinding(name, handler, codec, starts, on_missing, missing, {status: handler}, on_unexpected)
+        known = data.handlers.get(name)
+        if known is not None and not known.is_gathered_only:
+            said = _with_status(data, known, said, status)
+        elif known is not None:
+            _check_codecs(data, name, codec, known.joins)
+            said = dataclasses.replace(said, joins=known.joins)
+        return SagaWithHandlers(dataclasses.replace(data, handlers={**data.handlers, name: said}))
 
-    def when_all(self, messages: Sequence[type[Any] | str], handler: SagaHandler[S, Any]) -> SagaWithHandlers[S]:
-        """Runs once when all of these types have come, in any order. Checks its arguments; raises
-        `NotImplementedYet`."""
-        where = self._data.where
+    def when_all(
+        self,
+        messages: Sequence[type[Any] | str],
+        handler: SagaHandler[S, Gathered],
+        *,
+        starts: bool = True,
+        on_missing: OnMissing = "dead_letter",
+        patience: timedelta | float | str = "1h",
+    ) -> SagaWithHandlers[S]:
+        """Runs the handler once, when a message of each of these types has come, in whatever order. The payload of its
+        event has them all: `event.payload[PaymentCaptured]`, by class or by wire type; the rest of the event is that of
+        the last one.
+
+        Each arrival is applied, and kept with the run; of two of one type the first counts. A type may have a handler
+        of its own, which runs first. `starts`, `on_missing` and `patience` are those of `.on`, for types without one.
+
+        >>> define_saga("order").state({}).when_all(["Paid", "Packed"], lambda saga, event, context: [])
+        <SagaWithHandlers 'order', handles ['Paid', 'Packed']>
+        """
+        data = self._data
+        where = data.where
         if isinstance(messages, str) or not isinstance(messages, Sequence):
             raise DefinitionError(f"{where}: .when_all(...) takes a list of types, got {_shown(messages)}")
-        names = [_wire_type(self._data, message, "event") for message in messages]
+        names = [_wire_type(data, message, "event") for message in messages]
         if len(set(names)) < 2 or len(set(names)) < len(names):
             raise DefinitionError(f"{where}: .when_all({names}) needs two or more different types; one takes .on(...)")
         _check_function(handler, 3, f"{where}: the handler of {_listed(names)}", _HANDLER)
-        self._not_yet("when_all")
+        codecs = {
+            name: _payload_codec(data, name, message, None) for name, message in zip(names, messages, strict=True)
+        }
+        join = JoinBinding(", ".join(sorted(names)), handler, MappingProxyType(codecs))
+        if any(one.name == join.name for one in data.joins):
+            raise DefinitionError(f"{where} already has a .when_all for {_listed(names)}: put both into one")
+        handlers = dict(data.handlers)
+        for name, codec in codecs.items():
+            missing = _checked_missing(data, name, starts, on_missing, patience)
+            known = handlers.get(name)
+            if known is None:
+                only = HandlerBinding(name, _nothing_yet, codec, starts, on_missing, missing, is_gathered_only=True)
+                handlers[name] = dataclasses.replace(only, joins=(join,))
+            else:
+                _check_codecs(data, name, known.codec, (join,))
+                handlers[name] = dataclasses.replace(known, joins=(*known.joins, join))
+        return SagaWithHandlers(dataclasses.replace(data, handlers=handlers, joins=(*data.joins, join)))
 
     def on_signal(self, signal: SignalDefinition[P], handler: SagaHandler[S, P]) -> Self:
         """Registers the handler of a signal: of a message that somebody addresses to one instance by name. It is
@@ -595,6 +706,7 @@ class SagaWithHandlers(SagaWithState[S]):
                 "nothing is undone: take pivot=True away, or .compensate(...)"
             )
         _check_what_it_sends(data)
+        _check_statuses(data, codec)
         caller = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]  # the documented way to a caller's line
         definition: SagaDefinition[S] = SagaDefinition(
             id=data.id,
@@ -609,6 +721,8 @@ class SagaWithHandlers(SagaWithState[S]):
             signals=MappingProxyType(dict(data.signals)),
             updates=MappingProxyType(dict(data.updates)),
             queries=MappingProxyType(dict(data.queries)),
+            joins=data.joins,
+            status_field=data.status_field,
             retry=data.retry,
             reuse=data.reuse,
             is_singleton=data.is_singleton,
@@ -693,6 +807,59 @@ def _payload_codec(data: _Data, name: str, message: object, payload: object) -> 
         return codec_for(payload)
     except DefinitionError as error:
         raise DefinitionError(f"{data.where}: payload of {name!r}: {error.message}", data=error.data) from error
+
+
+def _nothing_yet(saga: object, event: object, context: object) -> list[Any]:
+    """What is done with a message that is only gathered."""
+    return []
+
+
+def _checked_missing(data: _Data, name: str, starts: object, on_missing: object, patience: Any) -> timedelta:
+    """The patience of a type, once all that is said about its missing instance was found to be in order."""
+    if not isinstance(starts, bool):
+        raise DefinitionError(f"{data.where}: starts of {name!r} must be True or False, got {starts!r:.80}")
+    _one_of(on_missing, get_args(OnMissing), f"{data.where}: on_missing of {name!r}")
+    try:
+        length = parse_duration(patience)
+    except DefinitionError as error:
+        raise DefinitionError(f"{data.where}: patience of {name!r}: {error.message}") from error
+    if not length:
+        raise DefinitionError(f"{data.where}: patience of {name!r} must be longer than nothing, got {patience!r:.80}")
+    return length
+
+
+def _check_codecs(data: _Data, name: str, codec: Codec[Any], joins: Sequence[JoinBinding]) -> None:
+    for join in joins:
+        if join.codecs[name].name != codec.name:
+            raise DefinitionError(
+                f"{data.where}: {name!r} is {codec.name} for its handler and {join.codecs[name].name} for the "
+                f".when_all of {join.name}: give both the same class, or both the wire type"
+            )
+
+
+def _with_status(data: _Data, known: HandlerBinding, said: HandlerBinding, status: str) -> HandlerBinding:
+    """`known`, which has handlers during other statuses, with one for `status` too."""
+    if known.during is None:
+        raise DefinitionError(
+            f"{data.where} already has a handler for {said.type!r} in every status: use .on(...) or .during(...) for a "
+            "type, not both"
+        )
+    if status in known.during:
+        raise DefinitionError(
+            f"{data.where} already has a handler for {said.type!r} during {status!r}: put both into one"
+        )
+    for what in ("on_unexpected", "starts", "on_missing", "patience"):
+        if getattr(known, what) != getattr(said, what):
+            raise DefinitionError(
+                f"{data.where}: {what} of {said.type!r} is {getattr(said, what)!r} during {status!r} and "
+                f"{getattr(known, what)!r} before: say the same for every status"
+            )
+    if known.codec.name != said.codec.name:
+        raise DefinitionError(
+            f"{data.where}: {said.type!r} is {said.codec.name} during {status!r} and {known.codec.name} before: "
+            "say the same for every status"
+        )
+    return dataclasses.replace(known, during={**known.during, status: said.handler})
 
 
 def _said_codec(data: _Data, what: str, declared: object) -> Codec[Any]:
@@ -805,6 +972,32 @@ def _check_what_it_sends(data: _Data) -> None:
             )
     for timeout in data.timeouts:
         _check_taken(data, f"timeout {timeout.name!r}", timeout.message_type, timeout.payload)
+
+
+def _check_statuses(data: _Data, codec: Codec[Any]) -> None:
+    """Raises unless the state has the status that handlers are bound to, and one of its own to start with."""
+    bound = [binding for binding in data.handlers.values() if binding.during is not None]
+    if not bound:
+        return
+    initial: object = codec.decode(data.initial_json)
+    if isinstance(initial, Mapping):
+        status = cast("Mapping[str, object]", initial).get(data.status_field)
+    else:
+        status = getattr(initial, data.status_field, None)
+    status = status.value if isinstance(status, Enum) else status
+    if not isinstance(status, str):
+        raise DefinitionError(
+            f"{data.where}: .during({next(iter(bound[0].during or ()))!r}, {bound[0].type!r}) goes by the state's "
+            f"field {data.status_field!r}, and the initial state has {status!r:.80} there: give it a string, or name "
+            "another field with .state(initial, status_field=...)"
+        )
+    for binding in bound:
+        during = list(binding.during or ())
+        if binding.starts and status not in during:
+            raise DefinitionError(
+                f"{data.where}: {binding.type!r} is to start an instance, whose {data.status_field} is {status!r} "
+                f"then, and has handlers during {_listed(during)} only: add one for {status!r}"
+            )
 
 
 def _check_taken(data: _Data, what: str, message_type: str, payload: bytes) -> None:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from types import MappingProxyType
@@ -16,7 +16,7 @@ import msgspec
 from sagaloom.codec import Codec
 from sagaloom.errors import DefinitionError
 from sagaloom.ids import instance_id
-from sagaloom.messages import SagaMessage
+from sagaloom.messages import SagaMessage, message_type_of
 
 if TYPE_CHECKING:
     from sagaloom.effects import CascadedMessage
@@ -28,9 +28,12 @@ __all__ = [
     "CatchUp",
     "CompensationBinding",
     "ConcurrencyPolicy",
+    "Gathered",
     "HandlerBinding",
     "Invariant",
+    "JoinBinding",
     "OnMissing",
+    "OnUnexpected",
     "QueryBinding",
     "QueryDefinition",
     "RetentionPolicy",
@@ -64,7 +67,8 @@ SagaState: TypeAlias = dict[str, Any]
 """An untyped state: handlers may change it in place. Typed ones are dataclasses, TypedDicts, Structs, attrs classes or
 pydantic models."""
 
-OnMissing = Literal["dead_letter", "discard"]
+OnMissing = Literal["dead_letter", "discard", "wait"]
+OnUnexpected = Literal["defer", "ignore", "dead_letter", "fail"]
 Reuse = Literal["reject", "new_run"]
 CatchUp = Literal["latest", "all", "none"]
 ANY_TYPE: Final = "*"
@@ -196,6 +200,45 @@ def _checked_name(name: object, what: str, example: str) -> str:
     return name.strip()
 
 
+class Gathered(Mapping[str, Any]):
+    """The payloads of the messages that a join has waited for, by message class or by wire type.
+
+    def ready(saga, event, context):
+        amount = event.payload[PaymentCaptured].amount
+    """
+
+    __slots__ = ("_payloads",)
+
+    def __init__(self, payloads: Mapping[str, Any]) -> None:
+        self._payloads = payloads
+
+    @overload
+    def __getitem__(self, key: type[P], /) -> P: ...
+    @overload
+    def __getitem__(self, key: str, /) -> Any: ...
+    def __getitem__(self, key: type[Any] | str, /) -> Any:
+        return self._payloads[key if isinstance(key, str) else message_type_of(key)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._payloads)
+
+    def __len__(self) -> int:
+        return len(self._payloads)
+
+    def __repr__(self) -> str:
+        return f"Gathered({dict(self._payloads)!r})"
+
+
+@dataclass(frozen=True, slots=True)
+class JoinBinding:
+    """A handler that runs once all of its types have come, and the codecs of their payloads. `name` names the join in
+    the store: its types in the order of the alphabet."""
+
+    name: str
+    handler: SagaHandler[Any, Gathered]
+    codecs: Mapping[str, Codec[Any]]
+
+
 @dataclass(frozen=True, slots=True)
 class HandlerBinding:
     """A forward handler, the codec of its payload, and what happens when no instance is there."""
@@ -205,6 +248,16 @@ class HandlerBinding:
     codec: Codec[Any]
     starts: bool = True
     on_missing: OnMissing = "dead_letter"
+    patience: timedelta = timedelta(hours=1)
+    """How long the message waits for an instance to appear, with `on_missing="wait"`."""
+    during: Mapping[str, SagaHandler[Any, Any]] | None = None
+    """The handlers of a type that is bound to statuses, by status; then `handler` is that of any of them."""
+    on_unexpected: OnUnexpected = "defer"
+    """What becomes of a message that comes in another status."""
+    joins: tuple[JoinBinding, ...] = ()
+    """Those that wait for a message of this type."""
+    is_gathered_only: bool = False
+    """Whether the type has no handler but theirs."""
 
     answers: ClassVar[bool] = False
     """Whether somebody waits for what the handler has to say."""
@@ -339,6 +392,9 @@ class SagaDefinition(Generic[S]):
     signals: Mapping[str, HandlerBinding] = field(default_factory=lambda: _NOTHING)
     updates: Mapping[str, UpdateBinding] = field(default_factory=lambda: _NOTHING)
     queries: Mapping[str, QueryBinding] = field(default_factory=lambda: _NOTHING)
+    joins: tuple[JoinBinding, ...] = ()
+    status_field: str = "status"
+    """The field of the state that `.during` goes by."""
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     reuse: Reuse = "reject"
     is_singleton: bool = False

@@ -8,7 +8,8 @@ from typing import Any
 import msgspec
 
 from sagaloom.codec import Codec
-from sagaloom.definitions import RetryPolicy, SagaDefinition, SchedulePolicy
+from sagaloom.definitions import HandlerBinding, RetryPolicy, SagaDefinition, SchedulePolicy
+from sagaloom.graph import graph_of
 
 __all__ = ["describe"]
 
@@ -18,8 +19,8 @@ def describe(definition: SagaDefinition[Any]) -> dict[str, Any]:
 
     The graph has a node for `start`, for `instance`, for every handled type and for every compensation; an edge leads
     from `start` or `instance` to a type, and from a type to its compensation. A schedule and each timeout have a node
-    too, and an edge to the type that they send. Statuses are no part of it: which effects a handler returns is known
-    only when it runs.
+    too, and an edge to the type that they send. What handlers may do beside that (`sagaloom.graph`) is there as far as
+    it can be read off their source.
 
     >>> import sagaloom
     >>> saga = sagaloom.define_saga("order").state({}).on("OrderPlaced", lambda saga, event, context: []).build()
@@ -29,6 +30,7 @@ def describe(definition: SagaDefinition[Any]) -> dict[str, Any]:
     handlers, compensations = definition.handlers.values(), definition.compensations.values()
     about = definition.about
     concurrency = definition.concurrency
+    graph = graph_of(definition)
     return {
         "id": definition.id,
         "name": about.name or definition.id,
@@ -42,7 +44,13 @@ def describe(definition: SagaDefinition[Any]) -> dict[str, Any]:
         "version": definition.version,
         "durabilityTier": definition.durability,
         "handledMessageTypes": [
-            {"type": one.type, "starts": one.starts, "onMissing": one.on_missing, "schema": _schema(one.codec)}
+            {
+                "type": one.type,
+                "starts": one.starts,
+                "onMissing": one.on_missing,
+                "schema": _schema(one.codec),
+                **_conditions(one),
+            }
             for one in handlers
         ],
         "compensations": [{"type": one.type, "schema": _schema(one.codec)} for one in compensations],
@@ -51,6 +59,8 @@ def describe(definition: SagaDefinition[Any]) -> dict[str, Any]:
         "signals": [{"name": one.type, "schema": _schema(one.codec)} for one in definition.signals.values()],
         "updates": [{"name": one.type, "schema": _schema(one.codec)} for one in definition.updates.values()],
         "queries": [{"name": one.name, "schema": _schema(one.codec)} for one in definition.queries.values()],
+        "joins": [list(one.codecs) for one in definition.joins],
+        "statusField": definition.status_field,
         "retry": _retry(definition.retry),
         "concurrency": concurrency and {"limit": concurrency.limit, "onLimit": concurrency.on_limit},
         "schedule": _schedule(definition.schedule),
@@ -65,12 +75,25 @@ def describe(definition: SagaDefinition[Any]) -> dict[str, Any]:
         "stateSchema": _schema(definition.state_codec),
         "initialState": msgspec.json.decode(definition.state_codec.encode(definition.initial_state)),
         "fingerprint": definition.fingerprint,
-        "graph": {"nodes": _nodes(definition), "edges": _edges(definition)},
+        "graph": {
+            "nodes": [{"id": node.id, "kind": node.kind, "label": node.label} for node in graph.nodes],
+            "edges": [{"from": edge.source, "to": edge.target, "kind": edge.kind} for edge in graph.edges],
+        },
     }
 
 
 def _schema(codec: Codec[Any]) -> dict[str, Any]:
     return dict(codec.json_schema())
+
+
+def _conditions(binding: HandlerBinding) -> dict[str, Any]:
+    """When a type is handled, for one that is not always."""
+    conditions: dict[str, Any] = {}
+    if binding.during is not None:
+        conditions |= {"during": list(binding.during), "onUnexpected": binding.on_unexpected}
+    if binding.on_missing == "wait":
+        conditions["patience"] = _milliseconds(binding.patience)
+    return conditions
 
 
 def _schedule(policy: SchedulePolicy | None) -> dict[str, Any] | None:
@@ -97,38 +120,3 @@ def _retry(policy: RetryPolicy) -> dict[str, Any]:
         "jitter": policy.jitter,
         "nonRetryableErrorTypes": list(policy.non_retryable_error_types),
     }
-
-
-def _nodes(definition: SagaDefinition[Any]) -> list[dict[str, str]]:
-    sources = [
-        {"id": name, "kind": name}
-        for name, is_there in (
-            ("start", bool(definition.starting_types)),
-            ("instance", len(definition.starting_types) < len(definition.handlers)),
-        )
-        if is_there
-    ]
-    messages = [{"id": name, "kind": "message"} for name in definition.handlers]
-    undos = [{"id": f"compensate {name}", "kind": "compensation"} for name in definition.compensations]
-    clocks = [{"id": "schedule", "kind": "schedule"}] if definition.schedule is not None else []
-    clocks += [{"id": f"timeout {one.name}", "kind": "timeout"} for one in definition.timeouts]
-    return sources + messages + undos + clocks
-
-
-def _edges(definition: SagaDefinition[Any]) -> list[dict[str, str]]:
-    edges = [
-        {"from": "start", "to": one.type, "kind": "starts"}
-        if one.starts
-        else {"from": "instance", "to": one.type, "kind": "continues"}
-        for one in definition.handlers.values()
-    ]
-    edges += [
-        {"from": name, "to": f"compensate {name}", "kind": "compensates"}
-        for name in definition.compensations
-        if name in definition.handlers
-    ]
-    if definition.schedule is not None:
-        edges.append({"from": "schedule", "to": definition.schedule.message_type, "kind": "ticks"})
-    return edges + [
-        {"from": f"timeout {one.name}", "to": one.message_type, "kind": "times out"} for one in definition.timeouts
-    ]

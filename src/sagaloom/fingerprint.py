@@ -27,7 +27,7 @@ __all__ = ["fingerprint_of"]
 def fingerprint_of(definition: SagaDefinition[Any]) -> str:
     """The SHA-256, in hex, of the canonical description of `definition`."""
     # In the order of declaration: which starting type comes first decides what `spawn` sends.
-    handlers = [
+    handlers: list[list[object]] = [
         [one.type, one.starts, one.on_missing, one.codec.name, one.codec.json_schema(), _function(one.handler)]
         for one in definition.handlers.values()
     ]
@@ -35,6 +35,12 @@ def fingerprint_of(definition: SagaDefinition[Any]) -> str:
         one.type: [one.codec.name, one.codec.json_schema(), _function(one.handler)]
         for one in definition.compensations.values()
     }
+    for said, one in zip(handlers, definition.handlers.values(), strict=True):
+        # Only where there is any: a saga without them keeps the fingerprint that it had before there could be some.
+        if one.during is not None:
+            said.append(["during", one.on_unexpected, _functions(one.during)])
+        if one.on_missing == "wait":
+            said.append(["patience", one.patience])
     concurrency = definition.concurrency
     described: dict[str, object] = {
         "id": definition.id,
@@ -63,6 +69,10 @@ def fingerprint_of(definition: SagaDefinition[Any]) -> str:
             described[what] = {
                 one.type: [one.codec.name, one.codec.json_schema(), _function(one.handler)] for one in bindings.values()
             }
+    if definition.joins:
+        described["joins"] = [[one.name, _function(one.handler)] for one in definition.joins]
+    if definition.status_field != "status":
+        described["statusField"] = definition.status_field
     if definition.queries:
         described["queries"] = {
             one.name: [one.codec.name, one.codec.json_schema(), _function(one.handler)]

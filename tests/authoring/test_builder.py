@@ -290,7 +290,7 @@ def test_anything_callable_with_three_arguments_is_a_handler(good: Any) -> None:
     ("options", "reason"),
     [
         ({"starts": 1}, "starts of 'A' must be True or False, got 1"),
-        ({"on_missing": "wait"}, "on_missing of 'A' 'wait' is unknown: use 'dead_letter' or 'discard'"),
+        ({"on_missing": "drop"}, "on_missing of 'A' 'drop' is unknown: use 'dead_letter', 'discard' or 'wait'"),
         ({"payload": "Order"}, "payload of 'A' must be a type"),
         ({"payload": NotAMessage}, "payload of 'A': NotAMessage cannot be turned into JSON"),
     ],
@@ -590,8 +590,6 @@ QUERY = define_query("progress", int)
     ("method", "call"),
     [
         ("concurrency", lambda: DRAFT.concurrency(3, lambda message: "a", on_limit="wait")),
-        ("during", lambda: READY.during("new", OrderPlaced, handler)),
-        ("when_all", lambda: READY.when_all([OrderPlaced, "B"], handler)),
     ],
 )
 def test_what_is_not_built_yet_says_so(method: str, call: Any) -> None:

@@ -67,6 +67,8 @@ def test_a_description_has_the_facts_under_the_names_of_the_wire() -> None:
         "signals": [],
         "updates": [],
         "queries": [],
+        "joins": [],
+        "statusField": "status",
         "description": "order",
         "topic": "default",
         "enabled": True,

@@ -112,7 +112,7 @@ async def runtime(store: SagaStore) -> AsyncIterator[SagaRuntime]:
     async with SagaRuntime(store, definitions=[ACCOUNT], clock=ManualClock()) as running:
         await opened(running)
         yield running
-        await check_invariants(store)
+        assert await check_invariants(store) == []
 
 
 async def opened(runtime: SagaRuntime, key: str = "a") -> None:

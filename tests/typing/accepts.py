@@ -14,6 +14,7 @@ import pydantic
 from sagaloom import (
     ALL_STEPS,
     CascadedMessage,
+    Gathered,
     QueryDefinition,
     RetryPolicy,
     Saga,
@@ -221,6 +222,19 @@ def with_signals_and_queries() -> SagaWithState[Order]:
         .on_query(define_query("all"), lambda state: {"status": state.status, "paid": [state.paid]})
         .on_update(approve, placed)
     )
+
+
+# Statuses and joins.
+def gathered(saga: Saga[Order], event: SagaMessage[Gathered], context: SagaContext[Order]) -> list[CascadedMessage]:
+    assert_type(event.payload[OrderPlaced], OrderPlaced)
+    return []
+
+
+draft.state(Order(), status_field="status").during(
+    "new", OrderPlaced, placed, on_unexpected="ignore", starts=True
+).build()
+draft.state(Order()).during("new", "OrderPlaced", placed, payload=OrderPlaced, on_missing="wait", patience="5m").build()
+draft.state(Order()).when_all([OrderPlaced, "Packed"], gathered).build()
 
 
 # Publishers: of message classes, of messages as TypedDicts, of anything.

@@ -132,6 +132,8 @@ ready.compensate(OrderPlaced, sent)  # type: ignore[arg-type]  # pyright: ignore
 ready.correlate(OrderPlaced, invoice_rule)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType, reportCallIssue]  # expect: error
 ready.on_signal(define_signal("approve", OrderPlaced), sent)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # expect: error
 ready.on_update(define_signal("approve", OrderPlaced), sent)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # expect: error
+ready.during("new", OrderPlaced, sent)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType, reportCallIssue]  # expect: error
+ready.when_all([OrderPlaced, InvoiceSent], placed)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # expect: error
 ready.on(OrderPlaced, lambda saga, event, context: [event.payload.invoice_id])  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownLambdaType, reportUnknownMemberType]  # expect: error
 
 # The wrong state type.
@@ -144,6 +146,7 @@ ready.invariant("paid", invoice_is_paid)  # type: ignore[arg-type]  # pyright: i
 # An async handler, rule or query.
 ready.on(OrderPlaced, asynchronous)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType, reportCallIssue]  # expect: error
 ready.on("OrderPlaced", asynchronous)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType, reportCallIssue]  # expect: error
+ready.during("new", OrderPlaced, asynchronous)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType, reportCallIssue]  # expect: error
 ready.compensate(OrderPlaced, asynchronous)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType, reportCallIssue]  # expect: error
 ready.correlate(asynchronous_rule)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # expect: error
 ready.on_query(define_query("progress", int), asynchronous_query)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # expect: error
@@ -161,7 +164,7 @@ draft.schedule("0 3 * * *", catch_up="some")  # type: ignore[arg-type]  # pyrigh
 draft.schedule(3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # expect: error
 draft.timeout("5m")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]  # expect: error
 draft.reuse("always")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # expect: error
-ready.on(OrderPlaced, placed, on_missing="wait")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]  # expect: error
+ready.on(OrderPlaced, placed, on_missing="drop")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]  # expect: error
 
 # A publisher and a message that is none of its classes. (Its handler is refused above: the wrong payload type.)
 blocking.publish(InvoiceSent("i-1"))  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]  # expect: error

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sagaloom.cli.checking import add_check_commands
 from sagaloom.cli.client import DEFAULT_URL, ApiClient, CommandFailed, instance_path
+from sagaloom.cli.database import db_app
 from sagaloom.cli.jobs import jobs_app
 from sagaloom.cli.operating import add_dead_letter_commands, add_instance_commands
-from sagaloom.cli.options import AsJson, Host, Insecure, Key, Limit, Run, Saga, Token, Topic, Url
+from sagaloom.cli.options import AsJson, Host, Insecure, Key, Limit, Modules, Run, Saga, Token, Topic, Url
 from sagaloom.cli.payloads import json_of
 from sagaloom.cli.talking import add_talking_commands
 from sagaloom.cli.timing import add_schedule_commands, add_timer_commands
@@ -45,17 +47,9 @@ app.add_typer(dead_letters_app, name="dead-letters")
 app.add_typer(timers_app, name="timers")
 app.add_typer(schedules_app, name="schedules")
 app.add_typer(jobs_app, name="jobs")
+app.add_typer(db_app, name="db")
 
 Port = Annotated[int | None, typer.Option("--port", min=0, max=65535, help="The port; by default PORT, else 8092.")]
-Modules = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[MODULE]...",
-        help="Saga modules: dotted names, package.module:attribute, or files. "
-        "By default SAGAS_REGISTRY_MODULE, else \\[tool.sagaloom] sagas in pyproject.toml.",
-        show_default=False,
-    ),
-]
 
 
 @app.callback(invoke_without_command=True)
@@ -441,6 +435,7 @@ def instances_watch(
 
 
 add_instance_commands(instances_app)
+add_check_commands(app)
 
 
 def _effect_text(effect: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["AsJson", "Host", "Insecure", "Key", "Limit", "Run", "Saga", "Token", "Topic", "Url"]
+__all__ = ["AsJson", "Host", "Insecure", "Key", "Limit", "Modules", "Run", "Saga", "Token", "Topic", "Url"]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Url = Annotated[str, typer.Option("--url", envvar="SAGALOOM_URL", help="Where the server is.")]
@@ -20,3 +20,12 @@ Key = Annotated[str, typer.Argument(help="The correlation key.", show_default=Fa
 Topic = Annotated[str | None, typer.Option("--topic", help="Only of sagas with this topic, as configured.")]
 Host = Annotated[str | None, typer.Option("--host", help="The address to listen on; by default 127.0.0.1.")]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Listen beyond loopback without a token.")]
+Modules = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[MODULE]...",
+        help="Saga modules: dotted names, package.module:attribute, or files. "
+        "By default SAGAS_REGISTRY_MODULE, else \\[tool.sagaloom] sagas in pyproject.toml.",
+        show_default=False,
+    ),
+]

@@ -57,7 +57,8 @@ from typing import Any, Final, Literal, NamedTuple
 import msgspec
 
 from sagaloom.codec import encode_any
-from sagaloom.definitions import HandlerBinding, SagaDefinition, SagaInstanceStatus
+from sagaloom.definitions import HandlerBinding, SagaDefinition, SagaHandler, SagaInstanceStatus
+from sagaloom.effects import saga_fail
 from sagaloom.engine.compensation import begin_unwinding, carry_out, go_on, skip_next
 from sagaloom.engine.controls import (
     CANCEL,
@@ -70,6 +71,7 @@ from sagaloom.engine.controls import (
     why_said,
 )
 from sagaloom.engine.correlation import dead_letter_id
+from sagaloom.engine.expecting import UNEXPECTED, gather, handler_during, why_not_gathered
 from sagaloom.engine.families import child_end_of, end_of_child, refused_child
 from sagaloom.engine.ledger import LIMIT_EXCEEDED, Refused
 from sagaloom.engine.lifecycle import is_terminal
@@ -291,15 +293,49 @@ def _apply(
 ) -> Decision:
     state = _initial_state(definition) if instance is None else readable_state(definition, instance)
     typed = context.typed if not leaves_failures else None
+    handler = binding.handler
+    if binding.during is not None:
+        bound, expected = handler_during(definition, binding, state)
+        if bound is not None:
+            handler = bound
+        elif binding.on_unexpected == "fail":
+            handler = _failing(expected)
+        else:
+            return _unexpected(binding, instance, message, context, expected)
+    if binding.is_gathered_only and instance is not None:
+        why = why_not_gathered(binding, instance.gathered)
+        if why is not None:
+            return _ignore(instance, message, context, why)
     if typed is None:
         typed = _read(definition, binding, message)
     new_transition = Update if binding.answers else Transition
     transition = new_transition(definition, instance, message, context, state)
-    asked = transition.step("handle", binding.handler, typed)
+    asked = ASKED_NOTHING
+    if not binding.is_gathered_only:
+        asked = transition.step("handle", handler, typed)
+    if binding.joins and asked is ASKED_NOTHING:
+        asked = gather(transition, binding, typed)
+        if not transition.has_steps:
+            transition.step("handle", handler, typed)
     if asked is not ASKED_NOTHING:
         carry_out(transition, asked, leaves_failures=leaves_failures)
     decision = _written(transition, context, is_last_attempt=leaves_failures)
     return answered(decision, transition) if isinstance(transition, Update) else decision
+
+
+def _unexpected(
+    binding: HandlerBinding, instance: Instance | None, message: Envelope, context: DecideContext, expected: str
+) -> Decision:
+    """A message that comes in a status in which nobody handles it."""
+    if binding.on_unexpected == "dead_letter":
+        raise Refused(f"saga {message.saga_id!r}: {expected}", code=UNEXPECTED)
+    if binding.on_unexpected == "ignore" and instance is not None:
+        return _ignore(instance, message, context, expected)
+    return Decision("deferred", expected, stands_aside=True)
+
+
+def _failing(reason: str) -> SagaHandler[Any, Any]:
+    return lambda saga, event, context: [saga_fail(reason)]
 
 
 def _read(definition: SagaDefinition[Any], binding: HandlerBinding, message: Envelope) -> SagaMessage[Any]:
@@ -335,6 +371,7 @@ def _written(transition: Transition, context: DecideContext, *, is_last_attempt:
     is_over = is_terminal(status)
     if is_over:
         applied, undoing = (), None
+        transition.gathered = ()
         transition.end_all_timers()
         if parent is not None and message.origin != "parent":
             _tell_parent(transition, parent)
@@ -377,6 +414,7 @@ def _written(transition: Transition, context: DecideContext, *, is_last_attempt:
         undoing,
         pivot,
         transition.spawned if instance is None else instance.children + transition.spawned,
+        transition.gathered,
     )
     keeps_states = definition.durability != "t1"
     steps = transition.records()
@@ -571,6 +609,11 @@ def _without_instance(
             return Decision("ignored", reason)
         ended, told = refused_child(message.parent, message, reason=reason, now=context.now)
         return Decision("ignored", reason, outgoing=(told,), child_end=ended)
+    if binding.on_missing == "wait":
+        deadline = message.accepted_at + binding.patience
+        if context.now < deadline:
+            return Decision("deferred", reason, retry_at=deadline, stands_aside=True)
+        reason += f"; none has come within {binding.patience}"
     return _give_up(definition, None, message, context, InstanceNotFound(reason))
 
 

@@ -49,6 +49,7 @@ __all__ = [
     "FeedKind",
     "FeedMoment",
     "FeedRecord",
+    "GatheredMessage",
     "Head",
     "HistoryEntry",
     "Instance",
@@ -200,6 +201,16 @@ class PendingTimer(msgspec.Struct, frozen=True, array_like=True, gc=False):
     name: str | None = None
 
 
+class GatheredMessage(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A message that a join of the run has taken, and waits for others with. An empty `type` says that the join has
+    run."""
+
+    join: str
+    type: str
+    id: str
+    payload: bytes
+
+
 class Instance(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One run of a saga. `state` and `result` are JSON. `entries` counts the history rows written so far,
     `bystanders` those of them that changed nothing (ignored or dead-lettered messages). `undoing` says what is left to
@@ -235,6 +246,7 @@ class Instance(msgspec.Struct, frozen=True, array_like=True, gc=False):
     undoing: Undoing | None = None
     pivot: str | None = None
     children: int = 0
+    gathered: tuple[GatheredMessage, ...] = ()
 
 
 class EffectSummary(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -492,7 +504,8 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
     - ignored: `entry` and an `instance` that differs only in its counters; both None past the limit of rows;
     - pending: the attempt failed, `retry_at` and `error` say when and why; nothing else is set;
     - dead_lettered: `dead_letter`, and `entry` with `instance` when a run exists;
-    - deferred: the run is paused; the message waits for its turn as it is, and nothing is set;
+    - deferred: the message waits as it is, and nothing is set. It holds those behind it until its run, which is paused,
+      goes on; or it `stands_aside` until its instance changes or appears, at most until `retry_at`;
     - duplicate: nothing is set.
     """
 
@@ -515,6 +528,7 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
     """Messages of the engine's own to this very run, by which it goes on later."""
     spends_attempt: bool = True
     """False when the attempt did not reach the handler, through no fault of the message: it is not to be counted."""
+    stands_aside: bool = False
 
     @property
     def events(self) -> tuple[FeedEvent, ...]:

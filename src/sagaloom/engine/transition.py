@@ -29,6 +29,7 @@ from sagaloom.engine.records import (
     DecideContext,
     EffectSummary,
     Envelope,
+    GatheredMessage,
     Instance,
     PendingTimer,
     StepRecord,
@@ -92,6 +93,7 @@ class Transition(Ledger):
         "_steps",
         "_timeouts",
         "applied",
+        "gathered",
         "instance",
         "is_current_undone",
         "pivot",
@@ -125,6 +127,8 @@ class Transition(Ledger):
             self.undoing: Undoing | None = None
             """What is left to undo, once a compensation has failed."""
             self.pivot: str | None = None
+            self.gathered: tuple[GatheredMessage, ...] = ()
+            """What joins of the run have taken, and wait with."""
         else:
             timers = without_fired(instance.timers, envelope)
             Ledger.__init__(self, definition, envelope, context, instance.run, instance.revision + 1, timers)
@@ -133,6 +137,7 @@ class Transition(Ledger):
             self.applied = instance.steps
             self.undoing = instance.undoing
             self.pivot = instance.pivot
+            self.gathered = instance.gathered
         self.instance = instance
         self.state_before = state
         self.state = state
@@ -231,8 +236,10 @@ class Transition(Ledger):
         last = StepRecord(phase, message_type, self.status, effects)
         if len(steps) == 1:
             return (last,)
+        live: SagaInstanceStatus = "compensating" if self.status_before == "compensating" else "running"
         earlier = [
-            StepRecord(phase, message_type, "compensating", effects) for phase, message_type, effects in steps[:-1]
+            StepRecord(phase, message_type, live if steps[number][0] == "handle" else "compensating", effects)
+            for number, (phase, message_type, effects) in enumerate(steps[:-1], 1)
         ]
         return (*earlier, last)
 

@@ -5,9 +5,11 @@
     held    keys whose starter failed: nothing behind it can be applied before it, so the rest of the key waits here;
             so do messages to a paused run, until it goes on
     aside   messages whose attempt failed and that hold nobody up; they come back when they are due, and are offered
-            in between whenever their instance has moved
+            in between whenever their instance has moved; and messages that were *deferred* until it moves, which most
+            of them wait for without end
 
-The order within a key is the order of acceptance (I9); only a message that stands aside is overtaken. Rows go before
+The order within a key is the order of acceptance (I9); only a message that stands aside is overtaken, and when it comes
+back because its instance has moved, it comes before everything younger. Rows go before
 doors because some of them were accepted by other processes, and are found later than they came.
 """
 
@@ -37,6 +39,7 @@ class Backlog:
         self._due: list[tuple[datetime, int, Delivery]] = []
         self._count = itertools.count()
         self._lined_up = 0
+        self._deferred = 0
 
     def __len__(self) -> int:
         """How many could be taken now."""
@@ -45,7 +48,7 @@ class Backlog:
     @property
     def waiting(self) -> int:
         """How many wait in all, for their turn, a starter or their next attempt."""
-        return len(self._rows) + len(self._doors) + len(self._due) + self._lined_up
+        return len(self._rows) + len(self._doors) + len(self._due) + self._lined_up + self._deferred
 
     def add(self, delivery: Delivery) -> None:
         if delivery.row is None and delivery.timer is None:
@@ -89,7 +92,8 @@ class Backlog:
         self._rows = deque(each for each in self._rows if id(each) not in gone)
         for delivery in dropped:
             self._lined_up -= delivery.is_lined_up
-            delivery.is_aside = delivery.is_lined_up = False
+            self._comes_back(delivery)
+            delivery.is_lined_up = False
         self._starters = {key: each for key, each in self._starters.items() if id(each) not in gone}
         for standing in (self._behind, self._aside):
             for key in list(standing):
@@ -136,6 +140,7 @@ class Backlog:
     def put_aside(self, delivery: Delivery) -> None:
         """Lets others go on until the delivery is due, or its instance has moved."""
         delivery.is_offer = False
+        self._deferred += delivery.is_deferred
         self._aside.setdefault(delivery.key, []).append(delivery)
         self._await_due(delivery)
 
@@ -144,10 +149,26 @@ class Backlog:
         if not self._starters and not self._aside:
             return
         first = self._aside.pop(key, [])
+        if len(first) > 1:
+            first.sort(key=_number)
         for delivery in first:
-            delivery.is_aside = False
-            delivery.is_offer = True
+            # What is tried between two attempts costs none; what was deferred has not been tried at all.
+            delivery.is_offer = not delivery.is_deferred
+            self._comes_back(delivery)
         self.put_back(first + self._let_go(key, by))
+
+    @property
+    def defers_some(self) -> bool:
+        """Whether any message is deferred at all; if not, none need be asked for."""
+        return self._deferred > 0
+
+    def has_deferred(self, key: InstanceKey) -> bool:
+        """Whether a message waits for this instance to move."""
+        return any(each.is_deferred for each in self._aside.get(key, ()))
+
+    def _comes_back(self, delivery: Delivery) -> None:
+        self._deferred -= delivery.is_aside and delivery.is_deferred
+        delivery.is_aside = delivery.is_deferred = False
 
     def gave_up(self, key: InstanceKey, by: Delivery) -> None:
         """A message will not move its instance any more: if it was a starter that held its key, the next ones try."""
@@ -179,9 +200,9 @@ class Backlog:
         """Queues what is due at `now`; returns when the next one will be."""
         while self._due and self._due[0][0] <= now:
             due_at, _, delivery = heapq.heappop(self._due)
-            if not delivery.is_aside or delivery.envelope.due_at != due_at:
+            if not delivery.is_aside or delivery.wakes_at != due_at:
                 continue  # It had its turn in between.
-            delivery.is_aside = False
+            self._comes_back(delivery)
             standing = self._aside.get(delivery.key)
             if standing is not None and delivery in standing:
                 standing.remove(delivery)
@@ -204,9 +225,10 @@ class Backlog:
             yield from lined_up
 
     def _await_due(self, delivery: Delivery) -> None:
-        assert delivery.envelope.due_at is not None
         delivery.is_aside = True
-        heapq.heappush(self._due, (delivery.envelope.due_at, next(self._count), delivery))
+        wakes_at = delivery.wakes_at
+        if wakes_at is not None:
+            heapq.heappush(self._due, (wakes_at, next(self._count), delivery))
 
 
 def _number(delivery: Delivery) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 import msgspec
@@ -47,6 +48,7 @@ class Delivery(msgspec.Struct, eq=False):
     an inbox row, or from a timer row. `key` is the saga id and the correlation key of its envelope. `answered` resolves
     when the message is durable, `settled` when it is done with. `is_aside`: it waits for its next attempt; `is_offer`:
     it is tried in between, because its instance has moved; `is_lined_up`: it waits behind a starter or a pause;
+    `is_deferred`: it stands aside for its instance to change or appear, at most until `until`;
     `yielded`: how often it was decided without knowing of something older that others had brought. `typed` is the
     message as it was read at the door, until a handler has had it in its hands. `refusal`: the store can never write
     what the message asked for.
@@ -62,6 +64,8 @@ class Delivery(msgspec.Struct, eq=False):
     is_aside: bool = False
     is_lined_up: bool = False
     is_offer: bool = False
+    is_deferred: bool = False
+    until: datetime | None = None
     yielded: int = 0
     refusal: SagasError | None = None
 
@@ -74,6 +78,11 @@ class Delivery(msgspec.Struct, eq=False):
     def passes(self) -> bool:
         """Whether nothing that holds its key concerns it: it opens a run of its own, or an operator sent it."""
         return self.envelope.opens_run or self.envelope.origin == "operator"
+
+    @property
+    def wakes_at(self) -> datetime | None:
+        """When it gets its turn while it stands aside, whatever happens until then."""
+        return self.until if self.is_deferred else self.envelope.due_at
 
     @property
     def part(self) -> int:
@@ -93,7 +102,8 @@ def mark_for(envelope: Envelope, run: int) -> Mark:
 
 
 def unit_of_accept(delivery: Delivery, head: Head, head_before: Head | None) -> UnitOfWork:
-    """Puts a message into the inbox without deciding it: something older of its instance has to come first."""
+    """Puts a message into the inbox as it is: something older of its instance has to come first, or something else has
+    to happen."""
     return UnitOfWork(
         part=head.part,
         head=head if head is not head_before else None,

@@ -14,13 +14,17 @@ under way new messages gather, so batches grow with the load by themselves: that
    control ends the pause; what comes after that control in its own batch waits behind them.
 4. A message that stepped aside is offered again after every transition of its instance. An offer that fails costs no
    attempt and writes nothing.
-5. A unit that conflicts drops what is remembered of its instance, and its message goes back in front, in order.
-6. Messages to a partition that another process holds are only accepted: their holder finds them. While somebody else
+5. A message that its saga *defers* (it is bound to another business status, or waits for its instance to appear) has
+   its row, and stands aside like one whose attempt failed. After every transition of its instance it comes before
+   everything younger: what of that instance is left of the batch is put back until it had its turn. So the outcome is
+   the same however messages fall into batches, processes and lives.
+6. A unit that conflicts drops what is remembered of its instance, and its message goes back in front, in order.
+7. Messages to a partition that another process holds are only accepted: their holder finds them. While somebody else
    writes to the store, what they bring is read between turns (`sagaloom.runtime.share`), and it goes before everything
    that is not accepted yet. A message from a door that turns out to be *behind* something that was not read yet is
    accepted first: so it has its place in the order, and never has to yield twice. A timer yields once, for only its row
    can be cancelled.
-7. When the store does not answer, the outcome of a commit is unknown: everything remembered is dropped, publishers
+8. When the store does not answer, the outcome of a commit is unknown: everything remembered is dropped, publishers
    are told to try again under the same id, rows are decided again, and nothing is accepted until a probe succeeds.
 
 What we dislike about it: one commit is under way at a time, so a store with a slow round trip is not kept busy.
@@ -116,7 +120,8 @@ class Work(Protocol):
 
 class _Planned(msgspec.Struct, gc=False):
     """The unit of one delivery and what follows from it, once it is committed: `hot` is what to remember of the key.
-    `decision` is None when the message was only accepted. `holds`: its key waits for it. `is_next`: it was accepted to
+    `decision` is None when the message was only accepted. `is_deferred`: it stands aside
+    from then on. `holds`: its key waits for it. `is_next`: it was accepted to
     get its place, and has its turn as soon as it comes. `successor` is the same message as it is found in the inbox
     from then on, when it waits there for the first time."""
 
@@ -126,12 +131,13 @@ class _Planned(msgspec.Struct, gc=False):
     hot: Hot | None
     holds: bool = False
     is_next: bool = False
+    is_deferred: bool = False
     successor: Delivery | None = None
 
     @property
     def waits(self) -> bool:
         """Whether its message is in the inbox now, decided or not."""
-        return self.decision is None or self.decision.disposition == "pending"
+        return self.decision is None or self.is_deferred or self.decision.disposition == "pending"
 
 
 class Receiver:
@@ -177,6 +183,8 @@ class Receiver:
             on_holding=on_holding,
             is_quiet=is_quiet,
         )
+        self._postponed: list[Delivery] = []
+        """What was taken for this turn and is left for the next, in order."""
         self._wake: asyncio.Future[None] | None = None
         self._is_turning = False
         self._failures = 0
@@ -292,6 +300,7 @@ class Receiver:
             units = [each.unit for each in planned]
             units.extend([work.unit for work in works])
             if not units:
+                self._postpone()
                 return
             self._options.on_step("decided")
             assert self.share.lease is not None
@@ -307,7 +316,14 @@ class Receiver:
         if self.telemetry is not None:
             self.telemetry.committed(planned, works, result.conflicts)
         self._on_commit(result.feed_base)
+        self._postpone()
         await self._follow_up(planned, works, result)
+
+    def _postpone(self) -> None:
+        """Puts back what has to wait for something older that had no turn yet."""
+        postponed, self._postponed = self._postponed, []
+        if postponed:
+            self._backlog.put_back(postponed)
 
     def _take_works(self) -> list[Work]:
         works = self._work
@@ -326,9 +342,16 @@ class Receiver:
         holding: set[InstanceKey] = set()  # The keys whose next messages of this batch have to wait.
         placing: set[InstanceKey] = set()  # The keys whose next messages have to get a place first, as one before did.
         parts, holds_some = self.share.parts, self._backlog.holds_some
+        defers_some = self._backlog.defers_some
+        deferring: set[InstanceKey] = set()  # The keys of which a message of this batch was deferred.
+        stopped: set[InstanceKey] = set()  # The keys that have moved since: what was deferred comes first now.
+        self._postponed = []
         planned: list[_Planned] = []
         for delivery in batch:
             key, envelope = delivery.key, delivery.envelope
+            if stopped and key in stopped and not delivery.passes:
+                self._postponed.append(delivery)
+                continue
             known = newest[key]
             head = known.head or self._new_head(key, now)
             if delivery.enters:
@@ -370,19 +393,34 @@ class Receiver:
                     tier = None if definition is None else definition.durability
                     run = partial(self._decide, delivery, addressed, head, definitions, now, corrupt.get(key))
                     decision = self.telemetry.decide(delivery, addressed, tier, run)
-                if delivery.is_offer and decision.disposition == "pending":
+                if delivery.is_offer and decision.disposition in ("pending", "deferred") and not _is_held(decision):
                     self._put_aside(delivery)
                     continue
+                if decision.stands_aside:
+                    deferring.add(key)
+                    if not delivery.enters:
+                        self._defer(delivery, decision.retry_at)
+                        continue
                 if decision.disposition == "deferred" and not delivery.enters:
                     self._backlog.wait_behind(delivery)  # A timer keeps its row, so that it can still be cancelled.
                     continue
                 if decision.disposition == "deferred":
+                    if decision.stands_aside and known.head is None:
+                        head = msgspec.structs.replace(head, awaits_start=False)  # It does not start what it waits for.
                     unit = unit_of_accept(delivery, head, known.head)
-                    step = _Planned(delivery, unit, None, Hot(head, known.instance))
+                    is_deferred = decision.stands_aside
+                    shown = decision if is_deferred else None
+                    step = _Planned(delivery, unit, shown, Hot(head, known.instance), is_deferred=is_deferred)
                 elif key in corrupt:
                     step = _Planned(delivery, unit_of_loss(delivery, decision), decision, None)
                 else:
                     step = self._plan_decision(delivery, decision, known, head, addressed, definitions, now)
+                if (
+                    (defers_some or deferring)
+                    and decision.disposition == "applied"
+                    and (key in deferring or self._backlog.has_deferred(key))
+                ):
+                    stopped.add(key)
             if step.holds or ends_pause(envelope):
                 holding.add(key)
             if step.unit.mark is not None:
@@ -570,6 +608,8 @@ class Receiver:
             self._backlog.add_in_order([successor])
         elif each.decision is None:
             self._backlog.wait_behind(successor)
+        elif each.is_deferred:
+            self._defer(successor, each.decision.retry_at)
         elif each.holds:
             self._backlog.hold(successor)
             self._set_alarm(successor)
@@ -622,6 +662,7 @@ class Receiver:
 
     async def _cannot_commit(self, batch: list[Delivery], works: list[Work], error: SagasError) -> None:
         self._counters.commits_failed += 1
+        self._postponed = []  # They are part of the batch.
         if self.telemetry is not None:
             self.telemetry.not_committed(error)
         self._hot.clear()
@@ -745,9 +786,15 @@ class Receiver:
         self._backlog.put_aside(delivery)
         self._set_alarm(delivery)
 
+    def _defer(self, delivery: Delivery, until: datetime | None) -> None:
+        """Lets a message stand aside until its instance has moved."""
+        delivery.is_deferred, delivery.until = True, until
+        self._put_aside(delivery)
+
     def _set_alarm(self, delivery: Delivery) -> None:
-        assert delivery.envelope.due_at is not None
-        self._alarm.set(delivery.envelope.due_at)
+        wakes_at = delivery.wakes_at
+        if wakes_at is not None:
+            self._alarm.set(wakes_at)
 
     def _remember(self, pk: int, mark: Mark) -> None:
         self._marks[pk, mark.dedupe_key] = mark
@@ -772,6 +819,11 @@ class Receiver:
         for work in works:
             if work.unit.outbox_done is not None:
                 step("settled")
+
+
+def _is_held(decision: Decision) -> bool:
+    """Whether the message has to wait behind its run, which is paused."""
+    return decision.disposition == "deferred" and not decision.stands_aside
 
 
 class _NewRows:

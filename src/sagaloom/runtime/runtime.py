@@ -401,7 +401,7 @@ class SagaRuntime:
 
     async def _await_ends(self, deliveries: list[Delivery], outcomes: list[Outcome], wait: float | timedelta) -> None:
         """Puts how the messages ended in the place of how they were accepted, for those that end in time."""
-        if not any(outcome.disposition == "pending" for outcome in outcomes):
+        if not any(outcome.disposition in ("pending", "deferred") for outcome in outcomes):
             return
         seconds = wait.total_seconds() if isinstance(wait, timedelta) else wait
         waiting = [delivery.settled for delivery in deliveries if delivery.settled is not None]

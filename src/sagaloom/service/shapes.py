@@ -964,6 +964,13 @@ class HandledTypeView(_Shape, frozen=True, kw_only=True):
     starts: bool
     on_missing: str
     schema: Mapping[str, Any]
+    during: Annotated[
+        Sequence[str] | UnsetType, Meta(description="The business statuses it is handled in, when not in all.")
+    ] = UNSET
+    on_unexpected: Annotated[str | UnsetType, Meta(description="What becomes of it in any other status.")] = UNSET
+    patience: Annotated[
+        int | UnsetType, Meta(description="How long it waits for its instance, in milliseconds, with onMissing `wait`.")
+    ] = UNSET
 
 
 class CompensationView(_Shape, frozen=True, kw_only=True):
@@ -1023,15 +1030,17 @@ class TimeoutView(_Shape, frozen=True, kw_only=True):
 
 
 class GraphNode(_Shape, frozen=True, kw_only=True):
-    """A node: `start`, `instance`, a message type, a compensation, a schedule or a timeout."""
+    """A node: `start`, `instance`, a message type, signal or update, a compensation, a schedule or a timeout; and what
+    was read off the handlers: a status, a target, a child, an end."""
 
     id: str
     kind: str
+    label: str
 
 
 class GraphEdge(Struct, frozen=True, kw_only=True, rename={"from_": "from"}):
     """An edge of the graph: which types start an instance, which continue one, which compensations undo them, which a
-    schedule or a timeout sends."""
+    schedule or a timeout sends; and what handlers may send, schedule, spawn, set or end."""
 
     from_: str
     to: str
@@ -1072,6 +1081,8 @@ class SagaView(_Shape, frozen=True, kw_only=True):
     signals: Sequence[SignalView]
     updates: Sequence[SignalView]
     queries: Sequence[QueryView]
+    joins: Annotated[Sequence[Sequence[str]], Meta(description="Message types that one handler waits for together.")]
+    status_field: Annotated[str, Meta(description="The field of the state that holds the business status.")]
     retry: RetryView
     concurrency: ConcurrencyView | None
     schedule: ScheduleView | None

@@ -110,7 +110,7 @@ class Scenario(Generic[S]):
         self._returned: list[CascadedMessage] = []
         self._definition = replace(
             definition,
-            handlers={name: self._watched(binding) for name, binding in definition.handlers.items()},
+            handlers={name: self._watched_throughout(binding) for name, binding in definition.handlers.items()},
             compensations={name: self._watched(binding) for name, binding in definition.compensations.items()},
             signals={name: self._watched(binding) for name, binding in definition.signals.items()},
             updates={name: self._watched(binding) for name, binding in definition.updates.items()},
@@ -124,6 +124,8 @@ class Scenario(Generic[S]):
         self._waiting: list[Envelope] = []
         self._timers: dict[str, Timer] = {}
         self._deferred: list[Envelope] = []
+        self._aside: list[tuple[Envelope, datetime | None]] = []
+        self._places: dict[str, int] = {}
         self._addressed: tuple[str, int] | None = None
         self._decision: Decision | None = None
         self._effects: list[CascadedMessage] = []
@@ -159,10 +161,7 @@ class Scenario(Generic[S]):
             if envelope is None:
                 self._clock.advance_to(end)
                 return self
-            if envelope.due_at is not None:
-                self._clock.advance_to(envelope.due_at)
-            else:
-                self._clock.advance_to(envelope.accepted_at)
+            self._clock.advance_to(max(envelope.due_at or envelope.accepted_at, self._clock.now()))
             self._story.append(f"due {envelope.type}")
             self._decide(envelope)
         raise AssertionError(
@@ -410,6 +409,11 @@ class Scenario(Generic[S]):
         return instance is not None and any(pending.id == timer.id for pending in instance.timers)
 
     def _decide(self, envelope: Envelope) -> None:
+        has_moved = self._decide_once(envelope).disposition == "applied"
+        while has_moved:
+            has_moved = self._offer_deferred(envelope.key)
+
+    def _decide_once(self, envelope: Envelope) -> Decision:
         head = self._heads.get(envelope.key) or self._new_head(envelope.key)
         run = envelope.run if envelope.run is not None else head.run
         before = self._runs.get((envelope.key, run))
@@ -418,6 +422,9 @@ class Scenario(Generic[S]):
         self._decision = decision
         if decision.disposition == "applied":
             self._effects += self._returned
+        elif decision.stands_aside:
+            self._aside.append((envelope, decision.retry_at))
+            self._aside.sort(key=lambda each: self._places.setdefault(each[0].id, len(self._places)))
         elif decision.disposition == "deferred":
             self._deferred.append(envelope)
         elif decision.disposition == "pending":
@@ -440,6 +447,19 @@ class Scenario(Generic[S]):
             self._timers.pop(ended.id, None)
         for timer in decision.timers:
             self._timers[timer.id] = timer
+        return decision
+
+    def _offer_deferred(self, key: str) -> bool:
+        """Gives the messages that wait for this key to move their turn, oldest first; whether one of them moved it."""
+        for envelope in [each for each, _ in self._aside if each.key == key]:
+            shown = self._decision, self._addressed
+            self._aside = [each for each in self._aside if each[0] is not envelope]
+            decision = self._decide_once(envelope)
+            if decision.disposition == "applied":
+                return True
+            if decision.stands_aside:
+                self._decision, self._addressed = shown
+        return False
 
     def _new_head(self, key: str) -> Head:
         part = partition_of(key_hash(self._definition.id, key))
@@ -449,9 +469,15 @@ class Scenario(Generic[S]):
         """Takes what is due first, at `end` or before: an attempt before a timer of the same moment."""
         retries = [(envelope.due_at or end, 0, at) for at, envelope in enumerate(self._waiting)]
         timers = [(timer.due_at, 1, timer.id) for timer in self._timers.values()]
-        first = min((moment for moment, _, _ in (*retries, *timers)), default=None)
+        patient = [until for _, until in self._aside if until is not None]
+        first = min((*(moment for moment, _, _ in (*retries, *timers)), *patient), default=None)
         if first is None or first > end:
             return None
+        if first in patient:
+            envelope = next(each for each, until in self._aside if until == first)
+            self._aside = [each for each in self._aside if each[0] is not envelope]
+            self._clock.advance_to(first)
+            return envelope
         for moment, _, at in retries:
             if moment == first:
                 return self._waiting.pop(at)
@@ -460,6 +486,14 @@ class Scenario(Generic[S]):
 
     def _watched(self, binding: _B) -> _B:
         return replace(binding, handler=self._watching(binding.handler))
+
+    def _watched_throughout(self, binding: HandlerBinding) -> HandlerBinding:
+        """The binding with all of its handlers watched, those of statuses and joins too."""
+        during = binding.during
+        if during is not None:
+            during = {status: self._watching(handler) for status, handler in during.items()}
+        joins = tuple(replace(join, handler=self._watching(join.handler)) for join in binding.joins)
+        return replace(self._watched(binding), during=during, joins=joins)
 
     def _watching(self, handler: SagaHandler[Any, Any]) -> SagaHandler[Any, Any]:
         def watched(saga: Saga[Any], event: SagaMessage[Any], context: SagaContext[Any]) -> Sequence[CascadedMessage]:
