@@ -37,6 +37,7 @@ LINES: Final = {
     "7": "line7_restart",
     "8": "line8_idle",
     "9": "line9_import",
+    "10": "line10_queues",
 }
 
 
