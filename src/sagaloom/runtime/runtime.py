@@ -219,11 +219,11 @@ class SagaRuntime:
                     f"{definition.source or 'there'}): give one of them another id"
                 )
             return
-        if definition.durability not in self.store.tiers:
+        reason = self.store.why_not(definition.durability)
+        if reason is not None:
             raise DefinitionError(
                 f"saga {definition.id!r} asks for durability {definition.durability!r}, which the store "
-                f"{self.store.id} cannot promise (it can {', '.join(sorted(self.store.tiers))}): lower the tier, or "
-                "use a store that waits for a synchronous replica"
+                f"{self.store.id} cannot promise: {reason}"
             )
         if self._state == "running" and oldest_readable(definition) > 1:
             raise DefinitionError(

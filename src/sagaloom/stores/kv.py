@@ -197,6 +197,14 @@ class KvSagaStore:
     def tiers(self) -> frozenset[SagaDurabilityTier]:
         return _TIERS
 
+    def why_not(self, tier: SagaDurabilityTier) -> str | None:
+        if tier in self.tiers:
+            return None
+        return (
+            f"{self._kv.name} has no replica that a commit could wait for: lower the tier to t2, or use PostgreSQL "
+            "with a synchronous standby (NETSCRIPT_SAGA_STORE=sql)"
+        )
+
     @property
     def problem(self) -> str | None:
         problem: str | None = self._problem or getattr(self._kv, "problem", None)
