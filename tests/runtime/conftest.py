@@ -11,14 +11,18 @@ import pytest
 
 from sagaloom import SagaDefinition, SagaMessage
 from sagaloom.engine.records import HistoryEntry, Instance, OutboxEffect
+from sagaloom.kv.postgres import PostgresSagaRows
 from sagaloom.kv.presence import FilePresence
 from sagaloom.kv.sqlite import SqliteKeyValue
+from sagaloom.ports.store import SagaStore
 from sagaloom.runtime.options import RuntimeOptions
 from sagaloom.runtime.receipts import Outcome, PublishReceipt
 from sagaloom.runtime.runtime import SagaRuntime
-from sagaloom.stores.kv import KvSagaStore
+from sagaloom.stores import KvSagaStore, SqlSagaStore
 from sagaloom.telemetry import TelemetryProviders
+from sagaloom.testing import MemoryStore
 from sagaloom.testing.clock import ManualClock
+from tests.schemas import Schema
 
 
 class Receiver:
@@ -126,5 +130,31 @@ class Bench:
 @pytest.fixture
 async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     made = Bench(tmp_path / "sagas.db")
+    yield made
+    await made.close()
+
+
+@pytest.fixture(params=["embedded", "memory", pytest.param("postgres", marks=pytest.mark.server("postgres"))])
+def store_kind(request: pytest.FixtureRequest) -> str:
+    kind: str = request.param
+    return kind
+
+
+@pytest.fixture
+def schema_if_asked(store_kind: str, request: pytest.FixtureRequest) -> Schema | None:
+    """No coroutine, for those cannot ask for others that are."""
+    return request.getfixturevalue("schema") if store_kind == "postgres" else None
+
+
+@pytest.fixture
+async def store(store_kind: str, schema_if_asked: Schema | None, tmp_path: Path) -> AsyncIterator[SagaStore]:
+    """An empty store of each kind, for what must be the same on all of them."""
+    made: SagaStore
+    if schema_if_asked is not None:
+        made = SqlSagaStore(PostgresSagaRows(schema_if_asked.database()))
+    elif store_kind == "memory":
+        made = MemoryStore()
+    else:
+        made = KvSagaStore(await SqliteKeyValue.open(tmp_path / "one.db"))
     yield made
     await made.close()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,11 +28,9 @@ from sagaloom import (
     define_signal,
     saga_complete,
 )
-from sagaloom.kv.sqlite import SqliteKeyValue
 from sagaloom.ports.store import SagaStore
 from sagaloom.runtime import SagaRuntime
-from sagaloom.stores.kv import KvSagaStore
-from sagaloom.testing import ManualClock, MemoryStore, check_invariants
+from sagaloom.testing import ManualClock, check_invariants
 from tests.runtime.conftest import Bench
 from tests.runtime.test_sharing import keys_held_by, parts_of, until
 
@@ -93,17 +90,6 @@ ACCOUNT = (
     .on_query(LATER, lambda state: later())  # type: ignore[arg-type,return-value]
     .build()
 )
-
-
-@pytest.fixture(params=["embedded", "memory"])
-async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[SagaStore]:
-    made: SagaStore
-    if request.param == "memory":
-        made = MemoryStore()
-    else:
-        made = KvSagaStore(await SqliteKeyValue.open(tmp_path / "sagas.db"))
-    yield made
-    await made.close()
 
 
 @pytest.fixture

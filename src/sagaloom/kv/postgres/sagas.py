@@ -13,6 +13,7 @@ the other.
     timer        saga_runtime_timer         due, id
     dead_letter  saga_runtime_dead_letter   id
     child        saga_runtime_child         parent's pk, run, status, place
+    slot         saga_runtime_slot          saga id, concurrency key, number
     arrivals     saga_runtime_arrivals      partition
     feed         saga_runtime_feed          written only; read by number
 
@@ -52,6 +53,7 @@ from sagaloom.kv.postgres.columns import (
     outbox_row,
     run_changes,
     run_row,
+    slot_row,
     timer_row,
 )
 from sagaloom.kv.postgres.connection import PostgresDatabase, RowsChanged
@@ -73,6 +75,7 @@ _COLUMNS: Final[dict[str, tuple[tuple[str, str], ...]]] = {
     "timer": (("due", "bigint"), ("id", "text")),
     "dead_letter": (("id", "text"),),
     "child": (("pk", "bigint"), ("parent_run", "int"), ("status", "int"), ("revision", "int"), ("position", "int")),
+    "slot": (("saga_id", "text"), ("concurrency_key", "text"), ("number", "int")),
     "arrivals": (("part", "int"),),
 }
 _VALUE: Final = {"arrivals": "''::bytea"}
@@ -471,6 +474,8 @@ def _batch_of(
                 batch.heads_new[hashed] = head_row(hashed, value)
             case ("inbox", int(part), Slot()):
                 batch.inbox_new.append(inbox_row(part, value))
+            case ("slot", str(saga), str(concurrency), int(number)):
+                batch.slots.append(slot_row((saga, concurrency, number), value))
             case ("feed", Slot()):
                 batch.feed, batch.feed_count = value, reserve["feed"]
             case _:
@@ -514,6 +519,8 @@ def _batch_of(
                 batch.timers_gone.append((due, timer))
             case ("dedupe", int(pk), bytes(hashed)):
                 batch.marks_gone.append((pk, hashed))
+            case ("slot", str(saga), str(concurrency), int(number)):
+                batch.slots_gone.append((saga, concurrency, number))
             case ("child", *place):
                 batch.children_gone.append(tuple(place))
             case ("dead_letter", str(letter)):
@@ -528,6 +535,8 @@ def _batch_of(
     batch.head_checks.sort(key=_first)
     batch.letter_checks.sort()
     batch.marks.sort()
+    batch.slots.sort(key=lambda row: row[:3])
+    batch.slots_gone.sort()
     batch.heads_new = dict(sorted(batch.heads_new.items()))
     batch.sagas_seen.sort()
     return batch
