@@ -27,10 +27,10 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-from sagaloom import SagaDefinition
+from sagaloom import SagaDefinition, SignalDefinition
 from sagaloom.durations import parse_duration
 from sagaloom.messages import SagaMessage, as_message
-from sagaloom.runtime import Outcome, RuntimeOptions, SagaRuntime, create_durable_saga_runtime
+from sagaloom.runtime import Outcome, RuntimeOptions, SagaRuntime, SignalReceipt, create_durable_saga_runtime
 from sagaloom.targets import EffectRequest, callable_target
 from sagaloom.testing import ManualClock, check_invariants
 from sagaloom.testing.faults import Faults
@@ -138,6 +138,23 @@ class Teller:
         answer = await self.runtime.publish(message, named)
         await self.settled()
         return list(answer.raise_for_rejected().outcomes)
+
+    async def signal(
+        self, saga_id: str, key: str, signal: SignalDefinition[Any], payload: object = None
+    ) -> SignalReceipt:
+        """Says something to an instance, likewise."""
+        self._said += 1
+        receipt = await self.runtime.signal(saga_id, key, signal, payload, id=f"{self.step}-{self._said}")
+        await self.settled()
+        return receipt
+
+    async def update(self, saga_id: str, key: str, update: SignalDefinition[Any], payload: object = None) -> Any:
+        """Says something to an instance and returns its answer, the same one however often it is said; raises
+        `UpdateRefused`."""
+        self._said += 1
+        receipt = await self.runtime.update(saga_id, key, update, payload, id=f"{self.step}-{self._said}")
+        await self.settled()
+        return receipt.answer
 
     async def let_pass(self, time: str) -> None:
         """Moves the clock, and has everything happen that is due. A step that is told again does not wait twice."""

@@ -13,13 +13,14 @@ Where a handler has a blind spot, conclusions that it could refute are left out,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
 
 import msgspec
 
-from sagaloom.definitions import SagaDefinition
+from sagaloom.definitions import HandlerBinding, SagaDefinition, SagaHandler
 from sagaloom.foresight import OWN_MESSAGE, ForeseenEffect, Foresight, Place, foresee
 
 __all__ = ["LEVELS", "Finding", "Level", "check_sagas"]
@@ -41,20 +42,17 @@ class Finding:
     remedy: str
 
 
-class _WithStatus(msgspec.Struct):
-    """As much of a state as is looked at."""
-
-    status: str
-
-
 class _Handler(NamedTuple):
     """A function of a saga, and what it is called by."""
 
     what: str
-    message_type: str
+    message_type: str | None
+    """None for what several types lead to."""
     seen: Foresight
     is_step: bool
     is_undo: bool = False
+    during: str | None = None
+    """The only status in which it is called; None: in all."""
 
 
 def check_sagas(
@@ -157,18 +155,20 @@ class _OneSaga:
     def __init__(self, definition: SagaDefinition[Any]) -> None:
         self.definition = definition
         self.place = _source_of(definition)
-        steps = [
-            _Handler(f"the handler of {one.type!r}", one.type, foresee(one.handler), is_step=True)
-            for one in definition.handlers.values()
-        ]
-        said: Mapping[str, Mapping[str, Any]] = {"signal": definition.signals, "update": definition.updates}
+        see = functools.partial(foresee, status_field=definition.status_field)
+        steps = [one for binding in definition.handlers.values() for one in _handlers_of(binding, see)]
         steps += [
-            _Handler(f"the handler of {kind} {name!r}", name, foresee(one.handler), is_step=False)
+            _Handler(f"the handler of all of {join.name}", None, see(join.handler), is_step=False)
+            for join in definition.joins
+        ]
+        said: Mapping[str, Mapping[str, HandlerBinding]] = {"signal": definition.signals, "update": definition.updates}
+        steps += [
+            _Handler(f"the handler of {kind} {name!r}", name, see(one.handler), is_step=False)
             for kind, bindings in said.items()
             for name, one in bindings.items()
         ]
         undos = [
-            _Handler(f"the compensation of {one.type!r}", one.type, foresee(one.handler), is_step=False, is_undo=True)
+            _Handler(f"the compensation of {one.type!r}", one.type, see(one.handler), is_step=False, is_undo=True)
             for one in definition.compensations.values()
         ]
         self.steps = tuple(steps)
@@ -186,12 +186,23 @@ class _OneSaga:
                     yield handler, effect
 
 
+def _handlers_of(binding: HandlerBinding, see: Callable[[SagaHandler[Any, Any]], Foresight]) -> Iterator[_Handler]:
+    if binding.is_gathered_only:
+        return
+    if binding.during is None:
+        yield _Handler(f"the handler of {binding.type!r}", binding.type, see(binding.handler), is_step=True)
+        return
+    for status, handler in binding.during.items():
+        what = f"the handler of {binding.type!r} during {status!r}"
+        yield _Handler(what, binding.type, see(handler), is_step=True, during=status)
+
+
 # --- Sends -----------------------------------------------------------------------------------------------------------
 
 
 def _of_scheduled(saga: _OneSaga, handler: _Handler, effect: ForeseenEffect, message: str) -> Iterator[Finding]:
     name = handler.message_type if message == OWN_MESSAGE else message
-    if name not in saga.definition.handlers:
+    if name is not None and name not in saga.definition.handlers:
         yield saga.finding(
             "error",
             "unhandled-schedule",
@@ -256,6 +267,8 @@ def _how_it_undoes(saga: _OneSaga) -> Iterator[Finding]:
         if effect.message is None:
             continue
         name = handler.message_type if effect.message == OWN_MESSAGE else effect.message
+        if name is None:
+            continue  # One of several types, and which is known when it runs.
         asked.add(name)
         if name not in definition.compensations:
             yield saga.finding(
@@ -311,7 +324,18 @@ def _how_it_goes_on(saga: _OneSaga) -> Iterator[Finding]:
         )
     if not saga.sees_statuses:
         return
-    for status, place in _statuses(saga).items():
+    statuses = _statuses(saga)
+    reached = {_initial_status(definition), *(one.status for each in saga.handlers for one in each.seen.statuses)}
+    for handler in saga.steps:
+        if handler.during is not None and handler.during not in reached:
+            yield saga.finding(
+                "warning",
+                "unreachable-handler",
+                handler.seen.place,
+                f"{handler.what} is never called: no handler sets that status, and no instance begins with it",
+                f"set the status {handler.during!r} somewhere, or name one that is set",
+            )
+    for status, place in statuses.items():
         leaving = [one for one in saga.steps if _may_leave(one, status)]
         if not leaving:
             yield saga.finding(
@@ -338,10 +362,9 @@ def _statuses(saga: _OneSaga) -> dict[str, Place]:
 
 
 def _initial_status(definition: SagaDefinition[Any]) -> str | None:
-    try:
-        return msgspec.json.decode(definition.initial_json, type=_WithStatus).status
-    except msgspec.DecodeError:
-        return None  # There is none, or it is no text.
+    fields = msgspec.json.decode(definition.initial_json or b"{}", type=dict[str, Any])
+    status = fields.get(definition.status_field)
+    return status if isinstance(status, str) else None
 
 
 def _ends(handler: _Handler) -> bool:
@@ -350,6 +373,8 @@ def _ends(handler: _Handler) -> bool:
 
 def _may_leave(handler: _Handler, status: str) -> bool:
     seen = handler.seen
+    if handler.during not in (None, status):
+        return False
     return seen.may("complete", "fail", "compensate") or any(one.status != status for one in seen.statuses)
 
 

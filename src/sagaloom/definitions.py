@@ -361,7 +361,8 @@ class RetentionPolicy:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SagaAbout:
     """What a project's configuration says of a saga beside its definition (`sagaloom.config`): for people and tools,
-    except for `enabled` and `retention`. A disabled saga takes nothing in, and what was accepted for it waits."""
+    except for `enabled` and `retention`. A disabled saga takes nothing in, and what was accepted for it waits. In a
+    running process `enabled` and `paused` are also what operators have said, and `said` is the reason they gave."""
 
     name: str | None = None
     description: str | None = None
@@ -371,6 +372,13 @@ class SagaAbout:
     tags: tuple[str, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
     retention: RetentionPolicy = field(default_factory=RetentionPolicy)
+    paused: bool = False
+    said: str | None = None
+
+    @property
+    def stands_still(self) -> bool:
+        """Whether messages are to wait."""
+        return self.paused or not self.enabled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -37,6 +37,7 @@ def describe(definition: SagaDefinition[Any]) -> dict[str, Any]:
         "description": about.description or definition.id,
         "topic": about.topic,
         "enabled": about.enabled,
+        "paused": about.paused,
         "entrypoint": about.entrypoint,
         "tags": list(about.tags),
         "metadata": dict(about.metadata),

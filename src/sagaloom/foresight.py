@@ -20,7 +20,7 @@ import functools
 import inspect
 import linecache
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, cast
@@ -47,6 +47,8 @@ _HELPERS: Final[Mapping[object, EffectKind]] = {
     effects.saga_compensate: "compensate",
     effects.cancel_scheduled: "cancel_scheduled",
 }
+_HARMLESS: Final[tuple[object, ...]] = (effects.answer, list, tuple, sorted)
+"""What may stand where effects are returned and is none that leads anywhere; what lists are made of is read anyway."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -127,8 +129,9 @@ def place_of(function: Callable[..., object]) -> Place:
 
 
 @functools.lru_cache(maxsize=1024)
-def foresee(handler: Callable[..., object]) -> Foresight:
-    """What `handler`, which takes (saga, event, context), may do.
+def foresee(handler: Callable[..., object], status_field: str = "status") -> Foresight:
+    """What `handler`, which takes (saga, event, context), may do. `status_field` is the field of its state that a
+    business status stands in.
 
     >>> from sagaloom import send
     >>> def placed(saga, event, context):
@@ -140,7 +143,7 @@ def foresee(handler: Callable[..., object]) -> Foresight:
     place = place_of(handler)
     if function is None:
         return Foresight(place, blind_spots=_all_blind(place, f"{handler!r:.80} is no function that could be read"))
-    reader = _Reader()
+    reader = _Reader(status_field)
     parameters = list(inspect.signature(function).parameters)
     if inspect.ismethod(handler):
         parameters = parameters[1:]
@@ -170,14 +173,16 @@ _UNKNOWN: Final = _Unknown()
 class _Reader:
     """Reads a handler and the functions it calls, and collects."""
 
-    def __init__(self) -> None:
+    def __init__(self, status_field: str) -> None:
+        self.status_field = status_field
         self.effects: list[ForeseenEffect] = []
         self.statuses: list[ForeseenStatus] = []
         self.blind_spots: list[BlindSpot] = []
-        self._read: set[tuple[_Function, tuple[tuple[str, str], ...]]] = set()
+        self._read: set[tuple[_Function, tuple[tuple[str, str], ...], bool]] = set()
 
-    def read(self, function: _Function, roles: Mapping[str, str], *, depth: int) -> None:
-        mark = (function, tuple(sorted(roles.items())))
+    def read(self, function: _Function, roles: Mapping[str, str], *, depth: int, gives_effects: bool = True) -> None:
+        """`gives_effects`: what it returns is what the handler returns, or part of it."""
+        mark = (function, tuple(sorted(roles.items())), gives_effects)
         if mark in self._read:
             return
         self._read.add(mark)
@@ -186,7 +191,7 @@ class _Reader:
         if node is None:
             self.blind_spots += _all_blind(place, f"the source of {function.__qualname__} is not there to be read")
             return
-        _FunctionReader(self, function, node, roles, depth).read()
+        _FunctionReader(self, function, node, roles, depth).read(gives_effects=gives_effects)
 
 
 class _FunctionReader:
@@ -194,6 +199,7 @@ class _FunctionReader:
 
     def __init__(self, reader: _Reader, function: _Function, node: _Node, roles: Mapping[str, str], depth: int) -> None:
         self._reader = reader
+        self._status_field = reader.status_field
         self._function = function
         self._node = node
         self._roles = roles
@@ -201,19 +207,20 @@ class _FunctionReader:
         self._file = function.__code__.co_filename
         self._locals = _assigned_once(node)
         self._hidden = _bound_in(node) - self._locals.keys()
+        self._returning: set[int] = set()
+        """The calls whose answer is returned."""
 
-    def read(self) -> None:
-        body: Iterable[ast.AST] = [self._node.body] if isinstance(self._node, ast.Lambda) else self._node.body
-        for statement in body:
-            for found in ast.walk(statement):
-                if isinstance(found, ast.Call):
-                    self._call(found)
-                elif isinstance(found, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
-                    self._assignment(found)
-                elif isinstance(found, ast.Return) and found.value is not None:
-                    self._returned(found.value)
-        if isinstance(self._node, ast.Lambda):
-            self._returned(self._node.body)
+    def read(self, *, gives_effects: bool) -> None:
+        if gives_effects:
+            returned = [found.value for found in _inside(self._node) if isinstance(found, ast.Return)]
+            for value in [self._node.body] if isinstance(self._node, ast.Lambda) else returned:
+                if value is not None:
+                    self._returned(value)
+        for found in _inside(self._node):
+            if isinstance(found, ast.Call):
+                self._call(found)
+            elif isinstance(found, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
+                self._assignment(found)
 
     # -- effects
 
@@ -226,7 +233,7 @@ class _FunctionReader:
             self._follow(called, call)
         elif isinstance(call.func, ast.Attribute) and call.func.attr == "update" and self._is_state(call.func.value):
             for keyword in call.keywords:
-                if keyword.arg == "status":
+                if keyword.arg == self._status_field:
                     self._status(keyword.value)
             for argument in call.args:
                 self._state(argument, keeps=True)
@@ -243,7 +250,7 @@ class _FunctionReader:
             for name, argument in given
             if isinstance(argument, ast.Name) and (role := self._roles.get(argument.id)) is not None
         }
-        self._reader.read(called, roles, depth=self._depth + 1)
+        self._reader.read(called, roles, depth=self._depth + 1, gives_effects=id(call) in self._returning)
 
     def _effect(self, kind: EffectKind, call: ast.Call) -> ForeseenEffect:
         place = self._place(call)
@@ -330,12 +337,13 @@ class _FunctionReader:
                 self._returned(first)
                 self._returned(second)
             case ast.Call():
+                self._returning.add(id(value))
                 called = self._value(value.func)
                 is_read = isinstance(called, types.FunctionType) and (
                     called in _HELPERS
                     or called.__module__.partition(".")[0] == self._function.__module__.partition(".")[0]
                 )
-                if not is_read and not (called in (list, tuple, sorted) and value.args):
+                if not is_read and not any(called is one for one in _HARMLESS):
                     self._blind(value, f"it returns what {ast.unparse(value.func)}(...) gives", "effects")
             case _:
                 pass
@@ -352,11 +360,13 @@ class _FunctionReader:
                     self._state(found.value, keeps=True)
                 else:
                     self._state(found.value)
-            elif isinstance(target, ast.Attribute) and self._is_state(target.value) and target.attr == "status":
+            elif (
+                isinstance(target, ast.Attribute) and self._is_state(target.value) and target.attr == self._status_field
+            ):
                 self._status(found.value)
             elif isinstance(target, ast.Subscript) and self._is_state(target.value):
                 name = self._value(target.slice)
-                if name == "status":
+                if name == self._status_field:
                     self._status(found.value)
                 elif not isinstance(name, str):
                     self._blind(target, "which field of the state it sets is computed", "status")
@@ -379,8 +389,8 @@ class _FunctionReader:
                 self._state(right, keeps=True)
             case ast.Dict():
                 fields = self._fields(node)
-                if "status" in fields:
-                    self._status(fields["status"])
+                if self._status_field in fields:
+                    self._status(fields[self._status_field])
                 elif not keeps and not any(
                     key is None and self._is_state(value) for key, value in zip(node.keys, node.values, strict=True)
                 ):
@@ -394,8 +404,8 @@ class _FunctionReader:
 
     def _made_state(self, call: ast.Call, *, keeps: bool) -> None:
         named = {one.arg: one.value for one in call.keywords}
-        if "status" in named:
-            self._status(named["status"])
+        if self._status_field in named:
+            self._status(named[self._status_field])
             return
         if call.args and self._is_state(call.args[0]) and None not in named:
             return  # replace(saga.state, other=...)
@@ -411,9 +421,9 @@ class _FunctionReader:
             except (TypeError, ValueError):
                 parameters = []
             names = [parameter.name for parameter in parameters]
-            if parameters and "status" not in names:
+            if parameters and self._status_field not in names:
                 return  # A state without a status sets none.
-            number = names.index("status") if parameters else -1
+            number = names.index(self._status_field) if parameters else -1
             if 0 <= number < len(call.args):
                 self._status(call.args[number])
                 return

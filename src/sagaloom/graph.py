@@ -18,8 +18,8 @@ __all__ = ["Edge", "Graph", "Node", "graph_of", "mermaid"]
 
 
 class Node(NamedTuple):
-    """`kind` is `start`, `instance`, `message`, `signal`, `update`, `compensation`, `schedule`, `timeout`, `status`,
-    `target`, `child` or `end`."""
+    """`kind` is `start`, `instance`, `message`, `all` (of several messages), `signal`, `update`, `compensation`,
+    `schedule`, `timeout`, `status`, `target`, `child` or `end`."""
 
     id: str
     kind: str
@@ -27,8 +27,8 @@ class Node(NamedTuple):
 
 
 class Edge(NamedTuple):
-    """`kind` is `starts`, `continues`, `compensates`, `ticks`, `times out`, `sets`, `sends`, `schedules`, `spawns` or
-    `ends`."""
+    """`kind` is `starts`, `continues`, `awaits`, `gathers`, `compensates`, `ticks`, `times out`, `sets`, `sends`,
+    `schedules`, `spawns` or `ends`."""
 
     source: str
     target: str
@@ -78,9 +78,14 @@ def _nodes(definition: SagaDefinition[Any]) -> Iterator[Node]:
 def _edges(definition: SagaDefinition[Any]) -> Iterator[Edge]:
     for one in definition.handlers.values():
         yield Edge("start", one.type, "starts") if one.starts else Edge("instance", one.type, "continues")
+        for status in one.during or ():
+            yield Edge(f"status {status}", one.type, "awaits")
     for kind, bindings in (("signal", definition.signals), ("update", definition.updates)):
         for name in bindings:
             yield Edge("instance", f"{kind} {name}", "continues")
+    for join in definition.joins:
+        for name in join.codecs:
+            yield Edge(name, f"all {join.name}", "gathers")
     for name in definition.compensations:
         if name in definition.handlers:
             yield Edge(name, f"compensate {name}", "compensates")
@@ -89,7 +94,7 @@ def _edges(definition: SagaDefinition[Any]) -> Iterator[Edge]:
     for timeout in definition.timeouts:
         yield Edge(f"timeout {timeout.name}", timeout.message_type, "times out")
     for node, message_type, handler in _handlers(definition):
-        seen = foresee(handler)
+        seen = foresee(handler, definition.status_field)
         yield from _foreseen(definition, node, message_type, seen.effects)
         yield from (Edge(node, f"status {one.status}", "sets") for one in seen.statuses)
 
@@ -97,7 +102,10 @@ def _edges(definition: SagaDefinition[Any]) -> Iterator[Edge]:
 def _handlers(definition: SagaDefinition[Any]) -> Iterator[tuple[str, str, SagaHandler[Any, Any]]]:
     """Each function of a saga, with its node and the type of the message that it is called with."""
     for one in definition.handlers.values():
-        yield one.type, one.type, one.handler
+        for handler in (one.handler,) if one.during is None else one.during.values():
+            yield one.type, one.type, handler
+    for join in definition.joins:
+        yield f"all {join.name}", join.name, join.handler
     for kind, bindings in (("signal", definition.signals), ("update", definition.updates)):
         for name, said in bindings.items():
             yield f"{kind} {name}", name, said.handler
@@ -136,6 +144,7 @@ _SHAPES: Final = {
     "start": ("((", "))"),
     "instance": ("([", "])"),
     "message": ("[", "]"),
+    "all": ("[\\", "/]"),
     "signal": ("[/", "/]"),
     "update": ("[/", "/]"),
     "compensation": ("[[", "]]"),

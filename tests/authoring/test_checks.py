@@ -10,6 +10,7 @@ import pytest
 from sagaloom import ALL_STEPS, define_saga, saga_compensate, saga_complete, saga_fail, schedule, send, spawn
 from sagaloom.checks import Finding, check_sagas
 from sagaloom.definitions import SagaDefinition
+from tests.examples.stories import STORIES
 
 
 def _nothing(saga: Any, event: Any, context: Any) -> list[Any]:
@@ -191,6 +192,36 @@ def test_a_status_is_left_by_another_one_or_by_an_end() -> None:
     assert found(_saga().on("A", _waits).on("B", _resumes, starts=False).build()) == []
 
 
+def test_a_handler_of_another_status_leads_out_of_none_but_its_own() -> None:
+    begun = _saga().during("new", "A", _waits, starts=True)
+
+    assert found(begun.during("new", "B", _done).build()) == [("warning", "dead-end-status")]
+    assert found(begun.during("waiting", "B", _done).build()) == []
+
+
+def test_a_handler_of_a_status_that_nothing_sets_is_a_warning() -> None:
+    saga = _saga().during("new", "A", _done, starts=True).during("paid", "B", _done).build()
+
+    assert found(saga) == [("warning", "unreachable-handler")]
+
+
+def test_what_all_of_several_types_lead_to_counts() -> None:
+    gathering = define_saga("s").correlate(lambda message: "k").state({"status": "new"})
+
+    assert found(gathering.when_all(["A", "B"], _done).build()) == []
+    assert found(gathering.when_all(["A", "B"], _sends_to_nobody).build()) == [("error", "unhandled-send")]
+
+
+def test_a_status_may_stand_in_another_field() -> None:
+    def waits(saga: Any, event: Any, context: Any) -> list[Any]:
+        saga.state["phase"] = "waiting"
+        return []
+
+    saga = define_saga("s").correlate(lambda message: "k").state({"phase": "new"}, status_field="phase")
+
+    assert found(saga.on("A", waits).build()) == [("warning", "dead-end-status")]
+
+
 def test_the_status_of_the_beginning_counts_where_a_starter_sets_none() -> None:
     assert found(_saga().on("A", _nothing).build()) == [("warning", "dead-end-status")]
 
@@ -212,7 +243,7 @@ def test_nothing_is_concluded_from_what_was_not_seen() -> None:
     assert (found(saga), notes(saga)) == ([], ["not-seen"])
 
 
-@pytest.mark.parametrize("module", ["orders", "transfers", "subscriptions", "upgrade"])
+@pytest.mark.parametrize("module", STORIES)
 def test_our_examples_have_nothing_that_is_worse_than_a_note(module: str) -> None:
     import importlib
 

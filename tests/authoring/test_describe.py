@@ -72,6 +72,7 @@ def test_a_description_has_the_facts_under_the_names_of_the_wire() -> None:
         "description": "order",
         "topic": "default",
         "enabled": True,
+        "paused": False,
         "entrypoint": "",
         "tags": [],
         "metadata": {},

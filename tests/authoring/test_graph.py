@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from examples.orders import orders
 from examples.subscriptions import billing, subscriptions
+from sagaloom import define_saga, saga_complete
 from sagaloom.graph import graph_of, mermaid
 
 
@@ -44,3 +47,25 @@ def test_the_drawing_is_a_flowchart_with_every_node_and_edge() -> None:
     assert len(lines) == 1 + len(graph.nodes) + len(graph.edges)
     assert '    n0(("start"))' in lines
     assert any("-.->|compensates|" in line for line in lines)
+
+
+def test_statuses_and_gatherings_are_in_the_graph() -> None:
+    def done(saga: Any, event: Any, context: Any) -> list[Any]:
+        return [saga_complete()]
+
+    saga = (
+        define_saga("s")
+        .state({"status": "new"})
+        .during("new", "A", done, starts=True)
+        .when_all(["B", "C"], done, starts=False)
+        .build()
+    )
+
+    edges = set(graph_of(saga).edges)
+
+    assert {
+        ("status new", "A", "awaits"),
+        ("B", "all B, C", "gathers"),
+        ("C", "all B, C", "gathers"),
+        ("all B, C", "end completed", "ends"),
+    } <= edges

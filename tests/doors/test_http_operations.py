@@ -400,6 +400,7 @@ async def test_the_openapi_document_lists_what_is_served_and_nothing_else(door: 
         f"{PREFIX}/describe",
         f"{PREFIX}/sagas",
         f"{PREFIX}/sagas/{{id}}",
+        *(f"{PREFIX}/sagas/{{id}}/{verb}" for verb in ("pause", "resume", "disable", "enable", "migrate")),
         f"{PREFIX}/instances",
         f"{PREFIX}/instances/{{sagaName}}/{{correlationId}}",
         f"{PREFIX}/instances/{{sagaName}}/{{correlationId}}/history",

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from typing import Final
 
-STORIES: Final = ("orders", "transfers", "subscriptions", "upgrade")
+STORIES: Final = (*("orders", "transfers", "travel", "subscriptions", "approvals", "campaigns", "quotes", "upgrade"),)

@@ -1,4 +1,5 @@
-"""Each example ends the same way wherever its process is stopped: at every commit in process, and by five real kills.
+"""Each example ends the same way wherever its process is stopped: at every commit in process, and by five real kills;
+on a file, and on PostgreSQL.
 
 `make test` stops each story at a few of its commits and kills the first two; `make examples` leaves none out.
 """
@@ -11,9 +12,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, Any, Final
 
 import pytest
 
@@ -22,16 +24,51 @@ from sagaloom.testing.faults import Faults
 from tests.docs.pages import ROOT
 from tests.examples.actor import story_called
 from tests.examples.stories import STORIES
+from tests.schemas import Schema
 
 IS_LONG: Final = os.environ.get("SAGALOOM_EXAMPLES") == "all"
-_STRIKES_SHORT: Final = 2
 _KILLS: Final = 5
 _SECONDS_MAX: Final = 120
 
 
-@pytest.fixture(params=STORIES)
-def name(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+@dataclass(frozen=True)
+class Shelf:
+    """Where stores stand: a folder of each has its file, or all have one schema, emptied in between."""
+
+    schema: Schema | None = None
+
+    @property
+    def url(self) -> str | None:
+        return None if self.schema is None else self.schema.url
+
+    async def clear(self) -> None:
+        if self.schema is not None:
+            await self.schema.empty()
+
+
+def _cases(*names: str, on_postgres: Sequence[str]) -> list[Any]:
+    """Each story on a file, and some on PostgreSQL; in the long form all of them on both."""
+    files = [pytest.param((name, "file"), id=f"{name}-file") for name in (STORIES if IS_LONG else names)]
+    return files + [
+        pytest.param((name, "postgres"), id=f"{name}-postgres", marks=pytest.mark.server("postgres"))
+        for name in (STORIES if IS_LONG else on_postgres)
+    ]
+
+
+@pytest.fixture(params=_cases(*STORIES, on_postgres=["orders", "campaigns"]))
+def case(request: pytest.FixtureRequest) -> tuple[str, str]:
+    story: tuple[str, str] = request.param
+    return story
+
+
+@pytest.fixture
+def name(case: tuple[str, str]) -> str:
+    return case[0]
+
+
+@pytest.fixture
+def shelf(case: tuple[str, str], request: pytest.FixtureRequest) -> Shelf:
+    return Shelf() if case[1] == "file" else Shelf(request.getfixturevalue("schema"))
 
 
 async def stopped(name: str, folder: Path, faults: Faults, *, url: str | None = None) -> bool:
@@ -56,14 +93,14 @@ async def told(name: str, folder: Path, *, faults: Faults | None = None, url: st
 # --- As it should be -------------------------------------------------------------------------------------------------
 
 
-async def test_a_story_ends_as_it_says(name: str, tmp_path: Path) -> None:
-    ending = await told(name, tmp_path)
+async def test_a_story_ends_as_it_says(name: str, shelf: Shelf, tmp_path: Path) -> None:
+    ending = await told(name, tmp_path, url=shelf.url)
 
     assert story_called(name).holds(ending), ending
     assert ending.breaches == []
 
 
-@pytest.mark.parametrize("name", STORIES if IS_LONG else STORIES[:1], indirect=True)
+@pytest.mark.parametrize("name", STORIES if IS_LONG else STORIES[:1])
 def test_a_story_is_told_by_its_script(name: str, tmp_path: Path) -> None:
     ran = subprocess.run(
         [sys.executable, "-W", "error", "-m", f"examples.{name}"], cwd=ROOT, capture_output=True, text=True, check=False
@@ -85,17 +122,20 @@ def test_every_example_is_among_the_stories_and_in_the_readme() -> None:
 
 
 @pytest.mark.parametrize("step", ["decided", "committed"])
-async def test_a_story_that_is_stopped_at_a_commit_ends_the_same_way(name: str, step: str, tmp_path: Path) -> None:
+async def test_a_story_that_is_stopped_at_a_commit_ends_the_same_way(
+    name: str, step: str, shelf: Shelf, tmp_path: Path
+) -> None:
     counted = Faults()
-    expected = await told(name, tmp_path / "undisturbed", faults=counted)
+    expected = await told(name, tmp_path / "undisturbed", url=shelf.url, faults=counted)
     commits = counted.seen[step]
-    stride = 1 if IS_LONG else max(1, commits // _STRIKES_SHORT)
+    stride = 1 if IS_LONG else max(1, commits // 2)
 
     for nth in range(1, commits + 1, stride):
+        await shelf.clear()
         faults = Faults()
         faults.raise_at(step, nth)
-        was_stopped = await stopped(name, tmp_path / str(nth), faults)
-        ending = await told(name, tmp_path / str(nth))
+        was_stopped = await stopped(name, tmp_path / str(nth), faults, url=shelf.url)
+        ending = await told(name, tmp_path / str(nth), url=shelf.url)
 
         assert ending == expected, f"stopped at {step}:{nth}"
         assert was_stopped or nth > commits // 2, f"the story never comes to {step}:{nth} of {commits}"
@@ -155,21 +195,22 @@ def actors(tmp_path_factory: pytest.TempPathFactory) -> Generator[Actors]:
             _pipe(process.stdin).close()
 
 
-@pytest.mark.parametrize("name", STORIES if IS_LONG else STORIES[:2], indirect=True)
+@pytest.mark.parametrize("case", _cases("orders", "transfers", on_postgres=["orders"]), indirect=True)
 async def test_a_story_whose_process_is_killed_five_times_ends_the_same_way(
-    name: str, tmp_path: Path, actors: Actors
+    name: str, shelf: Shelf, tmp_path: Path, actors: Actors
 ) -> None:
     counted = Faults()
-    expected = await told(name, tmp_path / "undisturbed", faults=counted)
+    expected = await told(name, tmp_path / "undisturbed", url=shelf.url, faults=counted)
+    await shelf.clear()
     apart = max(1, counted.seen["committed"] // _KILLS)
     killed = tmp_path / "killed"
 
     # Before a commit, then behind one, so that the first half of them leaves the story where it was.
     lives = [
-        await asyncio.to_thread(actors.life, name, killed, fault, url=None)
+        await asyncio.to_thread(actors.life, name, killed, fault, url=shelf.url)
         for fault in ("decided:1", f"committed:{apart}", "committed:1", f"decided:{apart}", "committed:1", None)
     ]
-    ending = await told(name, killed)
+    ending = await told(name, killed, url=shelf.url)
 
     assert lives == [-9] * _KILLS + [0]
     assert ending == expected

@@ -11,7 +11,7 @@ import pytest
 
 from sagaloom import SagaDefinition, SagaMessage
 from sagaloom.engine.records import HistoryEntry, Instance, OutboxEffect
-from sagaloom.kv.postgres import PostgresSagaRows
+from sagaloom.kv.postgres import PostgresPresence, PostgresSagaRows
 from sagaloom.kv.presence import FilePresence
 from sagaloom.kv.sqlite import SqliteKeyValue
 from sagaloom.ports.store import SagaStore
@@ -54,7 +54,7 @@ class Receiver:
 class Life:
     """One runtime on the store file of the bench; several may follow each other."""
 
-    def __init__(self, runtime: SagaRuntime, kv: SqliteKeyValue) -> None:
+    def __init__(self, runtime: SagaRuntime, kv: Any) -> None:
         self.runtime = runtime
         self.kv = kv
 
@@ -77,10 +77,11 @@ class Life:
 
 
 class Bench:
-    """Makes lives on one store file."""
+    """Makes lives on one store: a file, or a schema of PostgreSQL."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, schema: Schema | None = None) -> None:
         self.path = path
+        self.schema = schema
         self.clock = ManualClock()
         self.receiver = Receiver()
         self._lives: list[Life] = []
@@ -88,10 +89,9 @@ class Bench:
     async def live(
         self, *definitions: SagaDefinition[Any], telemetry: TelemetryProviders | None = None, **options: Any
     ) -> Life:
-        kv = await SqliteKeyValue.open(self.path)
-        presence = FilePresence(self.path, lease_seconds=options.get("lease_seconds", 6.0))
+        store, kv = await self._store(options.get("lease_seconds", 6.0))
         runtime = SagaRuntime(
-            KvSagaStore(kv, presence=presence),
+            store,
             definitions=definitions,
             targets=[self.receiver],
             clock=self.clock,
@@ -102,6 +102,27 @@ class Bench:
         life = Life(runtime, kv)
         self._lives.append(life)
         return life
+
+    async def _store(self, lease_seconds: float) -> tuple[SagaStore, Any]:
+        files = FilePresence(self.path, lease_seconds=lease_seconds)
+        if self.schema is None:
+            kv = await SqliteKeyValue.open(self.path)
+            return KvSagaStore(kv, presence=files), kv
+        rows = PostgresSagaRows(self.schema.database())
+        presence = PostgresPresence(rows.database, lease_seconds=lease_seconds, files=files)
+        return SqlSagaStore(rows, presence=presence), rows
+
+    async def damage(self, pk: int, run: int) -> None:
+        """Makes the state of a run unreadable."""
+        if self.schema is None:
+            kv = await SqliteKeyValue.open(self.path)
+            await kv.commit(puts=[(("state", pk, run), b"\xc1 no record")])
+            await kv.close()
+        else:
+            connection = await self.schema.connect()
+            changed = "UPDATE saga_runtime_state SET v = $3 WHERE pk = $1 AND run = $2"
+            await connection.execute(changed, pk, run, b"\xc1 no record")
+            await connection.close()
 
     async def die(self, life: Life) -> None:
         """Ends a life as a kill would: nothing is drained."""
@@ -127,32 +148,55 @@ class Bench:
             await self.end(life)
 
 
+STORES = ("sqlite", "postgres")
+"""A module that takes this name has its tests of `bench` run on each: for what must hold whatever is below."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    stores = getattr(metafunc.module, "STORES", None)
+    chosen = any("store_kind" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    if stores is not None and "store_kind" in metafunc.fixturenames and not chosen:
+        marks = {"postgres": (pytest.mark.server("postgres"),)}
+        metafunc.parametrize("store_kind", [pytest.param(each, marks=marks.get(each, ())) for each in stores])
+
+
 @pytest.fixture
-async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
-    made = Bench(tmp_path / "sagas.db")
+def store_kind() -> str:
+    return "sqlite"
+
+
+@pytest.fixture
+def bench_schema(store_kind: str, request: pytest.FixtureRequest) -> Schema | None:
+    found: Schema | None = request.getfixturevalue("schema") if store_kind == "postgres" else None
+    return found
+
+
+@pytest.fixture
+async def bench(tmp_path: Path, bench_schema: Schema | None) -> AsyncIterator[Bench]:
+    made = Bench(tmp_path / "sagas.db", bench_schema)
     yield made
     await made.close()
 
 
 @pytest.fixture(params=["embedded", "memory", pytest.param("postgres", marks=pytest.mark.server("postgres"))])
-def store_kind(request: pytest.FixtureRequest) -> str:
+def any_store_kind(request: pytest.FixtureRequest) -> str:
     kind: str = request.param
     return kind
 
 
 @pytest.fixture
-def schema_if_asked(store_kind: str, request: pytest.FixtureRequest) -> Schema | None:
+def schema_if_asked(any_store_kind: str, request: pytest.FixtureRequest) -> Schema | None:
     """No coroutine, for those cannot ask for others that are."""
-    return request.getfixturevalue("schema") if store_kind == "postgres" else None
+    return request.getfixturevalue("schema") if any_store_kind == "postgres" else None
 
 
 @pytest.fixture
-async def store(store_kind: str, schema_if_asked: Schema | None, tmp_path: Path) -> AsyncIterator[SagaStore]:
+async def store(any_store_kind: str, schema_if_asked: Schema | None, tmp_path: Path) -> AsyncIterator[SagaStore]:
     """An empty store of each kind, for what must be the same on all of them."""
     made: SagaStore
     if schema_if_asked is not None:
         made = SqlSagaStore(PostgresSagaRows(schema_if_asked.database()))
-    elif store_kind == "memory":
+    elif any_store_kind == "memory":
         made = MemoryStore()
     else:
         made = KvSagaStore(await SqliteKeyValue.open(tmp_path / "one.db"))

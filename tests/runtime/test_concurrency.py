@@ -16,7 +16,7 @@ from sagaloom.ports.store import SagaStore
 from sagaloom.runtime import PublishReceipt, PublishRejected, SagaRuntime, create_durable_saga_runtime
 from sagaloom.service.metrics import metrics_text
 from sagaloom.testing import ManualClock, MemoryStore, check_invariants
-from tests.runtime.conftest import Bench
+from tests.runtime.conftest import STORES, Bench
 from tests.runtime.test_sharing import keys_held_by, parts_of, until
 from tests.schemas import Schema
 
@@ -299,6 +299,8 @@ HOLDER = """
 import asyncio, sys
 sys.path.insert(0, {root!r})
 from tests.runtime import test_concurrency as there
+
+__all__ = ["STORES"]
 from sagaloom.runtime import create_durable_saga_runtime
 
 async def main():
@@ -314,10 +316,10 @@ asyncio.run(main())
 
 
 @pytest.mark.parametrize(
-    "store_kind", ["embedded", pytest.param("postgres", marks=pytest.mark.server("postgres"))], indirect=True
+    "any_store_kind", ["embedded", pytest.param("postgres", marks=pytest.mark.server("postgres"))], indirect=True
 )
 async def test_no_slot_survives_its_message_when_its_process_is_killed(
-    store_kind: str, schema_if_asked: Schema | None, tmp_path: Path
+    any_store_kind: str, schema_if_asked: Schema | None, tmp_path: Path
 ) -> None:
     url = schema_if_asked.url if schema_if_asked is not None else None
     script = HOLDER.format(root=str(Path(__file__).parents[2]), url=url, path=str(tmp_path / "killed.db"))

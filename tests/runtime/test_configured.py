@@ -41,7 +41,7 @@ async def test_a_message_for_a_disabled_saga_alone_is_refused_as_retryable(bench
 
     assert isinstance(refused, PublishRejected)
     assert (refused.code, refused.retryable) == ("SAGA_DISABLED", True)
-    assert "handled by 's' alone, disabled by configuration" in refused.reason
+    assert "handled by 's' alone, which is disabled" in refused.reason
     assert await life.runtime.get_instance("s", "k") is None
 
 
@@ -79,7 +79,7 @@ async def test_the_schedule_of_a_disabled_saga_rests(bench: Bench) -> None:
     await bench.advance("3h")
 
     assert (await life.runtime.store.count_instances(_everything(), limit=10)) == 0
-    with pytest.raises(ScheduleNotFound, match="is disabled by its configuration"):
+    with pytest.raises(ScheduleNotFound, match="is disabled"):
         await life.runtime.trigger_schedule("ticking")
 
 

@@ -25,9 +25,9 @@ from sagaloom.errors import BackendUnavailable, InstanceNotFound, MessageRejecte
 from sagaloom.runtime.receipts import PublishReceipt, PublishRejected
 from sagaloom.runtime.runtime import SagaRuntime
 from sagaloom.testing import ManualClock, MemoryStore, check_invariants
-from tests.runtime.conftest import Bench, Life
+from tests.runtime.conftest import STORES, Bench, Life
 
-pytestmark = pytest.mark.anyio
+__all__ = ["STORES"]
 
 
 def _note(saga: Any, event: Any, context: Any) -> list[Any]:

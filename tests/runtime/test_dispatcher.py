@@ -12,9 +12,9 @@ from sagaloom import RetryPolicy, SagaMessage, define_saga, send
 from sagaloom.engine.records import OutboxEffect
 from sagaloom.errors import DeliveryFailed
 from sagaloom.runtime import dispatcher as dispatcher_module
-from tests.runtime.conftest import Bench
+from tests.runtime.conftest import STORES, Bench
 
-pytestmark = pytest.mark.anyio
+__all__ = ["STORES"]
 
 
 def _sender(targets: tuple[str, ...] = ("service:payments",), **options: Any) -> Any:

@@ -20,11 +20,10 @@ from sagaloom import (
     spawn,
 )
 from sagaloom.errors import BackendUnavailable
-from sagaloom.kv.sqlite import SqliteKeyValue
 from sagaloom.runtime.receipts import PublishReceipt, PublishRejected
-from tests.runtime.conftest import Bench
+from tests.runtime.conftest import STORES, Bench
 
-pytestmark = pytest.mark.anyio
+__all__ = ["STORES"]
 
 
 def _note(saga: Any, event: Any, context: Any) -> list[Any]:
@@ -568,9 +567,7 @@ async def test_an_instance_that_cannot_be_read_costs_its_message_and_nobody_else
     await asyncio.gather(life.publish("Add", {"n": 1}, key="broken"), life.publish("Add", {"n": 1}, key="well"))
     pk = (await life.instance("counter", "broken")).pk
     await bench.die(life)
-    kv = await SqliteKeyValue.open(bench.path)
-    await kv.commit(puts=[(("state", pk, 1), b"\xc1 no record")])
-    await kv.close()
+    await bench.damage(pk, 1)
     life = await bench.live(_counter().build())
 
     broken, well = await asyncio.gather(

@@ -22,9 +22,10 @@ from sagaloom.runtime.scheduler import ScheduleStatus
 from sagaloom.testing.clock import ManualClock
 from sagaloom.testing.faults import Cut
 from sagaloom.testing.memory_store import MemoryStore
-from tests.runtime.conftest import Bench, Life
+from tests.runtime.conftest import STORES, Bench, Life
 
-pytestmark = pytest.mark.anyio
+__all__ = ["STORES"]
+
 
 HOUR = timedelta(hours=1)
 NEW_YEAR = datetime(2026, 1, 1, tzinfo=UTC)
@@ -362,6 +363,7 @@ def hourly_counter() -> SagaDefinition[Any]:
     )
 
 
+@pytest.mark.parametrize("store_kind", ["sqlite"])  # thousands of commits, one after the other
 async def test_a_year_of_hourly_ticks_with_kills_is_applied_once_each(bench: Bench) -> None:
     saga = hourly_counter()
     overdue: list[timedelta] = []
@@ -384,6 +386,7 @@ async def test_a_year_of_hourly_ticks_with_kills_is_applied_once_each(bench: Ben
     assert json.loads(instance.state) == {"count": 8760, "gaps": 0, "last": "2027-01-01T00:00:00+00:00"}
 
 
+@pytest.mark.parametrize("store_kind", ["sqlite"])  # thousands of commits, one after the other
 async def test_a_year_of_hourly_ticks_over_two_processes_with_kills_is_applied_once_each(bench: Bench) -> None:
     saga = hourly_counter()
     lives = [await bench.live(saga), await bench.live(saga)]

@@ -15,7 +15,9 @@ from sagaloom.kv.presence import FilePresence
 from sagaloom.ports.store import Holding, Lease
 from sagaloom.runtime.deliveries import Delivery
 from sagaloom.stores.kv import KvSagaStore
-from tests.runtime.conftest import Bench, Life
+from tests.runtime.conftest import STORES, Bench, Life
+
+__all__ = ["STORES"]
 
 PARTITIONS = 64
 

@@ -13,9 +13,10 @@ from sagaloom import SagaMessage, cancel_scheduled, define_saga, saga_complete, 
 from sagaloom.errors import MessageRejected, TimerNotFound
 from sagaloom.runtime.timers import WaitingTimer
 from sagaloom.testing import check_invariants
-from tests.runtime.conftest import Bench, Life
+from tests.runtime.conftest import STORES, Bench, Life
 
-pytestmark = pytest.mark.anyio
+__all__ = ["STORES"]
+
 
 NEW_YEAR = datetime(2026, 1, 1, tzinfo=UTC)
 HOUR = timedelta(hours=1)

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import secrets
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
 import asyncpg
 import pytest
 
+from sagaloom import SagaMessage, define_saga, saga_complete, schedule, send
 from sagaloom.composition import create_durable_saga_runtime
 from sagaloom.demo import sagas
-from sagaloom.engine.records import Head
-from sagaloom.errors import BackendUnavailable, ConfigurationError
+from sagaloom.engine.records import Head, OutboxEffect
+from sagaloom.errors import BackendUnavailable, ConfigurationError, DeliveryFailed, SagasError
 from sagaloom.kv.postgres import PostgresDatabase, PostgresSagaRows
-from sagaloom.kv.postgres.schema import applied, steps, upgrade
+from sagaloom.kv.postgres.schema import Step, applied, steps, take, upgrade
 from sagaloom.ports.keyvalue import Check, Committed
+from sagaloom.runtime import SagaRuntime
+from sagaloom.stores import SqlSagaStore
 from sagaloom.stores.rows import encode, head_key
+from sagaloom.testing import ManualClock
 from tests.schemas import Schema
 
 ORDER = {"type": "OrderPlaced", "payload": {"orderId": "o-1", "amount": 5}}
@@ -101,6 +107,122 @@ async def test_of_many_who_upgrade_at_once_one_does_it(schema: Schema) -> None:
         await databases[0].write(f"DROP SCHEMA {name} CASCADE")
         for database in databases:
             await database.close()
+
+
+@pytest.mark.parametrize("version", [step.version for step in steps()])
+async def test_work_in_flight_goes_on_after_an_upgrade_from_each_version(schema: Schema, version: int) -> None:
+    name = f"{schema.name}_from_{version}"
+    database = PostgresDatabase(url=schema.server_url, schema=name)
+    definition = (
+        define_saga("notes")
+        .state({"seen": 0})
+        .on("Note", lambda saga, event, context: [schedule({"type": "Ring"}, "1h"), send("service:bell", {})])
+        .on("Ring", lambda saga, event, context: [saga_complete({"rang": True})])
+        .build()
+    )
+    clock, bell = ManualClock(), Bell()
+    bell.is_broken = True
+    try:
+        await upgrade(database, to=version)
+        old = SagaRuntime(
+            OldSqlSagaStore(PostgresSagaRows(database)), definitions=[definition], clock=clock, targets=[bell]
+        )
+        await old.start()
+        await old.publish({"type": "Note", "payload": {}}, correlation_key="k", wait=5)
+        await old.abandon()
+
+        await upgrade(database)
+        bell.is_broken = False
+        new = SagaRuntime(
+            SqlSagaStore(PostgresSagaRows(database)), definitions=[definition], clock=clock, targets=[bell]
+        )
+        async with new:
+            clock.advance("2h")
+            await new.settled()
+            instance = await new.get_instance("notes", "k")
+
+        assert instance is not None
+        assert (instance.status, bell.rang) == ("completed", 1)
+    finally:
+        await database.write(f"DROP SCHEMA {name} CASCADE")
+        await database.close()
+
+
+class OldSqlSagaStore(SqlSagaStore):
+    """One that leaves the schema at the version that it finds, as an older program did."""
+
+    async def open(self) -> None:
+        self._store_id = "of an older program"
+
+
+class Bell:
+    kind = "service"
+
+    def __init__(self) -> None:
+        self.is_broken = False
+        self.rang = 0
+
+    async def deliver(self, effect: OutboxEffect) -> Iterable[SagaMessage[Any]]:
+        if self.is_broken:
+            raise DeliveryFailed("no sound", retryable=True)
+        self.rang += 1
+        return ()
+
+    async def close(self) -> None:
+        return None
+
+
+async def test_an_upgrade_that_is_interrupted_has_not_happened(schema: Schema) -> None:
+    name = f"{schema.name}_cut"
+    database = PostgresDatabase(url=schema.server_url, schema=name)
+    broken = Step(1, "broken", steps()[0].sql + "\nSELECT 1/0;")
+    try:
+        with pytest.raises(ValueError, match="division by zero"):
+            await take(database, broken)
+        before = await applied(database)
+        await upgrade(database)
+
+        assert before == []
+        assert [step.version for step in await applied(database)] == [step.version for step in steps()]
+    finally:
+        await database.write(f"DROP SCHEMA IF EXISTS {name} CASCADE")
+        await database.close()
+
+
+async def test_people_find_in_views_what_a_saga_has_done(schema: Schema) -> None:
+    def on_note(saga: Any, event: Any, context: Any) -> list[Any]:
+        if event.payload.get("bad"):
+            raise SagasError("not today\0", retryable=False)
+        saga.state = {"text": event.payload["text"]}
+        return [schedule({"type": "Ring"}, "1h", name="bell"), send("service:bell", {"n": 1})]
+
+    definition = define_saga("notes").state({}).on("Note", on_note).on("Ring", lambda *_: []).build()
+    runtime = SagaRuntime(SqlSagaStore(PostgresSagaRows(schema.database())), definitions=[definition])
+    connection = await schema.connect()
+    async with runtime:
+        await runtime.publish({"type": "Note", "payload": {"text": "a\0b"}}, correlation_key="k/1", wait=5)
+        await runtime.publish({"type": "Note", "payload": {"bad": True}}, correlation_key="k/1", wait=5)
+
+        (instance,) = await connection.fetch("SELECT * FROM saga_instances WHERE saga_id = 'notes'")
+        (same,) = await connection.fetch("SELECT * FROM saga_instance('notes', 'k/1')")
+        history = await connection.fetch("SELECT * FROM saga_history ORDER BY entry_no")
+        (timer,) = await connection.fetch("SELECT * FROM saga_timers")
+        (effect,) = await connection.fetch("SELECT * FROM saga_outbox")
+        (letter,) = await connection.fetch("SELECT * FROM saga_dead_letters WHERE message_type = 'Note'")
+        kept = await runtime.get_instance("notes", "k/1")
+    await connection.close()
+
+    assert (instance["correlation_key"], instance["run"], instance["status"]) == ("k/1", 1, "running")
+    assert instance == same
+    assert [(row["disposition"], row["message_type"]) for row in history] == [
+        ("applied", "Note"),
+        ("dead_lettered", "Note"),
+    ]
+    assert (timer["name"], timer["message_type"]) == ("bell", "Ring")
+    assert (effect["target"], effect["correlation_key"]) == ("service:bell", "k/1")
+    assert "not today" in letter["reason"]
+    assert kept is not None
+    assert json.loads(kept.state) == {"text": "a\0b"}  # the record itself has lost nothing
 
 
 async def test_a_schema_of_a_newer_version_is_refused(schema: Schema) -> None:

@@ -12,11 +12,12 @@ from msgspec.structs import replace
 from sagaloom.engine.records import Head
 from sagaloom.errors import BackendUnavailable, Fenced
 from sagaloom.ids import key_hash, partition_of
+from sagaloom.kv.postgres import PostgresSagaRows
 from sagaloom.kv.presence import FilePresence
 from sagaloom.kv.sqlite import SqliteKeyValue
-from sagaloom.ports.keyvalue import Entry, Key
+from sagaloom.ports.keyvalue import Entry
 from sagaloom.ports.store import Lease, RowRef, UnitOfWork
-from sagaloom.stores.kv import KvSagaStore
+from sagaloom.stores import KvSagaStore, SqlSagaStore
 from sagaloom.testing.contracts.sagastore import (
     dead_letter_of,
     envelope_of,
@@ -27,6 +28,7 @@ from sagaloom.testing.contracts.sagastore import (
     step_of,
     write,
 )
+from tests.schemas import Schema
 
 ALL = frozenset(range(64))
 
@@ -40,23 +42,34 @@ class Clock:
 
 
 class Hall:
-    """Makes stores on one file, all of them by one clock."""
+    """Makes stores on one file, or one schema, all of them by one clock."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, schema: Schema | None) -> None:
         self.path = path
+        self.schema = schema
         self.clock = Clock()
         self.stores: list[KvSagaStore] = []
 
     async def store(self) -> KvSagaStore:
         presence = FilePresence(self.path, lease_seconds=6.0, monotonic=self.clock)
-        store = KvSagaStore(await SqliteKeyValue.open(self.path, synchronous="OFF"), presence=presence)
+        store: KvSagaStore
+        if self.schema is None:
+            store = KvSagaStore(await SqliteKeyValue.open(self.path, synchronous="OFF"), presence=presence)
+        else:
+            store = SqlSagaStore(PostgresSagaRows(self.schema.database()), presence=presence)
         self.stores.append(store)
         return store
 
 
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.server("postgres"))])
+def hall_schema(request: pytest.FixtureRequest) -> Schema | None:
+    found: Schema | None = request.getfixturevalue("schema") if request.param == "postgres" else None
+    return found
+
+
 @pytest.fixture
-async def hall(tmp_path: Path) -> AsyncIterator[Hall]:
-    made = Hall(tmp_path / "saga.db")
+async def hall(tmp_path: Path, hall_schema: Schema | None) -> AsyncIterator[Hall]:
+    made = Hall(tmp_path / "saga.db", hall_schema)
     yield made
     for store in made.stores:
         await store.close()
@@ -511,16 +524,18 @@ async def test_arrivals_that_were_read_before_the_store_failed_are_not_lost(
     await first.arrivals(one)
     heads = [head_of(f"o-{n}", await second.reserve_pks(1)) for n in range(20)]
     await write(second, two, *(brought(head, f"m-{head.key}") for head in heads))
-    scan, left = first._kv.scan, 5
+    reading, left = ("scan", 5) if hall.schema is None else ("inbox_above", 1)
+    read = getattr(first._kv, reading)
 
-    async def scan_a_few(prefix: Key, **bounds: Any) -> list[Entry]:
+    async def read_a_few(*wanted: Any, **bounds: Any) -> list[Entry]:
         nonlocal left
         left -= 1
         if left == 0:
             raise BackendUnavailable("the disk has hiccups")
-        return await scan(prefix, **bounds)
+        found: list[Entry] = await read(*wanted, **bounds)
+        return found
 
-    monkeypatch.setattr(first._kv, "scan", scan_a_few)
+    monkeypatch.setattr(first._kv, reading, read_a_few)
     with pytest.raises(BackendUnavailable):
         await first.arrivals(one)
     arrived = await first.arrivals(one)

@@ -15,6 +15,8 @@ import typer
 
 from sagaloom.cli.checking import add_check_commands
 from sagaloom.cli.client import DEFAULT_URL, ApiClient, CommandFailed, instance_path
+from sagaloom.cli.database import db_app
+from sagaloom.cli.evolving import add_saga_commands
 from sagaloom.cli.jobs import jobs_app
 from sagaloom.cli.operating import add_dead_letter_commands, add_instance_commands
 from sagaloom.cli.options import AsJson, Host, Insecure, Key, Limit, Modules, Run, Saga, Token, Topic, Url
@@ -46,6 +48,7 @@ app.add_typer(dead_letters_app, name="dead-letters")
 app.add_typer(timers_app, name="timers")
 app.add_typer(schedules_app, name="schedules")
 app.add_typer(jobs_app, name="jobs")
+app.add_typer(db_app, name="db")
 
 Port = Annotated[int | None, typer.Option("--port", min=0, max=65535, help="The port; by default PORT, else 8092.")]
 
@@ -269,7 +272,7 @@ def sagas_list(
                 one["topic"],
                 one["version"],
                 one["durabilityTier"],
-                "yes" if one["enabled"] else "no",
+                ("paused" if one["paused"] else "yes") if one["enabled"] else "no",
                 ", ".join(handled["type"] for handled in one["handledMessageTypes"]),
             )
             for one in answer["sagas"]
@@ -433,6 +436,7 @@ def instances_watch(
 
 
 add_instance_commands(instances_app)
+add_saga_commands(app, sagas_app)
 add_check_commands(app)
 
 

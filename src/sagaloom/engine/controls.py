@@ -20,6 +20,7 @@ come from a timer: that is how the configuration of a saga bounds how long a run
 - *Pause* keeps messages, replies and timers from being applied: `decide` defers them, and the caller keeps them in
   their order until a control `ends_pause`. Controls themselves are applied to a paused run, effects that were committed
   leave, and answers to them wait like everything else.
+- *Migrate* brings the state up to the version of the loaded definition, as the next message would.
 - *Skip* leaves out the compensation that fails, for good, and goes on with the next one.
 - A control that finds the run as it wants it, or over, is ignored and recorded. One that finds no run is ignored: a key
   whose first message still waits has none, and there is nothing yet to cancel or to pause.
@@ -55,6 +56,7 @@ from sagaloom.ids import effect_key
 
 __all__ = [
     "CANCEL",
+    "MIGRATE",
     "PAUSE",
     "REASON_LENGTH_MAX",
     "RESUME",
@@ -72,8 +74,9 @@ __all__ = [
     "why_said",
 ]
 
-ControlType = Literal["saga:cancel", "saga:terminate", "saga:pause", "saga:resume", "saga:skip"]
+ControlType = Literal["saga:cancel", "saga:terminate", "saga:pause", "saga:resume", "saga:skip", "saga:migrate"]
 CANCEL: Final = "saga:cancel"
+MIGRATE: Final = "saga:migrate"
 PAUSE: Final = "saga:pause"
 RESUME: Final = "saga:resume"
 SKIP: Final = "saga:skip"
@@ -146,8 +149,8 @@ def ends_pause(envelope: Envelope) -> bool:
 
 
 def needs_definition(instance: Instance, envelope: Envelope) -> bool:
-    """Whether the control has something undone, which only the saga's definition can do."""
-    if envelope.type == SKIP:
+    """Whether the control has something undone or migrated, which only the saga's definition can do."""
+    if envelope.type in (SKIP, MIGRATE):
         return True
     if envelope.type != CANCEL or not _said(envelope).compensate:
         return False

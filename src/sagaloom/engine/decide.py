@@ -62,10 +62,13 @@ from sagaloom.effects import saga_fail
 from sagaloom.engine.compensation import begin_unwinding, carry_out, go_on, skip_next
 from sagaloom.engine.controls import (
     CANCEL,
+    MIGRATE,
     SKIP,
+    advanced,
     apply_control,
     children_go_along,
     needs_definition,
+    recorded,
     said_by,
     why_in_vain,
     why_said,
@@ -218,11 +221,14 @@ def steer(
     if not needs_definition(instance, message):
         return apply_control(instance, message, context.now)
     if definition is None:
+        todo = "a state to migrate" if message.type == MIGRATE else f"{len(instance.steps)} steps to undo"
         reason = (
-            f"run {instance.run} has {len(instance.steps)} steps to undo, and saga {message.saga_id!r} is not loaded "
-            "here: load its module, or terminate the run"
+            f"run {instance.run} has {todo}, and saga {message.saga_id!r} is not loaded here: load its module, or "
+            "terminate the run"
         )
         return _ignore(instance, message, context, reason)
+    if message.type == MIGRATE:
+        return _migrate(definition, instance, message, context)
     if message.type == SKIP:
         return _safely(definition, instance, message, context, _skip)
     decision = _safely(definition, instance, message, context, _unwind)
@@ -257,6 +263,28 @@ def _safely(
             # Whoever asked hears why, and asks again when it is mended.
             return _ignore(instance, message, context, refused.message)
         return _give_up(definition, instance, message, context, refused)
+
+
+def _migrate(
+    definition: SagaDefinition[Any], instance: Instance, message: Envelope, context: DecideContext
+) -> Decision:
+    """An operator's migrate: the state in the definition's version, and nothing else."""
+    before, after = instance.def_version, definition.version
+    if before == after:
+        return _ignore(instance, message, context, f"run {instance.run} has version {after} already")
+    try:
+        state = _migrated(definition, instance)
+    except (MadeByNewer, Refused) as error:
+        return _ignore(instance, message, context, str(error))
+    new = msgspec.structs.replace(advanced(instance, message, context.now), state=state, def_version=after)
+    return recorded(
+        instance,
+        new,
+        message,
+        reason=why_said(message),
+        event=FeedKind.STATE_CHANGED,
+        detail=f"migrated from version {before} to {after}",
+    )
 
 
 def _unwind(transition: Transition) -> None:
@@ -836,10 +864,25 @@ def _migrated(definition: SagaDefinition[Any], instance: Instance) -> bytes:
             refused.traceback = traceback_text(error)
             raise refused from error
     try:
-        return encode_any(state)
+        encoded = encode_any(state)
     except SagasError as error:
         raise Refused(
             f"saga {saga_id!r}: the state of {name!r}, migrated to version {wanted}, cannot be written as JSON: "
             f"{error.message}",
             code=MIGRATION_FAILED,
         ) from error
+    try:
+        read: object = definition.state_codec.decode(encoded)
+        # A state without a declared type takes any JSON, and yet it is a dict.
+        trouble = (
+            f"got {type(read).__name__}" if isinstance(definition.initial_state, dict) != isinstance(read, dict) else ""
+        )
+    except SagasError as error:
+        trouble = error.message
+    if trouble:
+        raise Refused(
+            f"saga {saga_id!r}: the migration of {name!r} from version {stored} returned what is no state of version "
+            f"{wanted}: {trouble}",
+            code=MIGRATION_FAILED,
+        )
+    return encoded

@@ -21,7 +21,12 @@ from sagaloom.runtime.scheduler import ScheduleStatus
 from sagaloom.runtime.timers import WaitingTimer
 
 if TYPE_CHECKING:
-    from sagaloom.composition import DurableSagaRuntime, create_durable_saga_runtime, open_saga_runtime_kv
+    from sagaloom.composition import (
+        DurableSagaRuntime,
+        create_durable_saga_runtime,
+        open_saga_runtime_kv,
+        open_sql_saga_store,
+    )
     from sagaloom.discovery import resolve_saga_store_backend
     from sagaloom.publisher import HttpSagaPublisherOptions, create_saga_publisher, create_sync_saga_publisher
     from sagaloom.stores import KvSagaStore, SqlSagaStore
@@ -48,6 +53,7 @@ __all__ = [
     "create_saga_publisher",
     "create_sync_saga_publisher",
     "open_saga_runtime_kv",
+    "open_sql_saga_store",
     "resolve_saga_store_backend",
 ]
 
@@ -61,6 +67,7 @@ _ELSEWHERE: Final = {
     "create_saga_publisher": "sagaloom.publisher",
     "create_sync_saga_publisher": "sagaloom.publisher",
     "open_saga_runtime_kv": "sagaloom.composition",
+    "open_sql_saga_store": "sagaloom.composition",
     "resolve_saga_store_backend": "sagaloom.discovery",
 }
 

@@ -201,6 +201,10 @@ class Backlog:
         free = [key for key in dict.fromkeys(keys) if key not in self._starters]
         return [delivery for key in free for delivery in self._fall_out(key)]
 
+    def keys_behind(self, saga_ids: Collection[str]) -> list[InstanceKey]:
+        """The keys of these sagas that something is lined up for."""
+        return [key for key in self._behind if key[0] in saga_ids]
+
     def _fall_out(self, key: InstanceKey) -> list[Delivery]:
         behind = self._behind.pop(key, [])
         for delivery in behind:

@@ -11,6 +11,7 @@ import contextlib
 import logging
 
 from sagaloom.errors import SagasError
+from sagaloom.ports.keyvalue import SeesOthers
 from sagaloom.ports.store import SagaStore
 from sagaloom.runtime.receiver import Receiver
 
@@ -24,6 +25,8 @@ _NEWS_SECONDS = 0.02
 """How often to look for what others have written, where nobody tells us."""
 _HURRIED_SECONDS = 0.002
 """The same while somebody waits for what another process does."""
+_HURRIED_SECONDS_MAX = 0.05
+"""How seldom it may become where the store cannot tell that others have written."""
 
 
 class Lifeline:
@@ -33,6 +36,7 @@ class Lifeline:
         self._store = store
         self._receiver = receiver
         self._hurrying: asyncio.Task[None] | None = None
+        self._hurried_pause = _HURRIED_SECONDS
         receiver.share.on_waiting = self._hurry
 
     async def run(self) -> None:
@@ -67,12 +71,18 @@ class Lifeline:
         """Somebody begins to wait for another process: looks often, until nobody waits any more."""
         # What they wait for may have happened already, and the news of it have been read.
         self._receiver.attend(standing=False)
+        self._hurried_pause = _HURRIED_SECONDS
         if self._hurrying is None or self._hurrying.done():
             self._hurrying = asyncio.create_task(self._look_often(), name="sagaloom-lifeline-hurrying")
 
     async def _look_often(self) -> None:
+        sees_others = isinstance(self._store, SeesOthers) and self._store.others_version() is not None
+        self._hurried_pause = _HURRIED_SECONDS
         while self._receiver.share.looks_abroad:
-            await asyncio.sleep(_HURRIED_SECONDS)
+            await asyncio.sleep(self._hurried_pause)
             with contextlib.suppress(SagasError):
-                if self._store.has_news():
+                if self._store.has_news() or not sees_others:
                     self._receiver.attend(standing=False)
+            if not sees_others:
+                # Each look is a question to the store: less often, the longer it takes.
+                self._hurried_pause = min(self._hurried_pause * 1.5, _HURRIED_SECONDS_MAX)

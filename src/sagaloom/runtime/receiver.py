@@ -205,6 +205,11 @@ class Receiver:
         self._backlog.add(delivery)
         self._rouse()
 
+    def let_go_on(self, saga_ids: Collection[str]) -> None:
+        """Gives what has waited for these sagas its turn: they were paused, or disabled, and are no more."""
+        self._backlog.put_back(self._backlog.release(self._backlog.keys_behind(saga_ids)))
+        self._rouse()
+
     def submit(self, work: Work) -> None:
         """Queues a unit for the next commit."""
         self._work.append(work)
@@ -460,9 +465,11 @@ class Receiver:
             return Decision("pending", missing, retry_at=now + _UNKNOWN_AGAIN, error=missing, spends_attempt=False)
         if definition is None or corrupt is not None or delivery.refusal is not None:
             return _give_up(envelope, now, corrupt or delivery.refusal or _vanished(envelope.saga_id))
-        if not definition.about.enabled and envelope.origin not in ("operator", "parent"):
-            why = f"saga {envelope.saga_id!r} is disabled by its configuration"
-            return Decision("pending", why, retry_at=now + _UNKNOWN_AGAIN, error=why, spends_attempt=False)
+        about = definition.about
+        if (about.paused or not about.enabled) and envelope.origin not in ("operator", "parent"):
+            # Nothing is written for those that wait, however long that is.
+            what = "paused" if about.enabled else "disabled"
+            return Decision("deferred", f"saga {envelope.saga_id!r} is {what}")
         typed, delivery.typed = delivery.typed, None
         if typed is not None and envelope is not delivery.envelope:
             typed = msgspec.structs.replace(typed, traceparent=envelope.traceparent, tracestate=envelope.tracestate)

@@ -29,7 +29,7 @@ from sagaloom.clock import Clock, SystemClock
 from sagaloom.codec import encode_any
 from sagaloom.definitions import QueryDefinition, SagaDefinition, SignalDefinition
 from sagaloom.describe import describe
-from sagaloom.engine.controls import CANCEL, PAUSE, RESUME, SKIP, TERMINATE, ControlType, control
+from sagaloom.engine.controls import CANCEL, MIGRATE, PAUSE, RESUME, SKIP, TERMINATE, ControlType, control
 from sagaloom.engine.correlation import DefinitionSet, address
 from sagaloom.engine.records import (
     Child,
@@ -68,6 +68,7 @@ from sagaloom.runtime.bulk import BulkResult, letters_named, oldest_letters, rep
 from sagaloom.runtime.counters import Counters
 from sagaloom.runtime.deliveries import Delivery
 from sagaloom.runtime.dispatcher import Dispatcher
+from sagaloom.runtime.evolution import MigrationPage, migrate_page, oldest_readable, refuse_unreadable
 from sagaloom.runtime.feed import FeedHub, FeedWatch
 from sagaloom.runtime.lifeline import Lifeline
 from sagaloom.runtime.options import RuntimeOptions
@@ -84,6 +85,7 @@ from sagaloom.runtime.receiver import Receiver
 from sagaloom.runtime.repairs import Repairs, in_time
 from sagaloom.runtime.scheduler import Scheduler, ScheduleStatus
 from sagaloom.runtime.signals import Signals
+from sagaloom.runtime.standings import StandingChange, Standings, StandingVerb
 from sagaloom.runtime.timekeeper import Timekeeper
 from sagaloom.runtime.timers import WaitingTimer, waiting_timers
 from sagaloom.telemetry import TelemetryProviders, carried_trace, current_trace, find_providers
@@ -132,6 +134,7 @@ class SagaRuntime:
         self.clock: Clock = clock if clock is not None else SystemClock()
         self.options = options if options is not None else RuntimeOptions()
         self.definitions = DefinitionSet()
+        """The registered definitions, as their sagas stand: enabled or not, paused or not."""
         self._registry_ids: frozenset[str] = frozenset()
         self._registry_types: frozenset[str] = frozenset()
         self.counters = Counters()
@@ -142,10 +145,6 @@ class SagaRuntime:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._state = "new"
-        for definition in definitions:
-            self.register(definition)
-        for target in targets:
-            self.add_target(target)
         self.holder = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         """By what name this runtime stands among those on its store."""
         self._receiver = Receiver(
@@ -162,6 +161,7 @@ class SagaRuntime:
             on_timers=self._timers_committed,
             on_commit=self._committed,
         )
+        self._standings = Standings(store, self.clock, self._receiver, on_change=self._definitions_changed)
         self._dispatcher = Dispatcher(
             store,
             self.clock,
@@ -200,6 +200,11 @@ class SagaRuntime:
             watch=lambda saga_id, key: self.watch(saga_id=saga_id, key=key),
         )
 
+        for definition in definitions:
+            self.register(definition)
+        for target in targets:
+            self.add_target(target)
+
     # ---------------------------------------------------------------- definitions and targets
 
     def register(self, definition: SagaDefinition[Any]) -> None:
@@ -219,9 +224,12 @@ class SagaRuntime:
                 f"{self.store.id} cannot promise (it can {', '.join(sorted(self.store.tiers))}): lower the tier, or "
                 "use a store that waits for a synchronous replica"
             )
-        self.definitions = self.definitions.with_definition(definition)
-        if self._state == "running":
-            self._scheduler.wake()
+        if self._state == "running" and oldest_readable(definition) > 1:
+            raise DefinitionError(
+                f"saga {definition.id!r} has no migration from version 1, and whether live instances need one is asked "
+                "of the store at start(): register it before"
+            )
+        self._standings.add(definition)
 
     def add_target(self, target: EffectTarget) -> None:
         """Makes effects of the target's kind deliverable. A kind has one target; `saga` is the runtime's own."""
@@ -239,6 +247,9 @@ class SagaRuntime:
         self._state = "starting"
         self._listen()
         try:
+            await self._standings.load()
+            for definition in self.definitions:
+                await refuse_unreadable(self.store, definition)
             await self._write_registry()
             await self._receiver.start()
             if self.options.works:
@@ -251,6 +262,7 @@ class SagaRuntime:
         self._state = "running"
         self._spawn("receiver", self._receiver.run())
         self._spawn("lifeline", self._lifeline.run())
+        self._spawn("standings", self._standings.watch())
         if not self.options.works:
             return
         self._spawn("timekeeper", self._timekeeper.run())
@@ -441,9 +453,10 @@ class SagaRuntime:
             )
         if disabled := self.definitions.disabled_for(message_type):
             names = ", ".join(repr(each.id) for each in disabled)
+            said = next((f" ({each.about.said})" for each in disabled if each.about.said), "")
             return BackendUnavailable(
-                f"message type {message_type!r:.80} is handled by {names} alone, disabled by configuration: enable it "
-                "there, and try again",
+                f"message type {message_type!r:.80} is handled by {names} alone, which is disabled{said}: try again "
+                "when it is enabled, by an operator or in its configuration",
                 code="SAGA_DISABLED",
             )
         if message_type in self._registry_types:
@@ -681,7 +694,7 @@ class SagaRuntime:
             )
             what = "is not registered here"
             if definition is not None:
-                what = "has no schedule" if definition.schedule is None else "is disabled by its configuration"
+                what = "has no schedule" if definition.schedule is None else "is disabled"
             raise ScheduleNotFound(f"saga {saga_id!r:.80} {what}: scheduled sagas are {scheduled or 'none'}")
         now = self.clock.now()
         tick = tick_message(definition, now, by_hand=new_message_id(now))
@@ -841,6 +854,51 @@ class SagaRuntime:
             raise SagasError(outcome.reason or f"{envelope.type} was given up")
         return outcome
 
+    async def migrate(self, saga_id: str, key: str, *, run: int | None = None, reason: str | None = None) -> Outcome:
+        """Brings the state of a run up to the version of its definition now, as its next message would. One that has it
+        already, or cannot be migrated, is left as it is: the outcome says `ignored`, and why. Raises what `cancel`
+        raises."""
+        return await self._control(MIGRATE, saga_id, key, run=run, reason=reason)
+
+    async def migrate_saga(self, saga_id: str, *, limit: int = 100, cursor: str | None = None) -> MigrationPage:
+        """Migrates up to `limit` (at most 1,000) live instances of a saga that have an older version, each for itself.
+        Go on with the `cursor` of the answer until that is None. Raises `SagaNotFound` when it is not loaded here."""
+        self._refuse_if_not_running()
+        definition = self.definitions.get(saga_id)
+        if definition is None:
+            raise SagaNotFound(
+                f"saga {saga_id!r:.80} is not loaded here: only its definition can migrate its instances"
+            )
+
+        def one(instance: Instance) -> Coroutine[Any, Any, Outcome]:
+            return self.migrate(saga_id, instance.key, run=instance.run)
+
+        return await migrate_page(self.store, definition, one, limit=limit, cursor=cursor)
+
+    async def pause_saga(self, saga_id: str, *, reason: str | None = None) -> StandingChange:
+        """Has all instances of a saga wait, those that have not begun too: messages are accepted and wait in their
+        order, ticks are missed. It is kept in the store, for all processes; others heed it within seconds. A saga that
+        is paused already is left as it is. Raises `SagaNotFound` and `BackendUnavailable`."""
+        return await self._stand("pause", saga_id, reason)
+
+    async def resume_saga(self, saga_id: str, *, reason: str | None = None) -> StandingChange:
+        """Lets a paused saga go on with what has waited. One that is not paused is left as it is, and the answer says
+        so. Raises what `pause_saga` raises."""
+        return await self._stand("resume", saga_id, reason)
+
+    async def disable_saga(self, saga_id: str, *, reason: str | None = None) -> StandingChange:
+        """Pauses a saga, and refuses new messages for it as retryable (`SAGA_DISABLED`). Raises what `pause_saga`
+        raises, and `MessageRejected` when its configuration has disabled it."""
+        return await self._stand("disable", saga_id, reason)
+
+    async def enable_saga(self, saga_id: str, *, reason: str | None = None) -> StandingChange:
+        """Takes new messages again, and goes on with what has waited. Raises what `disable_saga` raises."""
+        return await self._stand("enable", saga_id, reason)
+
+    async def _stand(self, verb: StandingVerb, saga_id: str, reason: str | None) -> StandingChange:
+        self._refuse_if_not_running()
+        return await self._standings.change(verb, saga_id, reason)
+
     async def redrive(self, dead_letter_id: str) -> DeadLetter:
         """Tries a dead letter again, with a fresh count of attempts. A message goes to the end of its instance's
         queue; an effect goes on at the head of its lane."""
@@ -925,6 +983,11 @@ class SagaRuntime:
 
     def _effects_committed(self, rows: Sequence[tuple[RowRef, OutboxEffect]]) -> None:
         self._dispatcher.add(rows)
+
+    def _definitions_changed(self) -> None:
+        self.definitions = self._standings.definitions
+        if self._state == "running":
+            self._scheduler.wake()
 
     def _committed(self, feed_base: int) -> None:
         self._feed.committed()

@@ -167,8 +167,8 @@ class Scheduler:
         for definition in self._definitions():
             if self._is_closed:
                 break
-            if not self._is_owned(definition) or not definition.about.enabled:
-                continue  # Once it is enabled again, its `catch_up` says what becomes of the ticks between.
+            if not self._is_owned(definition) or definition.about.stands_still:
+                continue  # Once it goes on, its `catch_up` says what becomes of the ticks between.
             try:
                 next_at = await self._fire_one(definition, now)
             except SagasError as error:

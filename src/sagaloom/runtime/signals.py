@@ -215,7 +215,7 @@ class Signals:
         definition = self._definition(saga_id)
         if not definition.about.enabled:
             raise BackendUnavailable(
-                f"saga {saga_id!r} is disabled by its configuration: enable it there, and try again",
+                f"saga {saga_id!r} is disabled: try again when it is enabled, by an operator or in its configuration",
                 code="SAGA_DISABLED",
             )
         now = self._clock.now()

@@ -10,9 +10,10 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Annotated, Final, TypeAlias
 
 import msgspec
-from fastapi import Depends, Query, Request, Response
+from fastapi import Depends, Path, Query, Request, Response
 from msgspec import UNSET
 
+from sagaloom.errors import MessageRejected, SagaNotFound
 from sagaloom.service import shapes
 from sagaloom.service.addressing import (
     API_PREFIX,
@@ -30,6 +31,7 @@ from sagaloom.web.routes import RouteTable, json_response
 if TYPE_CHECKING:
     from sagaloom.runtime import SagaRuntime
     from sagaloom.runtime.receipts import Outcome
+    from sagaloom.runtime.standings import StandingChange
 
 __all__ = ["add_operating"]
 
@@ -38,6 +40,9 @@ _cancel_body = JsonBody(shapes.CancelBody, example='send nothing, or a JSON obje
 _skip_body = JsonBody(shapes.SkipBody, example='send nothing, or a JSON object such as {"reason": "refunded by hand"}')
 _bulk_body = JsonBody(shapes.BulkBody, example='send a JSON object such as {"sagaName": "order", "limit": 100}')
 _INSTANCE_ERRORS: Final = (404, 408, 409, 413, 415, 422, 429, 503)
+_migrate_body = JsonBody(shapes.MigrateBody, example='send nothing, or a JSON object such as {"limit": 100}')
+_SAGA_ERRORS: Final = (404, 408, 413, 415, 422, 429, 503)
+_SagaId = Annotated[str, Path(alias="id")]
 _Endpoint: TypeAlias = Callable[..., Awaitable[Response]]
 _Address = Annotated[InstanceAddress, Depends(address_of_instance)]
 _Query = Annotated[InstanceQuery, Query()]
@@ -47,6 +52,7 @@ _BULK_ERRORS: Final = (408, 413, 415, 422, 429, 503)
 def add_operating(table: RouteTable, runtime: SagaRuntime, reader: BodyReader) -> None:
     """The routes that act on instances and dead letters."""
     _add_controls(table, runtime, reader)
+    _add_saga_controls(table, runtime, reader)
     _add_bulk_repair(table, runtime, reader)
 
 
@@ -109,6 +115,73 @@ def _add_controls(table: RouteTable, runtime: SagaRuntime, reader: BodyReader) -
         discarded. A run without one is left as it is. Answers with the run."""
         said = await body_of(request, reader, _skip_body)
         return await show(address, await runtime.skip(*address, run=query.run, reason=said.reason, step=said.step))
+
+
+def _add_saga_controls(table: RouteTable, runtime: SagaRuntime, reader: BodyReader) -> None:
+    def show(change: StandingChange) -> Response:
+        definition = runtime.definitions.get(change.standing.saga_id)
+        if definition is None:
+            saga_id = change.standing.saga_id
+            raise SagaNotFound(f"it was done, but saga {saga_id!r} is not loaded here: there is nothing to show")
+        control = shapes.ControlView(
+            disposition="applied" if change.has_changed else "ignored",
+            reason=UNSET if change.reason is None else change.reason,
+        )
+        return json_response({**shapes.saga_view(definition), "control": control})
+
+    def add(verb: str) -> Callable[[_Endpoint], _Endpoint]:
+        return table.add(
+            "POST",
+            f"{API_PREFIX}/sagas/{{id}}/{verb}",
+            answer=shapes.SagaView,
+            tag="sagas",
+            errors=_SAGA_ERRORS,
+            body=shapes.ControlBody,
+        )
+
+    @add("pause")
+    async def _pause_saga(saga_id: _SagaId, request: Request) -> Response:
+        """Has all instances of a saga wait, those that have not begun too. Messages are accepted; ticks are missed.
+        Other processes on the store heed it within seconds."""
+        said = await body_of(request, reader, _control_body)
+        return show(await runtime.pause_saga(saga_id, reason=said.reason))
+
+    @add("resume")
+    async def _resume_saga(saga_id: _SagaId, request: Request) -> Response:
+        """Lets a paused saga go on with what has waited."""
+        said = await body_of(request, reader, _control_body)
+        return show(await runtime.resume_saga(saga_id, reason=said.reason))
+
+    @add("disable")
+    async def _disable_saga(saga_id: _SagaId, request: Request) -> Response:
+        """Has all instances of a saga wait, and refuses new messages for it with 503 `SAGA_DISABLED`."""
+        said = await body_of(request, reader, _control_body)
+        return show(await runtime.disable_saga(saga_id, reason=said.reason))
+
+    @add("enable")
+    async def _enable_saga(saga_id: _SagaId, request: Request) -> Response:
+        """Takes new messages for a saga again, and goes on with what has waited."""
+        said = await body_of(request, reader, _control_body)
+        return show(await runtime.enable_saga(saga_id, reason=said.reason))
+
+    @table.add(
+        "POST",
+        f"{API_PREFIX}/sagas/{{id}}/migrate",
+        answer=shapes.MigrationAnswer,
+        tag="sagas",
+        errors=_SAGA_ERRORS,
+        body=shapes.MigrateBody,
+    )
+    async def _migrate_saga(saga_id: _SagaId, request: Request) -> Response:
+        """Brings live instances of an older version up to date, some in each request."""
+        said = await body_of(request, reader, _migrate_body)
+        try:
+            page = await runtime.migrate_saga(saga_id, limit=said.limit, cursor=said.cursor)
+        except SagaNotFound:
+            raise
+        except MessageRejected as refused:  # Its limit has been checked, so it is the cursor.
+            raise invalid(refused.message, "cursor") from None
+        return json_response(shapes.migration_answer(page))
 
 
 def _add_bulk_repair(table: RouteTable, runtime: SagaRuntime, reader: BodyReader) -> None:

@@ -9,7 +9,7 @@ are passed through as the JSON they are stored as, byte for byte, and nothing is
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, TypeVar
 
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
@@ -32,7 +32,8 @@ from sagaloom.engine.records import (
     Undoing,
 )
 from sagaloom.ids import instance_id
-from sagaloom.runtime.bulk import BulkResult
+from sagaloom.runtime.bulk import BulkResult, Trouble
+from sagaloom.runtime.evolution import MigrationPage
 from sagaloom.runtime.receipts import Outcome, PublishReceipt, QueryResult, SignalReceipt, UpdateReceipt
 from sagaloom.runtime.scheduler import ScheduleStatus
 from sagaloom.runtime.timers import WaitingTimer
@@ -696,7 +697,7 @@ def history_entry_view(instance: Instance, entry: HistoryEntry) -> HistoryEntryV
         previous_status=entry.status_before,
         new_status=entry.status_after,
         new_state=_json(entry.after),
-        transition_at=wire_time(entry.at),
+        transition_at=_exact_time(entry.at),
         attempt=entry.attempt,
         origin=entry.origin,
         definition_version=entry.def_version,
@@ -711,6 +712,13 @@ def history_entry_view(instance: Instance, entry: HistoryEntry) -> HistoryEntryV
         traceparent=_if_known(entry.traceparent),
         tracestate=_if_known(entry.tracestate),
     )
+
+
+def _exact_time(moment: datetime) -> str:
+    """To the microsecond where there are any: handlers saw it, and a replay shows it to them again."""
+    if moment.microsecond % 1000 == 0:
+        return wire_time(moment)
+    return moment.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def _outcome_of(entry: HistoryEntry) -> Literal["success", "compensated", "skipped", "error"]:
@@ -801,11 +809,12 @@ def bulk_answer(result: BulkResult) -> BulkAnswer:
         failed=len(result.troubles),
         has_more=result.has_more,
         ids=result.done,
-        troubles=[
-            TroubleView(id=one.id, code=one.error.code, message=one.error.message, retryable=one.error.retryable)
-            for one in result.troubles
-        ],
+        troubles=[_trouble_view(one) for one in result.troubles],
     )
+
+
+def _trouble_view(one: Trouble) -> TroubleView:
+    return TroubleView(id=one.id, code=one.error.code, message=one.error.message, retryable=one.error.retryable)
 
 
 class DeadLetterList(_Shape, frozen=True, kw_only=True):
@@ -1068,7 +1077,8 @@ class SagaView(_Shape, frozen=True, kw_only=True):
     name: str
     description: str
     topic: str
-    enabled: bool
+    enabled: Annotated[bool, Meta(description="Neither its configuration nor an operator has disabled it.")]
+    paused: Annotated[bool, Meta(description="An operator has all its instances wait.")]
     entrypoint: str
     tags: Sequence[str]
     metadata: Mapping[str, Any]
@@ -1077,6 +1087,7 @@ class SagaView(_Shape, frozen=True, kw_only=True):
     durability_tier: SagaDurabilityTier
     handled_message_types: Sequence[HandledTypeView]
     compensations: Sequence[CompensationView]
+    pivots: Annotated[Sequence[str], Meta(description="Message types that are points of no return.")]
     correlations: Sequence[str]
     signals: Sequence[SignalView]
     updates: Sequence[SignalView]
@@ -1095,6 +1106,25 @@ class SagaView(_Shape, frozen=True, kw_only=True):
     initial_state: Any
     fingerprint: str
     graph: SagaGraph
+    control: Annotated[ControlView | UnsetType, Meta(description="There in answers to commands.")] = UNSET
+
+
+class MigrateBody(_Shape, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How many instances to migrate in this request, and where to go on."""
+
+    limit: Annotated[int, Meta(ge=1, le=1000)] = 100
+    cursor: str | None = None
+
+
+class MigrationAnswer(_Shape, frozen=True, kw_only=True):
+    """What became of some instances of an older version. `left` counts the live ones that are still older, exactly up
+    to 10000. `cursor` is for the next request and null at the end."""
+
+    migrated: int
+    failed: int
+    left: int
+    cursor: str | None
+    troubles: Sequence[TroubleView]
 
 
 class SagaList(_Shape, frozen=True, kw_only=True):
@@ -1113,6 +1143,16 @@ def saga_view(definition: SagaDefinition[Any]) -> dict[str, Any]:
 
 
 # --- The service itself ----------------------------------------------------------------------------------------------
+
+
+def migration_answer(page: MigrationPage) -> MigrationAnswer:
+    return MigrationAnswer(
+        migrated=page.migrated,
+        failed=len(page.troubles),
+        left=page.left,
+        cursor=page.cursor,
+        troubles=[_trouble_view(one) for one in page.troubles],
+    )
 
 
 class StoreView(_Shape, frozen=True, kw_only=True):

@@ -233,7 +233,7 @@ class KvSagaStore:
 
     async def close(self) -> None:
         self._beliefs.forget()
-        self._tenure.close()
+        await self._tenure.close()
         await self._kv.close()
 
     # -- the lease ------------------------------------------------------------------------------------------------

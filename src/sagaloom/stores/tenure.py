@@ -205,10 +205,12 @@ class Tenure:
                 self._presence.leave()
                 self._presence.nudge()
 
-    def close(self) -> None:
+    async def close(self) -> None:
         self._drop()
         self.lease = None
-        if self._presence is not None:
+        if isinstance(self._presence, LooksAnew):
+            await self._presence.goodbye()
+        elif self._presence is not None:
             self._presence.leave()
 
     # -- sharing out ----------------------------------------------------------------------------------------------

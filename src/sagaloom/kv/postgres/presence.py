@@ -35,6 +35,7 @@ __all__ = ["PostgresPresence"]
 _log = logging.getLogger("sagaloom.presence")
 _TROUBLE_SECONDS: Final = 0.5
 _RELISTEN_SECONDS: Final = 5.0
+_GOODBYE_SECONDS: Final = 1.0
 
 _LOOK: Final = """
     WITH ours AS (
@@ -121,8 +122,10 @@ class PostgresPresence:
         holder = self._holder
         self.leave()
         if holder:
-            with contextlib.suppress(SagasError):
-                await self._database.write(self._database.sql(_LEAVE), holder)
+            # When it does not get there, the lease ends by itself.
+            with contextlib.suppress(SagasError, TimeoutError):
+                async with asyncio.timeout(_GOODBYE_SECONDS):
+                    await self._database.write(self._database.sql(_LEAVE), holder)
 
     def renew(self) -> bool:
         is_seen = self._files is None or self._files.renew()

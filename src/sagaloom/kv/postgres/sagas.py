@@ -80,6 +80,9 @@ _COLUMNS: Final[dict[str, tuple[tuple[str, str], ...]]] = {
 }
 _VALUE: Final = {"arrivals": "''::bytea"}
 _STAMP: Final = {"correlation": "s", "dead_letter": "s", "arrivals": "s"}
+_NOBODY: Final = 0
+"""The versionstamp of a partition that nobody has ever brought anything to: to whoever reads, it has no row."""
+_IS_THERE: Final = {"arrivals": f"s <> {_NOBODY}"}
 _SAGA_TABLES: Final = frozenset({*_COLUMNS, "feed", "saga_seen"})
 
 _RENEW_MEMBER: Final = """
@@ -218,7 +221,7 @@ class PostgresSagaRows(PostgresKeyValue):
             SELECT c.no, t.v, t.s FROM unnest({arrays}) WITH ORDINALITY AS c({names}, no)
             CROSS JOIN LATERAL (
                 SELECT {_VALUE.get(table, "v")} AS v, {_STAMP.get(table, "0")} AS s
-                FROM @schema@.saga_runtime_{table} t WHERE {same} LIMIT 1
+                FROM @schema@.saga_runtime_{table} t WHERE {same} AND {_IS_THERE.get(table, "true")} LIMIT 1
             ) t
         """)
 
@@ -449,7 +452,7 @@ def _batch_of(
     for key, stamp in checks:
         match key:
             case ("arrivals", int(part)):
-                parts[part] = -1 if stamp is None else stamp  # which no row has: there always is one
+                parts[part] = stamp or _NOBODY
             case ("correlation", _, bytes(hashed)) if stamp is not None:
                 batch.head_checks.append((hashed, stamp))
             case ("dead_letter", str(letter)) if stamp is not None:
@@ -568,7 +571,9 @@ def _bounds(table: str, prefix: Key, after: Key | None, before: Key | None) -> t
             marks.append(f"${len(arguments)}::{kind}")
         return f"({names}) {operator} ({', '.join(marks)})" if len(parts) > 1 else f"{names} {operator} {marks[0]}"
 
-    conditions = [compared("=", prefix[1:])] if len(prefix) > 1 else []
+    conditions = [_IS_THERE.get(table, "true")]
+    if len(prefix) > 1:
+        conditions.append(compared("=", prefix[1:]))
     for bound, whole, cut in ((after, ">", ">="), (before, "<", "<")):
         if bound is not None:
             if bound[0] != table:
@@ -576,4 +581,4 @@ def _bounds(table: str, prefix: Key, after: Key | None, before: Key | None) -> t
             if len(bound) > 1:
                 # A key sorts before those that continue it.
                 conditions.append(compared(whole if len(bound) - 1 == len(columns) else cut, bound[1:]))
-    return " AND ".join(conditions) or "true", arguments
+    return " AND ".join(conditions), arguments

@@ -19,7 +19,7 @@ from sagaloom.errors import ConfigurationError, StoreCorrupt
 from sagaloom.kv.postgres.connection import PostgresDatabase, quoted
 from sagaloom.kv.postgres.driver import Connection
 
-__all__ = ["Applied", "Step", "applied", "steps", "store_id_of", "upgrade"]
+__all__ = ["Applied", "Step", "applied", "steps", "store_id_of", "take", "upgrade"]
 
 _UPGRADE_SECONDS: Final = 600.0
 
@@ -67,7 +67,12 @@ async def upgrade(database: PostgresDatabase, *, to: int | None = None) -> list[
     done = [each.version for each in await applied(database)]
     refuse_newer(database, done)
     missing = [step for step in steps() if step.version not in done and step.version <= newest]
-    return [step for step in missing if await database.run(_taking(database, step))]
+    return [step for step in missing if await take(database, step)]
+
+
+async def take(database: PostgresDatabase, step: Step) -> bool:
+    """Takes one step, unless somebody else has taken it meanwhile."""
+    return await database.run(_taking(database, step))
 
 
 def refuse_newer(database: PostgresDatabase, done: list[int]) -> None:
@@ -92,7 +97,7 @@ def _taking(database: PostgresDatabase, step: Step) -> Callable[[Connection], Aw
     schema = quoted(database.schema)
     lock = int.from_bytes(hashlib.blake2b(f"sagaloom {database.schema}".encode(), digest_size=7).digest(), "big")
 
-    async def take(connection: Connection) -> bool:
+    async def taken(connection: Connection) -> bool:
         async with connection.transaction():
             await connection.execute(f"SELECT pg_advisory_xact_lock({lock})", timeout=_UPGRADE_SECONDS)
             if not await connection.fetchval("SELECT to_regnamespace($1) IS NOT NULL", schema):
@@ -120,4 +125,4 @@ def _taking(database: PostgresDatabase, step: Step) -> Callable[[Connection], Aw
             )
         return True
 
-    return take
+    return taken
