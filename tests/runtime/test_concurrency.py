@@ -20,6 +20,8 @@ from tests.runtime.conftest import STORES, Bench
 from tests.runtime.test_sharing import keys_held_by, parts_of, until
 from tests.schemas import Schema
 
+__all__ = ["STORES"]
+
 FAILS: set[str] = set()
 """The correlation keys whose handlers raise."""
 
@@ -299,8 +301,6 @@ HOLDER = """
 import asyncio, sys
 sys.path.insert(0, {root!r})
 from tests.runtime import test_concurrency as there
-
-__all__ = ["STORES"]
 from sagaloom.runtime import create_durable_saga_runtime
 
 async def main():
