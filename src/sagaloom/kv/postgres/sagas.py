@@ -21,8 +21,9 @@ What a commit of theirs promises beyond the port:
 
 1. It is one statement, which first locks the row of its writer in `member`. Whoever takes that row away, or renews it,
    waits for it; whoever comes later finds it changed, and writes nothing (I7).
-2. Partitions are locked in their order, and numbers of inbox rows are drawn behind that lock: within a partition a
-   smaller number never becomes visible after a larger one, between those who bring and the one who holds (I9).
+2. Who adds inbox rows to a partition, its holder or somebody else, locks it first (all of them in their order), and
+   draws their numbers behind that lock: within a partition a smaller number never becomes visible after a larger one,
+   so who has read up to a number has read everything below it (I9).
 3. The commits of the feed are numbered by whoever has the head of the feed at that moment. Who does not get it leaves
    its commit unnumbered, to the next commit or the next reader: no commit waits for another one, and there is no gap,
    for numbers are given only to what is visible (I8).
@@ -477,6 +478,7 @@ def _batch_of(
                 batch.heads_new[hashed] = head_row(hashed, value)
             case ("inbox", int(part), Slot()):
                 batch.inbox_new.append(inbox_row(part, value))
+                parts.setdefault(part, None)
             case ("slot", str(saga), str(concurrency), int(number)):
                 batch.slots.append(slot_row((saga, concurrency, number), value))
             case ("feed", Slot()):

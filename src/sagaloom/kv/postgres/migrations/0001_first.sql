@@ -370,13 +370,13 @@ BEGIN
         RETURN;
     END IF;
     IF cardinality(p_part) > 0 THEN
-        -- All of them in one order and one strength, so that two commits cannot wait for each other.
-        SELECT array_agg(c.part) INTO failed_parts
+        -- All of them in one order and one strength, so that two commits cannot wait for each other. (The condition is
+        -- in the aggregate: in a WHERE it would keep those without a versionstamp from being locked.)
+        SELECT array_agg(c.part) FILTER (WHERE c.s IS NOT NULL AND c.s <> a.s) INTO failed_parts
         FROM unnest(p_part, p_part_stamp) AS c(part, s)
         CROSS JOIN LATERAL (
             SELECT a.s FROM @schema@.saga_runtime_arrivals a WHERE a.part = c.part FOR NO KEY UPDATE
-        ) a
-        WHERE c.s IS NOT NULL AND c.s <> a.s;
+        ) a;
         IF failed_parts IS NOT NULL THEN
             outcome := 'arrivals';
             RETURN;
