@@ -500,7 +500,7 @@ class KvSagaStore:
                 if head.run and (row := next(rows)) is not None:
                     instance = decoded(self._kv, row, decode_instance)
                     if believed:
-                        self._beliefs.learn_instance(instance, row.versionstamp)
+                        self._beliefs.learn_instance(instance)
             loaded.append(Loaded(head, instance))
         self._beliefs.bound()
         return loaded

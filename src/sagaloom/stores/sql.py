@@ -150,7 +150,7 @@ class SqlSagaStore(KvSagaStore):
             if is_believed:
                 beliefs.heads[where] = (row[1], head)
                 if instance is not None:
-                    beliefs.learn_instance(instance, 0)
+                    beliefs.learn_instance(instance)
             loaded.append(Loaded(head, instance))
         beliefs.bound()
         return loaded
