@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -207,6 +208,23 @@ async def test_cancels_of_many_children_go_on_after_a_kill(bench: Bench) -> None
     await life.runtime.settled(20)
 
     assert await _counts(life) == {"cancelled": 2_500}
+
+
+async def test_children_that_another_process_holds_end_with_their_parent(bench: Bench) -> None:
+    one, other = await bench.live(_parent(), _child()), await bench.live(_parent(), _child())
+    await one.publish("Bear", {"count": 40}, key="p")
+    await one.publish("Done", {"n": 0}, key="c-0", wait=5)
+    while (await _counts(one)).get("completed") != 1 or (await _state(one)).get("ended") != 1:
+        await asyncio.sleep(0.01)
+
+    await other.runtime.cancel("parent", "p")
+    while (await _counts(other)).get("cancelled") != 39:
+        await asyncio.sleep(0.01)
+
+    held = [sum(life.runtime.holds(part) for part in range(64)) for life in (one, other)]
+    assert min(held) > 0
+    assert await _counts(one) == {"completed": 1, "cancelled": 39}
+    assert await check_invariants(one.runtime.store) == []
 
 
 # --- children that never come to be ----------------------------------------------------------------------------------
