@@ -74,6 +74,13 @@ async def _counts(life: Life) -> dict[str, int]:
     return {name: count for name, count in (await life.runtime.count_children("parent", "p")).items() if count}
 
 
+async def _until_counted(life: Life, **wanted: int) -> None:
+    """Waits for what two processes do together, of which neither knows when it is done."""
+    async with asyncio.timeout(20):
+        while not wanted.items() <= (await _counts(life)).items():  # noqa: ASYNC110 - see above
+            await asyncio.sleep(0.01)
+
+
 async def _state(life: Life, saga_id: str = "parent", key: str = "p") -> Any:
     return json.loads((await life.instance(saga_id, key)).state)
 
@@ -214,12 +221,10 @@ async def test_children_that_another_process_holds_end_with_their_parent(bench: 
     one, other = await bench.live(_parent(), _child()), await bench.live(_parent(), _child())
     await one.publish("Bear", {"count": 40}, key="p")
     await one.publish("Done", {"n": 0}, key="c-0", wait=5)
-    while (await _counts(one)).get("completed") != 1 or (await _state(one)).get("ended") != 1:
-        await asyncio.sleep(0.01)
+    await _until_counted(one, completed=1)
 
     await other.runtime.cancel("parent", "p")
-    while (await _counts(other)).get("cancelled") != 39:
-        await asyncio.sleep(0.01)
+    await _until_counted(other, cancelled=39)
 
     held = [sum(life.runtime.holds(part) for part in range(64)) for life in (one, other)]
     assert min(held) > 0

@@ -1,5 +1,5 @@
-"""A process stops at each of its commits while a family is cancelled, an unwinding is tried again, a saga is paused, and
-states are migrated. A new one on the same store brings all of it to the same end: on a file, and on PostgreSQL.
+"""A process stops at each of its commits while a family is cancelled, an unwinding is tried again, a saga is paused,
+and states are migrated. A new one on the same store brings all of it to the same end: on a file, and on PostgreSQL.
 
 Two parents with three children each. One child of the first completes; then the first parent is cancelled, and the
 compensation of one of its children fails once. The second parent calls off its trip, whose hotel fails once too.
