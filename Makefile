@@ -46,10 +46,11 @@ examples: install  ## Stop every example at every commit and kill it (some of th
 	SAGALOOM_EXAMPLES=all $(BIN)/python -m pytest tests/examples/test_stories.py $(ARGS)
 
 # And of this one: STORE (postgres or kv), ORDERS, KILLS, STOPS, RESTARTS, PROCESSES, SEED.
-chaos: install  ## Kill workers, stop them, restart the database, and ask an oracle (one file: STORE=kv)
-	$(BIN)/python -m tests.chaos
+# Of queues: QUEUE (redis, rabbitmq, postgres or kv), MESSAGES, KILLS, CONSUMERS, SEED.
+chaos: install  ## Kill workers, stop them, restart the database, and ask an oracle (STORE=kv; queues: QUEUE=redis)
+	$(BIN)/python -m $(if $(QUEUE),tests.queues.chaos,tests.chaos)
 
-bench: install  ## Measure throughput and latency on this machine
+bench: .venv/.installed-peers  ## Measure throughput and latency on this machine, and the queues of others
 	$(BIN)/python -m bench
 
 docs: install  ## Build the documentation into build/docs/index.html; a warning is an error
@@ -71,8 +72,12 @@ clean:  ## Remove the environment, the caches and what the demo wrote
 	@touch $@
 
 .venv/.installed-dev: pyproject.toml uv.lock | $(BIN)/uv
-	$(BIN)/uv sync --frozen --all-extras --all-groups
+	$(BIN)/uv sync --frozen --all-extras --all-groups --no-group peers --inexact
 	@touch .venv/.installed $@
+
+.venv/.installed-peers: .venv/.installed-dev
+	$(BIN)/uv sync --frozen --all-extras --all-groups
+	@touch .venv/.installed .venv/.installed-dev $@
 
 $(BIN)/uv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sagaloom needs Python 3.11 or newer; choose one with: make PYTHON=python3.12 install")'

@@ -16,6 +16,7 @@ out. `retryable` says whether the very same call may succeed later.
     ├── HandlerError           the author's, at run time: what a handler raised or returned
     │   └── QueryFailed · UpdateFailed
     ├── ConcurrencyConflict    nobody's: another writer was first; decide again
+    ├── JobCancelled           nobody's: the run was asked to end; raised by a handler that notices
     ├── Fenced                 nobody's: the lease has a new holder; stop writing
     ├── BackendUnavailable     the environment's: a store, broker or service that does not answer
     ├── StoreCorrupt           the environment's: stored bytes that cannot be read
@@ -41,6 +42,7 @@ __all__ = [
     "IdempotencyKeyReused",
     "InstanceEnded",
     "InstanceNotFound",
+    "JobCancelled",
     "JobNotFound",
     "JobRunNotFound",
     "MessageRejected",
@@ -121,6 +123,12 @@ class JobNotFound(MessageRejected):
     """No loaded job has this id."""
 
     default_code = "JOB_NOT_FOUND"
+
+
+class JobCancelled(SagasError):
+    """The run was asked to end, and its handler does: `ctx.raise_if_cancelled()`."""
+
+    default_code = "JOB_CANCELLED"
 
 
 class JobRunNotFound(MessageRejected):

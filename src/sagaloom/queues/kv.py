@@ -11,14 +11,18 @@ The rows (the first part of a key names its table, the second one the queue; tim
     queue_expiry   until, hash             the same, in the order in which they end
     queue_dead     failed, id              a dead letter
     queue_dead_at  id                      when it failed
+    queue_holder   name                    empty: a consumer; rewritten whenever it settles
+    queue_turn                             empty: rewritten whenever anybody takes messages
     queue_meta     "schema"                (without a queue)
 
 How it works:
 
 - A message is in one of ready, later, claim and lane, or dead, whole; each move is one commit. An exchange is one
   commit, too: what was settled goes, what is taken comes.
-- The version of a claim's row is its fencing token: whoever takes over writes another row, so a late settlement meets
-  no row, or not its own.
+- A consumer has one row for all of its claims. Each of its commits checks that row, and whoever takes over from it
+  removes the row with the same commit; so one check fences as many settlements as there are, and nobody takes over what
+  was settled a moment ago. In the same way one row is the turn to take: of two consumers that look at the same messages
+  one commits, and the other looks again. A check for each message would be a third of the work.
 - Who holds a claim is alive as long as the kernel keeps a lock for it, and as long as it says so
   (`sagaloom.kv.presence`). No row is written to renew a lease, and no clock can jump.
 - `seq` is given anew whenever a message begins to wait, so that what comes back stands behind what was there.
@@ -73,6 +77,7 @@ SCHEMA: Final = 1
 _SCHEMA_KEY: Final[Key] = ("queue_meta", "schema")
 _ROUNDS_MAX: Final = 64
 _PAGE: Final = 256
+_CLAIMS_MAX: Final = 100_000
 _COUNT_MAX: Final = 1_000_000
 _LOOK_SECONDS: Final = 0.5
 _CAPABILITIES: Final = QueueCapabilities(
@@ -172,6 +177,8 @@ class KvQueueBroker:
         self._max_length = max_length
         self._on_close = on_close
         self._holder = ""
+        self._standing = 0
+        """The version of our own row, which nobody else may touch while we live."""
         self._lease_seconds = 0.0
         self._on_arrival: Callable[[], None] | None = None
         self._claims: dict[int, tuple[int, _Claim]] = {}
@@ -336,14 +343,26 @@ class KvQueueBroker:
     # -- consuming ------------------------------------------------------------------------------------------------
 
     async def begin(self, on_arrival: Callable[[], None], *, prefetch: int, lease_seconds: float) -> None:
-        self._holder = uuid.uuid4().hex
         self._lease_seconds = lease_seconds
-        self._presence = self._make_presence(lease_seconds)
-        self._presence.enter(self._holder)
         self._on_arrival = on_arrival
-        self._presence.listen(on_arrival)
+        await self._join(self._make_presence(lease_seconds), on_arrival)
+
+    async def _join(self, presence: Presence, on_arrival: Callable[[], None]) -> None:
+        """Becomes a consumer that holds nothing, under a name of its own."""
+        self._holder = uuid.uuid4().hex
+        self._claims.clear()
+        presence.enter(self._holder)
+        presence.listen(on_arrival)
+        self._presence = presence
+        joined = await self._kv.commit(inserts=[(self._holder_key, b"")])
+        assert isinstance(joined, Committed)
+        self._standing = joined.versionstamp
         self._looked_at = self._scanned_at = 0.0
         self._bell.nudge()  # From now on the others look whether we are still there.
+
+    @property
+    def _holder_key(self) -> Key:
+        return ("queue_holder", self._queue, self._holder)
 
     async def end(self) -> None:
         presence, self._presence = self._presence, None
@@ -354,22 +373,24 @@ class KvQueueBroker:
             self._bell.nudge()  # What we still held is free.
 
     async def exchange(self, settlements: Sequence[Settlement], *, limit: int) -> Exchange:
-        if self._presence is None:
+        if self._presence is None or self._on_arrival is None:
             raise ConfigurationError(f"{self.name} is not consumed here: begin first")
         self._presence.renew()
         stale: list[Token] = []
         for _ in range(_ROUNDS_MAX):
             writes = _Writes()
             leases = self._known_leases(settlements, stale)
+            if leases:
+                # Rewritten, so that nobody takes over from us what we settle in this commit.
+                writes.checks.append(Check(self._holder_key, self._standing))
+                writes.puts.append((self._holder_key, b""))
             has_freed = False
             for settlement, claim in leases:
                 has_freed |= await self._settle(writes, settlement, claim)
-            freed = await self._take_over(writes)
-            now = micros(self._now())
-            next_due = await self._promote(writes, now)
-            # What begins to wait in this commit has no number yet: it is taken by the next exchange.
-            taken = await self._kv.scan(("queue_ready", self._queue), limit=limit) if limit > 0 else []
-            claims = [self._claim(writes, row) for row in taken]
+            claims: list[tuple[int, _Claim]] = []
+            next_due, now = None, micros(self._now())
+            if limit > 0:
+                next_due, claims = await self._take(writes, limit, now)
             if not writes:
                 return Exchange((), stale, self._next_look(next_due, now))
             done = await self._kv.commit(
@@ -380,25 +401,39 @@ class KvQueueBroker:
                 reserve={self._counter: writes.numbers} if writes.numbers else None,
             )
             if not isinstance(done, Committed):
-                # A claim that is not ours any more is stale; everything else is looked at again.
-                lost = {key[2] for key in done.failed if key[0] == "queue_claim"}
-                for lease in [_lease(settlement) for settlement, _ in leases]:
-                    if lease.seq in lost:
-                        stale.append(lease)
-                        del self._claims[lease.seq]
+                if self._holder_key in done.failed:
+                    # Nobody believed in us any more. All that we held is somebody else's, and we begin anew.
+                    await self._join(self._presence, self._on_arrival)
                 self._scanned_at = 0.0
                 continue
+            if leases:
+                self._standing = done.versionstamp
             for settlement, _ in leases:
-                self._claims.pop(_lease(settlement).seq, None)
+                del self._claims[_lease(settlement).seq]
             deliveries: list[Delivery] = []
             for seq, claim in claims:
                 self._claims[seq] = (done.versionstamp, claim)
                 deliveries.append(Delivery(message_of(claim.message), claim.attempt, _Lease(seq, done.versionstamp)))
-            if has_freed or freed or writes.numbers:
+            if has_freed or writes.numbers:
                 self._bell.nudge()
                 return Exchange(deliveries, stale, 0.0 if limit > len(deliveries) else None)
             return Exchange(deliveries, stale, self._next_look(next_due, now))
         raise self._too_many_rounds("taking messages")
+
+    async def _take(self, writes: _Writes, limit: int, now: int) -> tuple[int | None, list[tuple[int, _Claim]]]:
+        """Takes messages, once those wait again that are free or due; and when the next ones are."""
+        turn_key: Key = ("queue_turn", self._queue)
+        # Before everything else: what others take after this is noticed by the commit.
+        turn = await self._kv.get(turn_key)
+        before = len(writes.deletes)
+        await self._take_over(writes)
+        next_due = await self._promote(writes, now)
+        # What begins to wait in this commit has no number yet: it is taken by the next exchange.
+        claims = [self._claim(writes, row) for row in await self._kv.scan(("queue_ready", self._queue), limit=limit)]
+        if len(writes.deletes) > before:
+            writes.checks.append(Check(turn_key, None if turn is None else turn.versionstamp))
+            writes.puts.append((turn_key, b""))
+        return next_due, claims
 
     def _known_leases(self, settlements: Sequence[Settlement], stale: list[Token]) -> list[tuple[Settlement, _Claim]]:
         leases: list[tuple[Settlement, _Claim]] = []
@@ -416,9 +451,7 @@ class KvQueueBroker:
     async def _settle(self, writes: _Writes, settlement: Settlement, claim: _Claim) -> bool:
         """Writes down a settlement; True when another message may go on because of it."""
         lease = _lease(settlement)
-        key: Key = ("queue_claim", self._queue, lease.seq)
-        writes.checks.append(Check(key, lease.versionstamp))
-        writes.deletes.append(key)
+        writes.deletes.append(("queue_claim", self._queue, lease.seq))
         match settlement:
             case Retried(_, delay_ms):
                 due = micros(self._now()) + delay_ms * 1000 if delay_ms else 0
@@ -464,26 +497,29 @@ class KvQueueBroker:
         self._wait(writes, waiting)
         return True
 
-    async def _take_over(self, writes: _Writes) -> bool:
+    async def _take_over(self, writes: _Writes) -> None:
         """Lets messages wait again whose consumers are no more; looks for these now and then."""
         assert self._presence is not None
         monotonic = time.monotonic()
         if monotonic - self._looked_at < min(self._lease_seconds / 10, _LOOK_SECONDS):
-            return False
+            return
         self._looked_at = monotonic
         others = self._presence.others()
         if others >= self._seen and monotonic - self._scanned_at < self._lease_seconds / 2:
             self._seen = others
-            return False
+            return
         self._seen, self._scanned_at = others, monotonic
-        found = False
-        for row in await self._kv.scan(("queue_claim", self._queue), limit=10_000):
-            claim = read(self.name, row.key, row.value, _decode_claim)
-            if claim.holder != self._holder and claim.holder not in others:
-                found = True
-                writes.move(row)
-                self._wait(writes, _Waiting(claim.message, claim.attempt))
-        return found
+        # Before their claims: one that settles in between is another row then.
+        holders = await self._kv.scan(("queue_holder", self._queue), limit=_PAGE)
+        gone = {row.key[2]: row for row in holders if row.key[2] != self._holder and row.key[2] not in others}
+        for row in gone.values():
+            writes.move(row)
+        if gone:
+            for row in await self._kv.scan(("queue_claim", self._queue), limit=_CLAIMS_MAX):
+                claim = read(self.name, row.key, row.value, _decode_claim)
+                if claim.holder in gone:
+                    writes.deletes.append(row.key)
+                    self._wait(writes, _Waiting(claim.message, claim.attempt))
 
     async def _promote(self, writes: _Writes, now: int) -> int | None:
         """Lets those wait that have become due; returns when the next one does."""
@@ -491,7 +527,7 @@ class KvQueueBroker:
             due = cast("int", row.key[2])
             if due > now:
                 return due
-            writes.move(row)
+            writes.deletes.append(row.key)
             waiting = read(self.name, row.key, row.value, _decode_waiting)
             self._wait(writes, _Waiting(waiting.message, waiting.attempt))
         return None
@@ -500,7 +536,7 @@ class KvQueueBroker:
         seq = cast("int", row.key[3])
         waiting = read(self.name, row.key, row.value, _decode_waiting)
         claim = _Claim(waiting.message, waiting.attempt + 1, self._holder)
-        writes.move(row)
+        writes.deletes.append(row.key)
         writes.inserts.append((("queue_claim", self._queue, seq), encode(claim)))
         return seq, claim
 
@@ -514,16 +550,15 @@ class KvQueueBroker:
     async def renew(self, tokens: Sequence[Token]) -> Sequence[Token]:
         if self._presence is None:
             return tokens
-        if self._presence.renew():
-            return []
-        # We were away for longer than anybody believed in us. What was taken from us is another row now, or none.
-        leases = [cast("_Lease", token) for token in tokens]
-        rows = await self._kv.get_many([("queue_claim", self._queue, lease.seq) for lease in leases])
-        return [
-            lease
-            for lease, row in zip(leases, rows, strict=True)
-            if row is None or row.versionstamp != lease.versionstamp
-        ]
+        if not self._presence.renew():
+            # We were away for longer than anybody believed in us. Whoever took over from us has removed our row.
+            standing = await self._kv.get(self._holder_key)
+            if standing is None:
+                self._claims.clear()
+        return [token for token in tokens if not self._is_held(cast("_Lease", token))]
+
+    def _is_held(self, lease: _Lease) -> bool:
+        return self._claims.get(lease.seq, (0, None))[0] == lease.versionstamp
 
     # -- looking --------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ import contextlib
 import hashlib
 import logging
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, NamedTuple, NoReturn, cast
 
 import msgspec
@@ -210,7 +210,8 @@ class RedisQueueBroker:
             # Only while there is nothing to do: a token that we took while we were busy would be missed elsewhere.
             await self._hungry.wait()
             try:
-                token = await self._client.blpop([f"{self._prefix}wake"], timeout=_WAIT_SECONDS)
+                blpop = cast("Callable[..., Awaitable[object]]", self._client.blpop)  # pyright: ignore[reportUnknownMemberType]
+                token = await blpop([f"{self._prefix}wake"], timeout=_WAIT_SECONDS)
             except (RedisError, OSError):
                 await asyncio.sleep(0.5)  # Whoever exchanges says what is wrong.
                 continue

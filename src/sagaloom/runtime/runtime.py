@@ -83,6 +83,7 @@ from sagaloom.runtime.receipts import (
 )
 from sagaloom.runtime.receiver import Receiver
 from sagaloom.runtime.repairs import Repairs, in_time
+from sagaloom.runtime.replies import reply_envelope, reply_unwanted
 from sagaloom.runtime.scheduler import Scheduler, ScheduleStatus
 from sagaloom.runtime.signals import Signals
 from sagaloom.runtime.standings import StandingChange, Standings, StandingVerb
@@ -168,7 +169,7 @@ class SagaRuntime:
             self.options,
             counters=self.counters,
             targets=self._targets,
-            giving=lambda: self._receiver.share.giving,
+            share=self._receiver.share,
             submit=self._receiver.submit,
         )
         self._timekeeper = Timekeeper(store, self.clock, self.options, holds=self.holds, offer=self._receiver.offer)
@@ -218,11 +219,11 @@ class SagaRuntime:
                     f"{definition.source or 'there'}): give one of them another id"
                 )
             return
-        if definition.durability not in self.store.tiers:
+        reason = self.store.why_not(definition.durability)
+        if reason is not None:
             raise DefinitionError(
                 f"saga {definition.id!r} asks for durability {definition.durability!r}, which the store "
-                f"{self.store.id} cannot promise (it can {', '.join(sorted(self.store.tiers))}): lower the tier, or "
-                "use a store that waits for a synchronous replica"
+                f"{self.store.id} cannot promise: {reason}"
             )
         if self._state == "running" and oldest_readable(definition) > 1:
             raise DefinitionError(
@@ -371,6 +372,49 @@ class SagaRuntime:
         # Gathered coroutines run in order up to their first wait, which is after the message was queued.
         return list(await asyncio.gather(*(self.publish(message) for message in messages)))
 
+    async def reply(
+        self, saga_id: str, key: str, message: object, *, run: int, causation_id: str | None = None, hops: int = 0
+    ) -> Outcome:
+        """Hands the very run that has asked for it an answer, such as the end of a job, and returns once it is durable.
+
+        `message` is what `publish` takes, with an `id`: under that one it is applied once. `causation_id` is the key of
+        the effect that is answered, and `hops` its place in a cascade. What the saga has no handler for changes
+        nothing, and so does an answer to a run that is over: the outcome says `ignored`.
+
+        Raises `SagaNotFound`, `MessageRejected`, and `BackendUnavailable`, also while no process here knows the saga.
+        """
+        self._refuse_if_not_running()
+        if self._receiver.problem is not None:
+            raise self._receiver.problem
+        received = as_message(message)
+        definition = self.definitions.get(saga_id)
+        if definition is None:
+            raise await self._unknown_saga(saga_id)
+        if received.type not in definition.handlers:
+            return reply_unwanted(saga_id, key, received, run=run)
+        envelope = reply_envelope(
+            saga_id,
+            key,
+            received,
+            self._payload(received),
+            run=run,
+            now=self.clock.now(),
+            causation_id=causation_id,
+            hops=hops,
+        )
+        answered: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._receiver.offer(Delivery(envelope, (saga_id, key), answered=answered))
+        return await answered
+
+    async def _unknown_saga(self, saga_id: str) -> SagasError:
+        if any(each.saga_id == saga_id for each in await self.store.definitions()):
+            return BackendUnavailable(
+                f"saga {saga_id!r:.80} is known to this store, but not loaded here: load its module, or try again "
+                "where it is loaded",
+                code="SAGA_NOT_LOADED",
+            )
+        return SagaNotFound(f"there is no saga {saga_id!r:.80} here, and the store has never seen one")
+
     def _address(
         self, message: SagaMessage[Any], *, waits: bool, only: SagaDefinition[Any] | None = None
     ) -> list[Delivery]:
@@ -397,12 +441,13 @@ class SagaRuntime:
         assert loop is not None
         deliveries: list[Delivery] = []
         for definition in receivers:
-            envelope, typed = address(definition, message, payload_json=payload, accepted_at=now, message_id=message_id)
+            found = address(definition, message, payload_json=payload, accepted_at=now, message_id=message_id)
+            envelope = found.envelope
             deliveries.append(
                 Delivery(
                     envelope,
                     (envelope.saga_id, envelope.key),
-                    typed=typed,
+                    typed=found.message,
                     answered=loop.create_future(),
                     settled=loop.create_future() if waits else None,
                 )
