@@ -16,8 +16,8 @@ from typing import Final, Protocol, TypeVar, runtime_checkable
 
 from msgspec.structs import replace
 
-from sagaloom.definitions import SAGA_INSTANCE_STATUSES
-from sagaloom.engine.records import DeadLetter, FeedEvent, Instance, Timer
+from sagaloom.definitions import SAGA_INSTANCE_STATUSES, SagaDurabilityTier
+from sagaloom.engine.records import DeadLetter, Envelope, FeedEvent, Instance, Timer
 from sagaloom.ports.keyvalue import Entry, Key, KeyValue
 from sagaloom.ports.store import InstanceFilter, Loaded, OutboxRow, RowRef
 from sagaloom.stores.kv import KvSagaStore
@@ -25,11 +25,13 @@ from sagaloom.stores.listing import from_cursor, to_cursor
 from sagaloom.stores.rows import (
     decode_dead_letter,
     decode_effect,
+    decode_envelope,
     decode_events,
     decode_head,
     decode_instance,
     decode_timer,
     decoded,
+    encode,
     head_key,
     pending_instance,
     placed,
@@ -53,6 +55,16 @@ class SqlRows(KeyValue, Protocol):
 
     @property
     def store_id(self) -> str: ...
+
+    @property
+    def flushes(self) -> bool:
+        """Whether a commit is on stable storage when it returns."""
+        ...
+
+    @property
+    def waits_for_replica(self) -> bool:
+        """Whether it is on that of a synchronous replica, too."""
+        ...
 
     async def open(self) -> None:
         """Brings the schema up to the present version, and finds out `store_id`."""
@@ -97,6 +109,12 @@ class SqlRows(KeyValue, Protocol):
 
     async def prune_feed(self, *, before: int, limit: int) -> int: ...
 
+    async def leave(self, connection: object, messages: Sequence[tuple[int, bytes]]) -> None: ...
+
+    async def left(self, parts: Collection[int], *, limit: int) -> list[tuple[int, bytes]]: ...
+
+    async def take_left(self, numbers: Sequence[int]) -> None: ...
+
 
 class SqlSagaStore(KvSagaStore):
     """A `SagaStore` over `SqlRows`, which it closes with itself. One object belongs to one event loop."""
@@ -113,6 +131,13 @@ class SqlSagaStore(KvSagaStore):
     def id(self) -> str:
         return "sql-saga-store"
 
+    @property
+    def tiers(self) -> frozenset[SagaDurabilityTier]:
+        """What the server's settings promised when the store was opened."""
+        if not self._rows.flushes:
+            return frozenset()
+        return frozenset({"t1", "t2", "t3"}) if self._rows.waits_for_replica else frozenset({"t1", "t2"})
+
     async def open(self) -> None:
         if not self._store_id:
             await self._rows.open()
@@ -128,6 +153,23 @@ class SqlSagaStore(KvSagaStore):
     def has_news(self) -> bool:
         heard, self._has_heard = self._has_heard, False
         return heard
+
+    # -- what somebody's own transaction leaves ---------------------------------------------------------------------
+
+    async def leave(self, connection: object, envelopes: Sequence[Envelope]) -> None:
+        await self.open()
+        messages = [(placed(each.saga_id, each.key)[1], encode(each)) for each in envelopes]
+        await self._rows.leave(connection, messages)
+
+    async def left(self, parts: Collection[int], *, limit: int) -> list[tuple[int, Envelope]]:
+        await self.open()
+        return [
+            (number, self._decoded(("left", number), value, decode_envelope))
+            for number, value in await self._rows.left(parts, limit=limit)
+        ]
+
+    async def take_left(self, numbers: Sequence[int]) -> None:
+        await self._rows.take_left(numbers)
 
     # -- what the runtime reads -----------------------------------------------------------------------------------
 
