@@ -16,7 +16,7 @@ from sagaloom import SagaMessage, define_saga, saga_complete, schedule, send
 from sagaloom.composition import create_durable_saga_runtime
 from sagaloom.demo import sagas
 from sagaloom.engine.records import Head, OutboxEffect
-from sagaloom.errors import BackendUnavailable, ConfigurationError, DefinitionError, DeliveryFailed, SagasError
+from sagaloom.errors import BackendUnavailable, ConfigurationError, DeliveryFailed, SagasError
 from sagaloom.kv.postgres import PostgresDatabase, PostgresSagaRows
 from sagaloom.kv.postgres.schema import Step, applied, steps, take, upgrade
 from sagaloom.ports.keyvalue import Check, Committed
@@ -302,18 +302,6 @@ async def test_a_number_never_becomes_visible_behind_a_larger_one_of_its_partiti
     assert "brought" in arrived
     await other.close()
     await holder.close()
-
-
-async def test_a_server_that_waits_for_no_replica_is_told_how_to_promise_t3(schema: Schema) -> None:
-    definition = define_saga("orders").durability("t3").state({}).on("Go", lambda *_: []).build()
-
-    with pytest.raises(DefinitionError, match=r"can t1, t2\).*synchronous_standby_names"):
-        await create_durable_saga_runtime(url=schema.url, definitions=[definition])
-
-
-async def test_a_server_that_does_not_flush_its_commits_gets_no_sagas(schema: Schema) -> None:
-    with pytest.raises(DefinitionError, match=r"can none\).*synchronous_commit = on"):
-        await create_durable_saga_runtime(url=f"{schema.url}&synchronous_commit=off", definitions=[NOTES])
 
 
 # -- a transaction of the host ----------------------------------------------------------------------------------------

@@ -29,6 +29,9 @@ What a commit of theirs promises beyond the port:
 4. When the connection is cut before the answer has come, the row of the writer is renewed, which waits for the
    statement if it still runs, and refuses it if it is still to come. Then the note that every commit leaves in
    `saga_runtime_worker` tells whether it was written, and with which numbers.
+5. A commit that is to be on a synchronous standby counts as written when it is there. If the wait for it ends early, it
+   is written here all the same, and everybody sees it. So until a later commit has waited successfully, which the
+   standby gets after this one, nothing more is written, and nobody is told that this one was (t3).
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final, cast
 
+from sagaloom.definitions import SagaDurabilityTier
 from sagaloom.errors import BackendUnavailable, MessageRejected
 from sagaloom.kv.packing import pack, table_of
 from sagaloom.kv.postgres.batch import COMMIT, SagaBatch
@@ -88,6 +92,7 @@ _RENEW_MEMBER: Final = """
     UPDATE @schema@.saga_runtime_row SET s = nextval('@schema@.saga_runtime_versionstamp')
     WHERE tbl = 'member' AND k = $1 AND s = $2 RETURNING s
 """
+_END_MEMBER: Final = "DELETE FROM @schema@.saga_runtime_row WHERE tbl = 'member' AND k = $1"
 _LAST_COMMIT: Final = """
     SELECT commit_no, stamp, inbox_base, outbox_base, feed_base FROM @schema@.saga_runtime_worker WHERE holder = $1
 """
@@ -150,6 +155,12 @@ _LETTERS: Final = """
     SELECT v FROM @schema@.saga_runtime_dead_letter
     WHERE ($1::text IS NULL OR id < $1) AND {} ORDER BY id DESC LIMIT $2
 """
+_CONFIRM: Final = """
+    SELECT @schema@.saga_runtime_durability(true), pg_logical_emit_message(true, 'sagaloom', '')
+"""
+_SAFETY: Final = """
+    SELECT current_setting('fsync') AS fsync, current_setting('synchronous_standby_names') AS standbys
+"""
 _NUMBER_FEED: Final = "SELECT @schema@.saga_runtime_number_feed(true)"
 _FEED_PAGE: Final = """
     SELECT base, v FROM @schema@.saga_runtime_feed
@@ -171,9 +182,6 @@ _FEED_PRUNE: Final = """
     ) RETURNING base
 """
 
-_DURABILITY: Final = """
-    SELECT current_setting('synchronous_commit') AS commits, current_setting('synchronous_standby_names') AS standbys
-"""
 _LEAVE: Final = """
     WITH left_here AS (
         INSERT INTO @schema@.saga_runtime_left
@@ -198,20 +206,42 @@ class PostgresSagaRows(PostgresKeyValue):
         super().__init__(database)
         # Not from 1: another object may have written under the same name before.
         self._commit_no = secrets.randbits(62)
+        self.is_replicated = False
+        """Whether the next commit of saga rows is to be on a synchronous standby."""
+        self._safety = ("on", "")
+        self.has_ended = False
+        """Whether the lease of the writer was ended here, because it does not know what it has written."""
+        self._is_sending = False
         self._doubt: SagaBatch | None = None
         """The last commit, while its outcome is not known."""
-        self.flushes = True
-        """Whether a commit is on stable storage when it returns."""
-        self.waits_for_replica = False
-        """Whether it is on that of a synchronous replica, too."""
         self._sql = database.sql
         self._commit_sagas = database.sql(COMMIT)
 
+    # -- how safe it is -------------------------------------------------------------------------------------------
+
     async def open(self) -> None:
         await super().open()
-        row = (await self.database.fetch(_DURABILITY))[0]
-        self.flushes = row["commits"] != "off"
-        self.waits_for_replica = bool(row["standbys"]) and row["commits"] in ("on", "remote_apply")
+        row = (await self.database.fetch(_SAFETY))[0]
+        self._safety = row["fsync"], row["standbys"]
+
+    def why_not(self, tier: SagaDurabilityTier) -> str | None:
+        """Why this database cannot promise `tier`, as it was set when we opened it."""
+        fsync, standbys = self._safety
+        if fsync != "on":
+            return (
+                f"{self.database.where} is set to fsync={fsync}, so a power loss takes what was acknowledged: "
+                "set fsync = on in postgresql.conf"
+            )
+        if tier == "t3" and not standbys:
+            return (
+                f"{self.database.where} has no synchronous standby: set one up and name it in "
+                "synchronous_standby_names, or lower the tier to t2"
+            )
+        return None
+
+    async def confirm(self) -> None:
+        """Returns when everything that was committed before is on the synchronous standby."""
+        await self.database.write(self._sql(_CONFIRM), waits=True)
 
     # -- reading --------------------------------------------------------------------------------------------------
 
@@ -400,11 +430,14 @@ class PostgresSagaRows(PostgresKeyValue):
         deletes: Sequence[Key] = (),
         reserve: Mapping[str, int] | None = None,
     ) -> Committed | Conflicted:
+        if self._doubt is not None and not self._is_sending:
+            await self._end_doubt(self._doubt)
         first = inserts[0][0] if inserts else puts[0][0] if puts else deletes[0] if deletes else ()
         if not first or first[0] not in _SAGA_TABLES:
             return await super().commit(checks=checks, inserts=inserts, puts=puts, deletes=deletes, reserve=reserve)
         self._refuse_if_closed()
         batch = _batch_of(checks, inserts, puts, deletes, reserve or {})
+        self._is_sending = True
         try:
             done = await self._commit_batch(batch)
             if isinstance(done, Conflicted):
@@ -414,21 +447,28 @@ class PostgresSagaRows(PostgresKeyValue):
         except BackendUnavailable as error:
             self._problem = error.message
             raise
+        finally:
+            self._is_sending = False
         self._problem = None
         return done
+
+    async def _end_doubt(self, batch: SagaBatch) -> None:
+        """Finds out what became of a commit whose sender has given up on it. It may still be on its way, and must not
+        come after the next one; if it was written, its sender knows nothing of the rows that it added, so its lease
+        ends here, and it begins anew with what is stored."""
+        if await self._settled(batch):
+            await self.database.write(self._sql(_END_MEMBER), batch.member)
+            self.has_ended = True
 
     async def _commit_batch(self, batch: SagaBatch) -> Committed | Conflicted | None:
         """Writes `batch`; None when a row is not what it should be, and one has to look which."""
         member: Key = ("member", batch.holder)
-        if self._doubt is not None:
-            # Whoever sent that one has given up on it. It may still be on its way, and must not come after this one.
-            await self._settled(self._doubt)
-            return Conflicted((member,))
+        batch.is_replicated = self.is_replicated
         self._commit_no += 1
         arguments = batch.arguments(self._commit_no)
         self._doubt = batch
         try:
-            row = (await self.database.write(self._commit_sagas, *arguments))[0]
+            row = (await self.database.write(self._commit_sagas, *arguments, waits=batch.is_replicated))[0]
         except RowsChanged:
             self._doubt = None
             return None
@@ -436,7 +476,11 @@ class PostgresSagaRows(PostgresKeyValue):
             if error.data.get("outcome") != "unknown":
                 self._doubt = None
                 raise
-            return await self._settled(batch) or Conflicted((member,))
+            done = await self._settled(batch)
+            if done is None and isinstance(error.__cause__, TimeoutError):
+                # Another try would take as long, and somebody waits.
+                raise BackendUnavailable(error.message, data={**error.data, "outcome": "not_written"}) from error
+            return done or Conflicted((member,))
         except ValueError:
             self._doubt = None
             raise
@@ -454,8 +498,11 @@ class PostgresSagaRows(PostgresKeyValue):
         """What became of the commit that was sent last: it is there, or never will be (None)."""
         await self.database.write(self._sql(_RENEW_MEMBER), batch.member, batch.stamp)
         rows = await self.database.fetch(self._sql(_LAST_COMMIT), batch.holder)
+        is_written = bool(rows) and rows[0]["commit_no"] == self._commit_no
+        if is_written and batch.is_replicated:
+            await self.confirm()
         self._doubt = None
-        return _committed(rows[0]) if rows and rows[0]["commit_no"] == self._commit_no else None
+        return _committed(rows[0]) if is_written else None
 
     async def _what_failed(
         self,
