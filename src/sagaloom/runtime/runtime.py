@@ -283,6 +283,7 @@ class SagaRuntime:
         end in time is in the store, and goes on at the next start. Stopping twice is no error."""
         if self._state == "running":
             self._state = "stopping"
+            self._receiver.share.is_leaving = True
             self._scheduler.close()
             with contextlib.suppress(TimeoutError):
                 await self._wait_until(self._is_drained, self.options.drain_seconds)
