@@ -54,6 +54,7 @@ __all__ = [
     "Holding",
     "InboxRow",
     "InstanceFilter",
+    "JoinsTransactions",
     "Lease",
     "Loaded",
     "OutboxRow",
@@ -194,6 +195,24 @@ class RegisteredDefinition(msgspec.Struct, frozen=True):
     fingerprint: str
     document: Mapping[str, object]
     registered_at: datetime
+
+
+@runtime_checkable
+class JoinsTransactions(Protocol):
+    """What a store can do that lies in a database which its user writes to as well. Optional."""
+
+    async def leave(self, connection: object, envelopes: Sequence[Envelope]) -> None:
+        """Leaves messages in the transaction that `connection` has open: they are there when it commits. Raises
+        `MessageRejected` when that is no connection of this kind of database, or has no transaction."""
+        ...
+
+    async def left(self, parts: Collection[int], *, limit: int) -> list[tuple[int, Envelope]]:
+        """Messages that were left in these partitions, with the numbers under which they lie, in their order."""
+        ...
+
+    async def take_left(self, numbers: Sequence[int]) -> None:
+        """Takes them away."""
+        ...
 
 
 @runtime_checkable

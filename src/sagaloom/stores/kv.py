@@ -128,7 +128,7 @@ from sagaloom.stores.rows import (
     timer_key,
     to_json,
 )
-from sagaloom.stores.tenure import Presence, Tenure, member_key
+from sagaloom.stores.tenure import Presence, Tenure, Writer, member_key
 
 __all__ = ["ROW_BYTES_MAX", "SCHEMA", "KvSagaStore"]
 
@@ -267,6 +267,11 @@ class KvSagaStore:
     @property
     def is_shareable(self) -> bool:
         return self._tenure.tells_the_dead
+
+    async def writers(self) -> list[Writer]:
+        """Everybody who writes, and those who are gone and still hold something: for operators."""
+        await self.open()
+        return await self._tenure.writers()
 
     def stands(self) -> bool:
         return self._tenure.stands()

@@ -39,10 +39,10 @@ from __future__ import annotations
 import secrets
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from sagaloom.definitions import SagaDurabilityTier
-from sagaloom.errors import BackendUnavailable
+from sagaloom.errors import BackendUnavailable, MessageRejected
 from sagaloom.kv.packing import pack, table_of
 from sagaloom.kv.postgres.batch import COMMIT, SagaBatch
 from sagaloom.kv.postgres.columns import (
@@ -52,6 +52,7 @@ from sagaloom.kv.postgres.columns import (
     head_row,
     inbox_changes,
     inbox_row,
+    left_row,
     letter_row,
     outbox_changes,
     outbox_row,
@@ -59,7 +60,7 @@ from sagaloom.kv.postgres.columns import (
     run_row,
     timer_row,
 )
-from sagaloom.kv.postgres.connection import PostgresDatabase, RowsChanged
+from sagaloom.kv.postgres.connection import PostgresDatabase, RowsChanged, channel_of
 from sagaloom.kv.postgres.driver import Row
 from sagaloom.kv.postgres.rows import PostgresKeyValue
 from sagaloom.ports.keyvalue import Check, Committed, Conflicted, Entry, Key, Slot
@@ -180,6 +181,19 @@ _FEED_PRUNE: Final = """
         WHERE base + n <= $1 AND base < (SELECT max(base) FROM @schema@.saga_runtime_feed) ORDER BY base LIMIT $2
     ) RETURNING base
 """
+
+_LEAVE: Final = """
+    WITH left_here AS (
+        INSERT INTO @schema@.saga_runtime_left
+            (part, saga_id, correlation_key, message_type, message_id, accepted_at, v)
+        SELECT * FROM unnest($2::int[], $3::text[], $4::text[], $5::text[], $6::text[], $7::timestamptz[], $8::bytea[])
+    )
+    SELECT pg_notify($1, '')
+"""
+_LEFT: Final = """
+    SELECT id, v FROM @schema@.saga_runtime_left WHERE part = ANY ($1) ORDER BY id LIMIT $2
+"""
+_TAKE_LEFT: Final = "DELETE FROM @schema@.saga_runtime_left WHERE id = ANY ($1)"
 
 FIRST_MOMENT: Final = datetime.fromisoformat("0001-01-02T00:00:00+00:00")
 LAST_MOMENT: Final = datetime.fromisoformat("9999-12-30T00:00:00+00:00")
@@ -374,6 +388,28 @@ class PostgresSagaRows(PostgresKeyValue):
 
     async def prune_feed(self, *, before: int, limit: int) -> int:
         return len(await self._write(_FEED_PRUNE, before, limit))
+
+    async def leave(self, connection: object, messages: Sequence[tuple[int, bytes]]) -> None:
+        """Leaves messages in the transaction of somebody else's `connection`, and wakes us when it commits."""
+        theirs = cast("Any", connection)
+        if not (hasattr(theirs, "is_in_transaction") and hasattr(theirs, "fetch")):
+            raise MessageRejected(
+                f"within= is {type(connection).__name__}: give the asyncpg connection of your transaction"
+            )
+        if not theirs.is_in_transaction():
+            raise MessageRejected("within= has no transaction open: begin one, or publish without it")
+        left = [left_row(part, value) for part, value in messages]
+        statement, columns = self._sql(_LEAVE), [list(column) for column in zip(*left, strict=True)]
+        try:
+            await theirs.fetch(statement, channel_of(self.database.schema), *columns)
+        except Exception as error:
+            raise self.database.translated(error) from error
+
+    async def left(self, parts: Collection[int], *, limit: int) -> list[tuple[int, bytes]]:
+        return [(row["id"], row["v"]) for row in await self._fetch(_LEFT, sorted(parts), limit)]
+
+    async def take_left(self, numbers: Sequence[int]) -> None:
+        await self._write(_TAKE_LEFT, numbers)
 
     async def _fetch(self, statement: str, *arguments: object) -> list[Row]:
         self._refuse_if_closed()
