@@ -56,6 +56,7 @@ __all__ = [
     "Holding",
     "InboxRow",
     "InstanceFilter",
+    "JoinsTransactions",
     "Lease",
     "Loaded",
     "OutboxRow",
@@ -218,6 +219,24 @@ class RegisteredDefinition(msgspec.Struct, frozen=True):
 
 
 @runtime_checkable
+class JoinsTransactions(Protocol):
+    """What a store can do that lies in a database which its user writes to as well. Optional."""
+
+    async def leave(self, connection: object, envelopes: Sequence[Envelope]) -> None:
+        """Leaves messages in the transaction that `connection` has open: they are there when it commits. Raises
+        `MessageRejected` when that is no connection of this kind of database, or has no transaction."""
+        ...
+
+    async def left(self, parts: Collection[int], *, limit: int) -> list[tuple[int, Envelope]]:
+        """Messages that were left in these partitions, with the numbers under which they lie, in their order."""
+        ...
+
+    async def take_left(self, numbers: Sequence[int]) -> None:
+        """Takes them away."""
+        ...
+
+
+@runtime_checkable
 class SagaStore(Protocol):
     """A durable home for sagas. Every method raises `BackendUnavailable` when the store does not answer in time."""
 
@@ -233,7 +252,11 @@ class SagaStore(Protocol):
 
     @property
     def tiers(self) -> frozenset[SagaDurabilityTier]:
-        """The durability tiers this store can promise."""
+        """The durability tiers this store can promise; known when it is open."""
+        ...
+
+    def why_not(self, tier: SagaDurabilityTier) -> str | None:
+        """Why this store cannot promise `tier`, and what would help; None when it can."""
         ...
 
     @property

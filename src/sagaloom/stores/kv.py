@@ -131,7 +131,7 @@ from sagaloom.stores.rows import (
     timer_key,
     to_json,
 )
-from sagaloom.stores.tenure import Presence, Tenure, member_key
+from sagaloom.stores.tenure import Presence, Tenure, Writer, member_key
 
 __all__ = ["ROW_BYTES_MAX", "SCHEMA", "KvSagaStore"]
 
@@ -200,6 +200,14 @@ class KvSagaStore:
     def tiers(self) -> frozenset[SagaDurabilityTier]:
         return _TIERS
 
+    def why_not(self, tier: SagaDurabilityTier) -> str | None:
+        if tier in self.tiers:
+            return None
+        return (
+            f"{self._kv.name} has no replica that a commit could wait for: lower the tier to t2, or use PostgreSQL "
+            "with a synchronous standby (NETSCRIPT_SAGA_STORE=sql)"
+        )
+
     @property
     def problem(self) -> str | None:
         problem: str | None = self._problem or getattr(self._kv, "problem", None)
@@ -262,6 +270,11 @@ class KvSagaStore:
     @property
     def is_shareable(self) -> bool:
         return self._tenure.tells_the_dead
+
+    async def writers(self) -> list[Writer]:
+        """Everybody who writes, and those who are gone and still hold something: for operators."""
+        await self.open()
+        return await self._tenure.writers()
 
     def stands(self) -> bool:
         return self._tenure.stands()

@@ -27,6 +27,7 @@ __all__ = [
     "head_row",
     "inbox_changes",
     "inbox_row",
+    "left_row",
     "letter_row",
     "outbox_changes",
     "outbox_row",
@@ -105,6 +106,11 @@ def inbox_row(part: int, value: bytes) -> _Row:
 def inbox_changes(part: int, seq: int, value: bytes) -> _Row:
     each = _envelope(value)
     return part, seq, each.attempt, each.due_at, text(each.last_error), value
+
+
+def left_row(part: int, value: bytes) -> _Row:
+    each = _envelope(value)
+    return (part, text(each.saga_id), text(each.key), text(each.type), text(each.id), each.accepted_at, value)
 
 
 def outbox_row(part: int, value: bytes) -> _Row:

@@ -240,6 +240,24 @@ BEGIN
 END $$;
 
 
+-- How safe the commit of this very statement is: on the disk at least, and with p_replicated on a synchronous standby,
+-- too. It never takes away what the server is set to.
+CREATE FUNCTION @schema@.saga_runtime_durability(p_replicated boolean) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    v_is text := current_setting('synchronous_commit');
+BEGIN
+    IF p_replicated AND current_setting('synchronous_standby_names') = '' THEN
+        RAISE EXCEPTION 'no synchronous standby is named any more' USING ERRCODE = '55000';
+    END IF;
+    IF p_replicated AND v_is IN ('off', 'local', 'remote_write') THEN
+        PERFORM set_config('synchronous_commit', 'on', true);
+    ELSIF v_is = 'off' THEN
+        PERFORM set_config('synchronous_commit', 'local', true);
+    END IF;
+END $$;
+
+
 -- Numbers the commits of the feed that have none, in their order. Whoever holds the head does it alone; with p_waits
 -- somebody else is waited for, without it nothing is done then. Returns whether it was done.
 CREATE FUNCTION @schema@.saga_runtime_number_feed(p_waits boolean) RETURNS boolean
