@@ -13,6 +13,7 @@ the other.
     timer        saga_runtime_timer         due, id
     dead_letter  saga_runtime_dead_letter   id
     child        saga_runtime_child         parent's pk, run, status, place
+    slot         saga_runtime_slot          saga id, concurrency key, number
     arrivals     saga_runtime_arrivals      partition
     feed         saga_runtime_feed          written only; read by number
 
@@ -58,6 +59,7 @@ from sagaloom.kv.postgres.columns import (
     outbox_row,
     run_changes,
     run_row,
+    slot_row,
     timer_row,
 )
 from sagaloom.kv.postgres.connection import PostgresDatabase, RowsChanged, channel_of
@@ -79,6 +81,7 @@ _COLUMNS: Final[dict[str, tuple[tuple[str, str], ...]]] = {
     "timer": (("due", "bigint"), ("id", "text")),
     "dead_letter": (("id", "text"),),
     "child": (("pk", "bigint"), ("parent_run", "int"), ("status", "int"), ("revision", "int"), ("position", "int")),
+    "slot": (("saga_id", "text"), ("concurrency_key", "text"), ("number", "int")),
     "arrivals": (("part", "int"),),
 }
 _VALUE: Final = {"arrivals": "''::bytea"}
@@ -583,6 +586,9 @@ def _batch_of(
                 _, part, _ = key
                 batch.inbox_new.append(inbox_row(part, value))
                 parts.setdefault(part, None)
+            case "slot":
+                _, saga, concurrency, number = key
+                batch.slots.append(slot_row((saga, concurrency, number), value))
             case "feed":
                 batch.feed, batch.feed_count = value, reserve["feed"]
             case _:
@@ -639,6 +645,9 @@ def _batch_of(
             case "dedupe":
                 _, pk, hashed = key
                 batch.marks_gone.append((pk, hashed))
+            case "slot":
+                _, saga, concurrency, number = key
+                batch.slots_gone.append((saga, concurrency, number))
             case "child":
                 _, *place = key
                 batch.children_gone.append(tuple(place))
@@ -655,6 +664,8 @@ def _batch_of(
     batch.head_checks.sort(key=_first)
     batch.letter_checks.sort()
     batch.marks.sort()
+    batch.slots.sort(key=lambda row: row[:3])
+    batch.slots_gone.sort()
     batch.heads_new = dict(sorted(batch.heads_new.items()))
     batch.sagas_seen.sort()
     return batch
