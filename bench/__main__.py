@@ -38,6 +38,7 @@ LINES: Final = {
     "8": "line8_idle",
     "9": "line9_import",
     "10": "line10_queues",
+    "11": "line11_jobs",
 }
 
 
