@@ -20,10 +20,12 @@ from sagaloom.errors import BackendUnavailable, ConfigurationError, DeliveryFail
 from sagaloom.kv.postgres import PostgresDatabase, PostgresSagaRows
 from sagaloom.kv.postgres.schema import Step, applied, steps, take, upgrade
 from sagaloom.ports.keyvalue import Check, Committed
+from sagaloom.ports.store import UnitOfWork
 from sagaloom.runtime import SagaRuntime
 from sagaloom.stores import SqlSagaStore
 from sagaloom.stores.rows import encode, head_key
 from sagaloom.testing import ManualClock
+from sagaloom.testing.contracts.sagastore import NOW, envelope_of, head_of, write
 from tests.schemas import Schema
 
 ORDER = {"type": "OrderPlaced", "payload": {"orderId": "o-1", "amount": 5}}
@@ -269,3 +271,34 @@ async def test_two_commits_that_change_the_same_heads_in_another_order_do_not_wa
     finally:
         for store in stores:
             await store.close()
+
+
+async def test_a_number_never_becomes_visible_behind_a_larger_one_of_its_partition(schema: Schema) -> None:
+    """Else the holder of a partition, having read the larger one, would never look for the smaller one again."""
+    holder, other = SqlSagaStore(PostgresSagaRows(schema.database())), SqlSagaStore(PostgresSagaRows(schema.database()))
+    one = await holder.acquire("holder", now=NOW)
+    two = await other.join("other")
+    head = head_of("o-1", await holder.reserve_pks(1))
+    bringing = UnitOfWork(part=head.part, inbox_add=(envelope_of("o-1", "brought"),))
+    sending = UnitOfWork(part=head.part, inbox_add=(envelope_of("o-1", "sent"),))
+    await write(holder, one, UnitOfWork(part=head.part, head=head))
+    connection = await schema.connect()
+    lock = connection.transaction()
+    await lock.start()
+    # As if the commit of the one who brings were held up after it had drawn its number.
+    await connection.execute("SELECT FROM saga_runtime_correlation FOR UPDATE")
+    await connection.execute("SELECT FROM saga_runtime_arrivals WHERE part = $1 FOR UPDATE", head.part)
+    first = asyncio.create_task(other.commit([bringing], lease=two))
+    second = asyncio.create_task(holder.commit([sending], lease=one))
+    await asyncio.sleep(0.2)
+    assert not first.done()
+    assert not second.done()
+    await lock.rollback()
+    await connection.close()
+
+    await asyncio.gather(first, second)
+    arrived = [row.envelope.id for row in await holder.arrivals(one)]
+
+    assert "brought" in arrived
+    await other.close()
+    await holder.close()

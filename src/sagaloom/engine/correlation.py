@@ -57,14 +57,14 @@ SINGLETON_KEY: Final = "singleton"
 """The correlation key of every instance of a `.singleton()` saga."""
 
 
-class Correlated(NamedTuple):
+class Correlated(msgspec.Struct, frozen=True, gc=False):
     """The key of a message for one saga. `opens_run`: it came without any, and opens a run of its own."""
 
     key: str
     opens_run: bool = False
 
 
-class Addressed(NamedTuple):
+class Addressed(msgspec.Struct, frozen=True, gc=False):
     """A message that found its instance: what is stored of it, and the message as the saga's handler takes it."""
 
     envelope: Envelope
@@ -189,7 +189,8 @@ def address(
         message = msgspec.structs.replace(message, correlation_key=correlation_key)
     typed = _typed(definition, message, payload_json, message_id)
     try:
-        key, opens_run = _find_key(definition, message, typed)
+        found = _find_key(definition, message, typed)
+        key, opens_run = found.key, found.opens_run
         if opens_run and key_if_none is not None:
             key, opens_run = key_if_none, False
     except MessageRejected as refused:

@@ -212,7 +212,11 @@ class SagaStore(Protocol):
 
     @property
     def tiers(self) -> frozenset[SagaDurabilityTier]:
-        """The durability tiers this store can promise."""
+        """The durability tiers this store can promise; known when it is open."""
+        ...
+
+    def why_not(self, tier: SagaDurabilityTier) -> str | None:
+        """Why this store cannot promise `tier`, and what would help; None when it can."""
         ...
 
     @property

@@ -141,7 +141,7 @@ def unit_of_decision(
     new run replaces none. When the attempt failed, the message itself is the first of `inbox_add`."""
     envelope, row, instance = delivery.envelope, delivery.row, decision.instance
     waits = decision.disposition == "pending"
-    inbox_add = tuple(cascaded)
+    inbox_add = tuple(cascaded) if cascaded else ()
     if waits:
         envelope = msgspec.structs.replace(
             envelope,

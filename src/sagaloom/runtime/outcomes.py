@@ -21,6 +21,9 @@ def outcome_of(delivery: Delivery, decision: Decision | None, unit: UnitOfWork, 
     """What a message did. State, effects and result are filled in only for those who wait for them."""
     envelope = delivery.envelope
     instance = unit.instance
+    reason = decision.reason or decision.error if decision is not None else None
+    if reason is None and instance is not None:
+        reason = instance.reason
     run = instance.run if instance is not None else envelope.run or 0
     outcome = Outcome(
         message_id=envelope.id,
@@ -31,7 +34,7 @@ def outcome_of(delivery: Delivery, decision: Decision | None, unit: UnitOfWork, 
         disposition="pending" if decision is None else decision.disposition,
         status=instance.status if instance is not None else None,
         revision=instance.revision if instance is not None else None,
-        reason=_reason(decision, instance),
+        reason=reason,
     )
     if not detailed:
         return outcome
@@ -98,9 +101,3 @@ async def outcome_elsewhere(store: SagaStore, envelope: Envelope) -> Outcome:
         reason=entry.reason if entry is not None else letter.reason if letter is not None else None,
         answer=entry.answer if entry is not None else None,
     )
-
-
-def _reason(decision: Decision | None, instance: Instance | None) -> str | None:
-    if decision is not None and (decision.reason or decision.error):
-        return decision.reason or decision.error
-    return instance.reason if instance is not None else None

@@ -40,7 +40,7 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, ClassVar, Final, Protocol
+from typing import TYPE_CHECKING, ClassVar, Final, Protocol, cast
 
 import msgspec
 
@@ -105,6 +105,9 @@ _UNKNOWN_PATIENCE = timedelta(hours=1)
 _STARTS_MAX = 10
 _UNSEEN = Hot(None, None)
 
+# What a named tuple's own constructor does, without its Python frame.
+_row_ref: Final = cast("Callable[[tuple[int, int]], RowRef]", partial(tuple.__new__, RowRef))  # pyright: ignore[reportUnknownMemberType]
+
 
 class Work(Protocol):
     """A unit that needs no decision: a settled effect, an operator's request. `is_patient`: it waits for a store that
@@ -120,24 +123,20 @@ class Work(Protocol):
 
 class _Planned(msgspec.Struct, gc=False):
     """The unit of one delivery and what follows from it, once it is committed: `hot` is what to remember of the key.
-    `decision` is None when the message was only accepted. `is_deferred`: it stands aside
-    from then on. `holds`: its key waits for it. `is_next`: it was accepted to
-    get its place, and has its turn as soon as it comes. `successor` is the same message as it is found in the inbox
-    from then on, when it waits there for the first time."""
+    `decision` is None when the message was only accepted. `waits`: its message is in the inbox now, decided or not.
+    `is_deferred`: it stands aside from then on. `holds`: its key waits for it. `is_next`: it was accepted to get its
+    place, and has its turn as soon as it comes. `successor` is the same message as it is found in the inbox from then
+    on, when it waits there for the first time."""
 
     delivery: Delivery
     unit: UnitOfWork
     decision: Decision | None
     hot: Hot | None
+    waits: bool = True
     holds: bool = False
     is_next: bool = False
     is_deferred: bool = False
     successor: Delivery | None = None
-
-    @property
-    def waits(self) -> bool:
-        """Whether its message is in the inbox now, decided or not."""
-        return self.decision is None or self.is_deferred or self.decision.disposition == "pending"
 
 
 class Receiver:
@@ -417,7 +416,7 @@ class Receiver:
                     shown = decision if is_deferred else None
                     step = _Planned(delivery, unit, shown, Hot(head, known.instance), is_deferred=is_deferred)
                 elif key in corrupt:
-                    step = _Planned(delivery, unit_of_loss(delivery, decision), decision, None)
+                    step = _Planned(delivery, unit_of_loss(delivery, decision), decision, None, waits=False)
                 else:
                     step = self._plan_decision(delivery, decision, known, head, addressed, definitions, now)
                 if (
@@ -426,7 +425,7 @@ class Receiver:
                     and (key in deferring or self._backlog.has_deferred(key))
                 ):
                     stopped.add(key)
-            if step.holds or ends_pause(envelope):
+            if step.holds or (envelope.origin != "door" and ends_pause(envelope)):
                 holding.add(key)
             if step.unit.mark is not None:
                 seen[head.pk, step.unit.mark.dedupe_key] = step.unit.mark
@@ -516,7 +515,7 @@ class Receiver:
             envelope = delivery.envelope
             would_start = newest is None or is_terminal(newest.status)
             holds = would_start and not envelope.opens_run and envelope.run is None
-        return _Planned(delivery, unit, decision, hot, holds)
+        return _Planned(delivery, unit, decision, hot, waits, holds)
 
     def _answer_duplicate(
         self, delivery: Delivery, mark: Mark, instance: Instance | None, *, is_in_batch: bool
@@ -542,7 +541,8 @@ class Receiver:
     # ---------------------------------------------------------------- after the commit
 
     async def _follow_up(self, planned: list[_Planned], works: list[Work], result: CommitResult) -> None:
-        rows = _NewRows(result, self._backlog, self.share.parts)
+        parts, marks = self.share.parts, self._marks
+        rows = _NewRows(result, self._backlog, parts)
         conflicts = result.conflicts
         accepted: list[_Planned] = []
         decided: list[_Planned] = []
@@ -556,10 +556,11 @@ class Receiver:
                 self._on_timers(unit.timers_add)
             if each.hot is not None:
                 self._hot.put(each.delivery.key, each.hot)
-            if unit.mark is not None and unit.part in self.share.parts:
+            if unit.mark is not None and unit.part in parts:
                 # Marks of partitions that others hold may be taken back without our hearing of it.
-                self._remember(unit.mark_pk, unit.mark)
+                marks[unit.mark_pk, unit.mark.dedupe_key] = unit.mark
             (decided if each.decision is not None else accepted).append(each)
+        self._bound_marks()
         self._counters.committed([*accepted, *decided], conflicts=len(conflicts))
         for number, work in enumerate(works, len(planned)):
             if number not in conflicts and (work.unit.inbox_add or work.unit.outbox_add):
@@ -591,7 +592,7 @@ class Receiver:
         assert decision is not None
         if delivery.answered is not None or delivery.settled is not None:
             answer(delivery, outcome_of(delivery, decision, each.unit, detailed=delivery.settled is not None))
-        if ends_pause(delivery.envelope):
+        if delivery.envelope.origin != "door" and ends_pause(delivery.envelope):
             self._backlog.put_back(self._backlog.release([delivery.key]))
         if decision.disposition == "applied":
             self._backlog.moved(delivery.key, delivery)
@@ -665,7 +666,8 @@ class Receiver:
         with contextlib.suppress(SagasError):
             for (pk, _), mark in zip(wanted, await self._store.marks(wanted), strict=True):
                 if mark is not None:
-                    self._remember(pk, mark)
+                    self._marks[pk, mark.dedupe_key] = mark
+        self._bound_marks()
 
     async def _cannot_commit(self, batch: list[Delivery], works: list[Work], error: SagasError) -> None:
         self._counters.commits_failed += 1
@@ -803,8 +805,7 @@ class Receiver:
         if wakes_at is not None:
             self._alarm.set(wakes_at)
 
-    def _remember(self, pk: int, mark: Mark) -> None:
-        self._marks[pk, mark.dedupe_key] = mark
+    def _bound_marks(self) -> None:
         if len(self._marks) > _MARKS_REMEMBERED:
             # Many at once, for the reason given in `HotInstances`.
             for where in list(islice(self._marks, _MARKS_REMEMBERED // 8)):
@@ -864,7 +865,7 @@ class _NewRows:
                 else:
                     self.later.append(arrival)
         for effect in unit.outbox_add:
-            self.effects.append((RowRef(unit.part, self._outbox_seq), effect))
+            self.effects.append((_row_ref((unit.part, self._outbox_seq)), effect))
             self._outbox_seq += 1
         return waiting
 

@@ -169,7 +169,7 @@ class SagaRuntime:
             self.options,
             counters=self.counters,
             targets=self._targets,
-            giving=lambda: self._receiver.share.giving,
+            share=self._receiver.share,
             submit=self._receiver.submit,
         )
         self._timekeeper = Timekeeper(store, self.clock, self.options, holds=self.holds, offer=self._receiver.offer)
@@ -219,11 +219,11 @@ class SagaRuntime:
                     f"{definition.source or 'there'}): give one of them another id"
                 )
             return
-        if definition.durability not in self.store.tiers:
+        reason = self.store.why_not(definition.durability)
+        if reason is not None:
             raise DefinitionError(
                 f"saga {definition.id!r} asks for durability {definition.durability!r}, which the store "
-                f"{self.store.id} cannot promise (it can {', '.join(sorted(self.store.tiers))}): lower the tier, or "
-                "use a store that waits for a synchronous replica"
+                f"{self.store.id} cannot promise: {reason}"
             )
         if self._state == "running" and oldest_readable(definition) > 1:
             raise DefinitionError(
@@ -441,12 +441,13 @@ class SagaRuntime:
         assert loop is not None
         deliveries: list[Delivery] = []
         for definition in receivers:
-            envelope, typed = address(definition, message, payload_json=payload, accepted_at=now, message_id=message_id)
+            found = address(definition, message, payload_json=payload, accepted_at=now, message_id=message_id)
+            envelope = found.envelope
             deliveries.append(
                 Delivery(
                     envelope,
                     (envelope.saga_id, envelope.key),
-                    typed=typed,
+                    typed=found.message,
                     answered=loop.create_future(),
                     settled=loop.create_future() if waits else None,
                 )

@@ -197,6 +197,14 @@ class KvSagaStore:
     def tiers(self) -> frozenset[SagaDurabilityTier]:
         return _TIERS
 
+    def why_not(self, tier: SagaDurabilityTier) -> str | None:
+        if tier in self.tiers:
+            return None
+        return (
+            f"{self._kv.name} has no replica that a commit could wait for: lower the tier to t2, or use PostgreSQL "
+            "with a synchronous standby (NETSCRIPT_SAGA_STORE=sql)"
+        )
+
     @property
     def problem(self) -> str | None:
         problem: str | None = self._problem or getattr(self._kv, "problem", None)
@@ -496,7 +504,7 @@ class KvSagaStore:
                 if head.run and (row := next(rows)) is not None:
                     instance = decoded(self._kv, row, decode_instance)
                     if believed:
-                        self._beliefs.learn_instance(instance, row.versionstamp)
+                        self._beliefs.learn_instance(instance)
             loaded.append(Loaded(head, instance))
         self._beliefs.bound()
         return loaded

@@ -71,7 +71,7 @@ class Beliefs:
         self._kv = kv
         self.generation = 0
         """How many commits have ended: a read that saw another number may not teach us what is there."""
-        self.runs: dict[_RunKey, tuple[int, _RunFacts]] = {}
+        self.runs: dict[_RunKey, _RunFacts] = {}
         self.heads: dict[Key, tuple[int, Head]] = {}
         self.rows: dict[Key, None] = {}
         """Inbox, outbox and timer rows that are there."""
@@ -89,8 +89,7 @@ class Beliefs:
         self.generation += 1
         stamp = done.versionstamp
         rows = self.rows
-        for run_key, facts in plan.runs.items():
-            self.runs[run_key] = (stamp, facts)
+        self.runs.update(plan.runs)
         for head_row, head in plan.heads.items():
             self.heads[head_row] = (stamp, head)
         for key in plan.consumed:
@@ -98,9 +97,10 @@ class Beliefs:
         base = done.bases.get("inbox", 0)
         for offset, part in enumerate(plan.inbox):
             rows["inbox", part, base + offset] = None
-        base = done.bases.get("outbox", 0)
-        for offset, part in enumerate(plan.outbox):
-            rows["outbox", part, base + offset] = None
+        if plan.outbox:
+            rows.update(
+                dict.fromkeys([("outbox", part, n) for n, part in enumerate(plan.outbox, done.bases["outbox"])])
+            )
         for key in plan.timers:
             rows[key] = None
         self.sagas_seen |= plan.sagas
@@ -122,7 +122,7 @@ class Beliefs:
             if row is None:
                 self.runs.pop((pk, run), None)
             else:
-                self.learn_instance(decoded(self._kv, row, decode_instance), row.versionstamp)
+                self.learn_instance(decoded(self._kv, row, decode_instance))
         elif table == "correlation":
             if row is None:
                 self.heads.pop(key, None)
@@ -133,9 +133,13 @@ class Beliefs:
         else:
             self.rows[key] = None
 
-    def learn_instance(self, instance: Instance, stamp: int) -> None:
-        facts = (instance.revision, instance.entries, instance.status, instance.created_at)
-        self.runs[instance.pk, instance.run] = (stamp, facts)
+    def learn_instance(self, instance: Instance) -> None:
+        self.runs[instance.pk, instance.run] = (
+            instance.revision,
+            instance.entries,
+            instance.status,
+            instance.created_at,
+        )
 
     def learn_rows(self, rows: Iterable[Entry], generation: int) -> None:
         self.learn_keys((row.key for row in rows), generation)
@@ -248,10 +252,8 @@ class Plan:
             self.consumed.add(row)
             self.feed += unit.feed
             return None
-        if instance is not None or entry is not None:
-            shape = _misshapen(unit)
-            if shape is not None:
-                return Conflict("refused", shape)
+        if (instance is not None or entry is not None) and (shape := _misshapen(unit)) is not None:
+            return Conflict("refused", shape)
         pk = pk_of(unit)
         if self.lost and pk and pk in self.lost:
             return Conflict("revision", "an earlier unit of the same instance in this batch was not written")
@@ -263,11 +265,7 @@ class Plan:
         if instance is not None:
             run = instance.run
             run_key = (pk, run)
-            facts = self.runs.get(run_key)
-            if facts is None:
-                known = beliefs.runs.get(run_key)
-                if known is not None:
-                    facts = known[1]
+            facts = self.runs.get(run_key) or beliefs.runs.get(run_key)
             if unit.revision_before is None:
                 if facts is not None:
                     return _wrong_revision(instance, facts)

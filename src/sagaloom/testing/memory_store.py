@@ -96,6 +96,9 @@ class MemoryStore:
     def tiers(self) -> frozenset[SagaDurabilityTier]:
         return frozenset({"t1", "t2"})
 
+    def why_not(self, tier: SagaDurabilityTier) -> str | None:
+        return None if tier in self.tiers else "what is in memory has no replica: lower the tier to t2"
+
     @property
     def problem(self) -> str | None:
         return "the store is closed" if self._is_closed else None

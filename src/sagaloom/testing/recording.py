@@ -89,6 +89,9 @@ class RecordingStore:
     def tiers(self) -> frozenset[SagaDurabilityTier]:
         return self.inner.tiers
 
+    def why_not(self, tier: SagaDurabilityTier) -> str | None:
+        return self.inner.why_not(tier)
+
     @property
     def problem(self) -> str | None:
         return self.inner.problem

@@ -34,7 +34,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from sagaloom.definitions import SagaInstanceStatus
+from sagaloom.definitions import SAGA_DURABILITY_TIERS, SagaInstanceStatus
 from sagaloom.engine.records import (
     Child,
     DeadLetter,
@@ -272,6 +272,12 @@ class SagaStoreContract:
         assert store.id.endswith("-saga-store")
         assert len(store.store_id) >= 16
         assert "t1" in store.tiers
+
+    async def test_a_tier_that_it_cannot_promise_has_a_reason(self, store: SagaStore, lease: Lease) -> None:
+        reasons = {tier: store.why_not(tier) for tier in SAGA_DURABILITY_TIERS}
+
+        assert {tier for tier, reason in reasons.items() if reason is None} == store.tiers
+        assert all(reason is None or ": " in reason for reason in reasons.values())
 
     async def test_a_store_that_works_has_no_problem(self, store: SagaStore, lease: Lease) -> None:
         await store.probe()

@@ -228,6 +228,24 @@ BEGIN
 END $$;
 
 
+-- How safe the commit of this very statement is: on the disk at least, and with p_replicated on a synchronous standby,
+-- too. It never takes away what the server is set to.
+CREATE FUNCTION @schema@.saga_runtime_durability(p_replicated boolean) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    v_is text := current_setting('synchronous_commit');
+BEGIN
+    IF p_replicated AND current_setting('synchronous_standby_names') = '' THEN
+        RAISE EXCEPTION 'no synchronous standby is named any more' USING ERRCODE = '55000';
+    END IF;
+    IF p_replicated AND v_is IN ('off', 'local', 'remote_write') THEN
+        PERFORM set_config('synchronous_commit', 'on', true);
+    ELSIF v_is = 'off' THEN
+        PERFORM set_config('synchronous_commit', 'local', true);
+    END IF;
+END $$;
+
+
 -- Numbers the commits of the feed that have none, in their order. Whoever holds the head does it alone; with p_waits
 -- somebody else is waited for, without it nothing is done then. Returns whether it was done.
 CREATE FUNCTION @schema@.saga_runtime_number_feed(p_waits boolean) RETURNS boolean
@@ -358,13 +376,13 @@ BEGIN
         RETURN;
     END IF;
     IF cardinality(p_part) > 0 THEN
-        -- All of them in one order and one strength, so that two commits cannot wait for each other.
-        SELECT array_agg(c.part) INTO failed_parts
+        -- All of them in one order and one strength, so that two commits cannot wait for each other. (The condition is
+        -- in the aggregate: in a WHERE it would keep those without a versionstamp from being locked.)
+        SELECT array_agg(c.part) FILTER (WHERE c.s IS NOT NULL AND c.s <> a.s) INTO failed_parts
         FROM unnest(p_part, p_part_stamp) AS c(part, s)
         CROSS JOIN LATERAL (
             SELECT a.s FROM @schema@.saga_runtime_arrivals a WHERE a.part = c.part FOR NO KEY UPDATE
-        ) a
-        WHERE c.s IS NOT NULL AND c.s <> a.s;
+        ) a;
         IF failed_parts IS NOT NULL THEN
             outcome := 'arrivals';
             RETURN;
