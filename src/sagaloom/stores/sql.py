@@ -17,7 +17,7 @@ from typing import Final, Protocol, TypeVar, runtime_checkable
 from msgspec.structs import replace
 
 from sagaloom.definitions import SAGA_DURABILITY_TIERS, SAGA_INSTANCE_STATUSES, SagaDurabilityTier
-from sagaloom.engine.records import DeadLetter, FeedEvent, Instance, Mark, Timer
+from sagaloom.engine.records import DeadLetter, Envelope, FeedEvent, Instance, Mark, Timer
 from sagaloom.ports.keyvalue import Entry, Key, KeyValue
 from sagaloom.ports.store import (
     CommitResult,
@@ -35,11 +35,13 @@ from sagaloom.stores.listing import from_cursor, to_cursor
 from sagaloom.stores.rows import (
     decode_dead_letter,
     decode_effect,
+    decode_envelope,
     decode_events,
     decode_head,
     decode_instance,
     decode_timer,
     decoded,
+    encode,
     head_key,
     pending_instance,
     placed,
@@ -120,6 +122,12 @@ class SqlRows(KeyValue, Protocol):
 
     async def prune_feed(self, *, before: int, limit: int) -> int: ...
 
+    async def leave(self, connection: object, messages: Sequence[tuple[int, bytes]]) -> None: ...
+
+    async def left(self, parts: Collection[int], *, limit: int) -> list[tuple[int, bytes]]: ...
+
+    async def take_left(self, numbers: Sequence[int]) -> None: ...
+
 
 class SqlSagaStore(KvSagaStore):
     """A `SagaStore` over `SqlRows`, which it closes with itself. One object belongs to one event loop."""
@@ -167,6 +175,23 @@ class SqlSagaStore(KvSagaStore):
     def has_news(self) -> bool:
         heard, self._has_heard = self._has_heard, False
         return heard
+
+    # -- what somebody's own transaction leaves ---------------------------------------------------------------------
+
+    async def leave(self, connection: object, envelopes: Sequence[Envelope]) -> None:
+        await self.open()
+        messages = [(placed(each.saga_id, each.key)[1], encode(each)) for each in envelopes]
+        await self._rows.leave(connection, messages)
+
+    async def left(self, parts: Collection[int], *, limit: int) -> list[tuple[int, Envelope]]:
+        await self.open()
+        return [
+            (number, self._decoded(("left", number), value, decode_envelope))
+            for number, value in await self._rows.left(parts, limit=limit)
+        ]
+
+    async def take_left(self, numbers: Sequence[int]) -> None:
+        await self._rows.take_left(numbers)
 
     # -- what has to be on a standby ------------------------------------------------------------------------------
     #

@@ -15,6 +15,7 @@ The rules:
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import re
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
@@ -28,7 +29,7 @@ from sagaloom.kv.postgres.driver import Connection, Pool, Row
 
 _R = TypeVar("_R")
 
-__all__ = ["OLDEST_SERVER", "PostgresDatabase", "RowsChanged", "quoted"]
+__all__ = ["OLDEST_SERVER", "PostgresDatabase", "RowsChanged", "channel_of", "quoted"]
 
 OLDEST_SERVER: Final = 13
 
@@ -267,6 +268,11 @@ class PostgresDatabase:
         if isinstance(error, TimeoutError):
             said = f"no answer within {self.deadline_seconds:g} s"
         return BackendUnavailable(f"{where}: {said} ({hint})", data=outcome)
+
+
+def channel_of(schema: str) -> str:
+    """Where the processes on a schema wake each other."""
+    return f"sagaloom_{hashlib.blake2b(schema.encode(), digest_size=8).hexdigest()}"
 
 
 def quoted(name: str) -> str:

@@ -13,6 +13,7 @@ the other.
     timer        saga_runtime_timer         due, id
     dead_letter  saga_runtime_dead_letter   id
     child        saga_runtime_child         parent's pk, run, status, place
+    slot         saga_runtime_slot          saga id, concurrency key, number
     arrivals     saga_runtime_arrivals      partition
     feed         saga_runtime_feed          written only; read by number
 
@@ -39,10 +40,10 @@ from __future__ import annotations
 import secrets
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from sagaloom.definitions import SagaDurabilityTier
-from sagaloom.errors import BackendUnavailable
+from sagaloom.errors import BackendUnavailable, MessageRejected
 from sagaloom.kv.packing import pack, table_of
 from sagaloom.kv.postgres.batch import COMMIT, SagaBatch
 from sagaloom.kv.postgres.columns import (
@@ -52,14 +53,16 @@ from sagaloom.kv.postgres.columns import (
     head_row,
     inbox_changes,
     inbox_row,
+    left_row,
     letter_row,
     outbox_changes,
     outbox_row,
     run_changes,
     run_row,
+    slot_row,
     timer_row,
 )
-from sagaloom.kv.postgres.connection import PostgresDatabase, RowsChanged
+from sagaloom.kv.postgres.connection import PostgresDatabase, RowsChanged, channel_of
 from sagaloom.kv.postgres.driver import Row
 from sagaloom.kv.postgres.rows import PostgresKeyValue
 from sagaloom.ports.keyvalue import Check, Committed, Conflicted, Entry, Key, Slot
@@ -78,6 +81,7 @@ _COLUMNS: Final[dict[str, tuple[tuple[str, str], ...]]] = {
     "timer": (("due", "bigint"), ("id", "text")),
     "dead_letter": (("id", "text"),),
     "child": (("pk", "bigint"), ("parent_run", "int"), ("status", "int"), ("revision", "int"), ("position", "int")),
+    "slot": (("saga_id", "text"), ("concurrency_key", "text"), ("number", "int")),
     "arrivals": (("part", "int"),),
 }
 _VALUE: Final = {"arrivals": "''::bytea"}
@@ -180,6 +184,19 @@ _FEED_PRUNE: Final = """
         WHERE base + n <= $1 AND base < (SELECT max(base) FROM @schema@.saga_runtime_feed) ORDER BY base LIMIT $2
     ) RETURNING base
 """
+
+_LEAVE: Final = """
+    WITH left_here AS (
+        INSERT INTO @schema@.saga_runtime_left
+            (part, saga_id, correlation_key, message_type, message_id, accepted_at, v)
+        SELECT * FROM unnest($2::int[], $3::text[], $4::text[], $5::text[], $6::text[], $7::timestamptz[], $8::bytea[])
+    )
+    SELECT pg_notify($1, '')
+"""
+_LEFT: Final = """
+    SELECT id, v FROM @schema@.saga_runtime_left WHERE part = ANY ($1) ORDER BY id LIMIT $2
+"""
+_TAKE_LEFT: Final = "DELETE FROM @schema@.saga_runtime_left WHERE id = ANY ($1)"
 
 FIRST_MOMENT: Final = datetime.fromisoformat("0001-01-02T00:00:00+00:00")
 LAST_MOMENT: Final = datetime.fromisoformat("9999-12-30T00:00:00+00:00")
@@ -375,6 +392,28 @@ class PostgresSagaRows(PostgresKeyValue):
     async def prune_feed(self, *, before: int, limit: int) -> int:
         return len(await self._write(_FEED_PRUNE, before, limit))
 
+    async def leave(self, connection: object, messages: Sequence[tuple[int, bytes]]) -> None:
+        """Leaves messages in the transaction of somebody else's `connection`, and wakes us when it commits."""
+        theirs = cast("Any", connection)
+        if not (hasattr(theirs, "is_in_transaction") and hasattr(theirs, "fetch")):
+            raise MessageRejected(
+                f"within= is {type(connection).__name__}: give the asyncpg connection of your transaction"
+            )
+        if not theirs.is_in_transaction():
+            raise MessageRejected("within= has no transaction open: begin one, or publish without it")
+        left = [left_row(part, value) for part, value in messages]
+        statement, columns = self._sql(_LEAVE), [list(column) for column in zip(*left, strict=True)]
+        try:
+            await theirs.fetch(statement, channel_of(self.database.schema), *columns)
+        except Exception as error:
+            raise self.database.translated(error) from error
+
+    async def left(self, parts: Collection[int], *, limit: int) -> list[tuple[int, bytes]]:
+        return [(row["id"], row["v"]) for row in await self._fetch(_LEFT, sorted(parts), limit)]
+
+    async def take_left(self, numbers: Sequence[int]) -> None:
+        await self._write(_TAKE_LEFT, numbers)
+
     async def _fetch(self, statement: str, *arguments: object) -> list[Row]:
         self._refuse_if_closed()
         return await self.database.fetch(self._sql(statement), *arguments)
@@ -536,6 +575,8 @@ def _batch_of(
             case ("inbox", int(part), Slot()):
                 batch.inbox_new.append(inbox_row(part, value))
                 parts.setdefault(part, None)
+            case ("slot", str(saga), str(concurrency), int(number)):
+                batch.slots.append(slot_row((saga, concurrency, number), value))
             case ("feed", Slot()):
                 batch.feed, batch.feed_count = value, reserve["feed"]
             case _:
@@ -579,6 +620,8 @@ def _batch_of(
                 batch.timers_gone.append((due, timer))
             case ("dedupe", int(pk), bytes(hashed)):
                 batch.marks_gone.append((pk, hashed))
+            case ("slot", str(saga), str(concurrency), int(number)):
+                batch.slots_gone.append((saga, concurrency, number))
             case ("child", *place):
                 batch.children_gone.append(tuple(place))
             case ("dead_letter", str(letter)):
@@ -593,6 +636,8 @@ def _batch_of(
     batch.head_checks.sort(key=_first)
     batch.letter_checks.sort()
     batch.marks.sort()
+    batch.slots.sort(key=lambda row: row[:3])
+    batch.slots_gone.sort()
     batch.heads_new = dict(sorted(batch.heads_new.items()))
     batch.sagas_seen.sort()
     return batch
