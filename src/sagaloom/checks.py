@@ -301,8 +301,8 @@ def _how_it_undoes(saga: _OneSaga) -> Iterator[Finding]:
             leaves[0].place,
             f"{step.what} asks somebody outside for something, and has no compensation: "
             + ("unwinding leaves it as it is" if unwinds else "nothing takes it back by itself"),
-            f"add .compensate({step.message_type!r}, handler), also where a later step has one, for its answer may come "
-            "too late; or pivot=True where nothing has to be undone",
+            f"add .compensate({step.message_type!r}, handler), also where a later step has one, for its answer may "
+            "come too late; or pivot=True where nothing has to be undone",
         )
 
 
