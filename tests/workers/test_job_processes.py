@@ -18,6 +18,7 @@ import httpx2
 import pytest
 
 from tests.doors.test_cli import Server, environment, refusal, sagaloom, until
+from tests.schemas import Schema
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="these are signals of POSIX")
 
@@ -60,7 +61,7 @@ def start(tmp_path: Path) -> Generator[Callable[..., Server]]:
 
     def begin(*args: str, **env: str) -> Server:
         command = [sys.executable, "-m", *(args or SERVE)]
-        servers.append(Server(command, tmp_path, environment(NETSCRIPT_SAGA_STORE="kv", **env)))
+        servers.append(Server(command, tmp_path, environment(**({"NETSCRIPT_SAGA_STORE": "kv"} | env))))
         return servers[-1]
 
     yield begin
@@ -340,6 +341,44 @@ def test_the_jobs_process_killed_in_the_middle_of_a_job_leaves_one_completed_ins
     assert [(one["status"], one["run"], one["traceparent"]) for one in instances] == [("completed", 1, TRACE)]
     assert reborn != jobs
     assert any("jobs was ended by SIGKILL: starting it again" in line for line in demo.server.errors)
+
+
+def test_the_whole_choreography_with_both_processes_killed_in_its_middle(demo: Demo) -> None:
+    kill_both_in_the_middle(demo)
+
+
+async def test_the_whole_choreography_on_postgres_with_both_processes_killed_in_its_middle(
+    schema: Schema, start: Callable[..., Server]
+) -> None:
+    env = {"NETSCRIPT_SAGA_STORE": "sql", "DATABASE_URL": schema.url}
+    kill_both_in_the_middle(Demo(start("sagaloom", "dev", "--port", "0", "--json", **env)))
+
+
+def kill_both_in_the_middle(demo: Demo) -> None:
+    """One trigger, and both ports killed before either knows what the other has done: one completed instance, one run,
+    one trace."""
+    sagas, jobs = demo.pid("sagas"), demo.pid("jobs")
+    # The job is under way, and its message is on the wire: neither side knows what the other has done.
+    os.kill(sagas, signal.SIGSTOP)
+    run_id = trigger(demo.jobs, "create-user-settings", {"userId": "u-1"}, traceparent=TRACE)
+    until(lambda: run_of(demo.jobs, run_id)["status"] == "running", "the job is under way")
+    os.kill(jobs, signal.SIGKILL)
+    os.kill(sagas, signal.SIGKILL)
+    demo.pid("jobs", after=jobs)
+    demo.pid("sagas", after=sagas)
+
+    run = ended(demo.jobs, run_id)
+    instances = until(demo.instances, "the saga is there")
+    [instance] = instances
+    path = f"{demo.sagas}/api/v1/sagas/instances/user-settings-saga/{instance['correlationKey']}/history"
+    history = httpx2.get(path, timeout=30).json()["history"]
+
+    assert (run["status"], run["result"]["userId"]) == ("succeeded", "u-1")
+    assert run["attempt"] >= 2
+    assert [one["outcome"] for one in run["history"]][-1] == "succeeded"
+    assert (instance["status"], instance["run"], instance["result"]["userId"]) == ("completed", 1, "u-1")
+    assert [entry["messageType"] for entry in history] == ["UserSettingsCreated"]
+    assert run["traceparent"] == instance["traceparent"] == TRACE
 
 
 def test_the_saga_process_killed_in_the_middle_of_a_publish_leaves_one_completed_instance(demo: Demo) -> None:

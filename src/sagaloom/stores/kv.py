@@ -11,6 +11,7 @@ The rows (the first part of a key names its table; times are microseconds since 
     inbox, outbox   partition, number                   Envelope, OutboxEffect
     timer           due, id                             Timer
     schedule        saga id                             ScheduleCursor
+    slot            saga id, concurrency key, no.   HeldSlot: which message holds it
     child           parent's pk, run, status, place     Child; moved when it ends
     standing        saga id                             SagaStanding
     dead_letter     id                                  DeadLetter; found by saga and by key through dead_letter_index
@@ -65,6 +66,7 @@ from sagaloom.engine.records import (
     DeadLetter,
     Envelope,
     FeedEvent,
+    HeldSlot,
     HistoryEntry,
     Instance,
     Mark,
@@ -115,6 +117,7 @@ from sagaloom.stores.rows import (
     decode_head,
     decode_instance,
     decode_mark,
+    decode_slot,
     decode_standing,
     decode_timer,
     decoded,
@@ -364,6 +367,7 @@ class KvSagaStore:
         marks_there: set[Key] = set()
         dead_letters: dict[str, tuple[DeadLetter, int]] = {}
         doubted: list[Key] = []
+        self._beliefs.slots.clear()
         looked_twice = is_careful = False
         for _ in range(_ROUNDS_MAX):
             if doubted:
@@ -518,6 +522,11 @@ class KvSagaStore:
         await self.open()
         head = await self._read(head_key(saga_id, key), decode_head)
         return None if head is None else await self._read(("state", head.pk, run), decode_instance)
+
+    async def slots(self, saga_id: str, *, key: str | None = None, limit: int = 1_000) -> list[HeldSlot]:
+        await self.open()
+        prefix: Key = ("slot", saga_id) if key is None else ("slot", saga_id, key)
+        return [decoded(self._kv, row, decode_slot) for row in await self._kv.scan(prefix, limit=limit)]
 
     async def marks(self, wanted: Sequence[tuple[int, str]]) -> list[Mark | None]:
         await self.open()

@@ -28,6 +28,8 @@ _ROWS: Final = {
     "letters_gone": 1,
     "children": 11,
     "children_gone": 5,
+    "slots": 7,
+    "slots_gone": 3,
 }
 
 _Row = tuple[object, ...]
@@ -71,6 +73,8 @@ class SagaBatch:
         self.letters_gone: list[_Row] = []
         self.children: list[_Row] = []
         self.children_gone: list[_Row] = []
+        self.slots: list[_Row] = []
+        self.slots_gone: list[_Row] = []
 
     def arguments(self, commit_no: int) -> list[object]:
         """The arguments of `COMMIT`."""
@@ -80,6 +84,7 @@ class SagaBatch:
             *(self.part_puts, self.sagas_seen, self.inbox_new, self.inbox, self.inbox_gone),
             *(self.outbox_new, self.outbox, self.outbox_gone, self.timers, self.timers_gone),
             *(self.letters, self.letters_gone, self.children, self.children_gone),
+            *(self.slots, self.slots_gone),
         )
         arguments: list[object] = [self.is_replicated, self.member, self.stamp]
         _columns(arguments, begin, _BEGIN.values())

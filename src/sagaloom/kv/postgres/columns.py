@@ -7,7 +7,17 @@ from typing import Final
 
 import msgspec
 
-from sagaloom.engine.records import Child, DeadLetter, Envelope, Head, HistoryEntry, Instance, OutboxEffect, Timer
+from sagaloom.engine.records import (
+    Child,
+    DeadLetter,
+    Envelope,
+    Head,
+    HeldSlot,
+    HistoryEntry,
+    Instance,
+    OutboxEffect,
+    Timer,
+)
 from sagaloom.ids import key_hash
 
 __all__ = [
@@ -23,6 +33,7 @@ __all__ = [
     "outbox_row",
     "run_changes",
     "run_row",
+    "slot_row",
     "text",
     "timer_row",
 ]
@@ -36,6 +47,7 @@ _envelope: Final = msgspec.msgpack.Decoder(Envelope).decode
 _effect: Final = msgspec.msgpack.Decoder(OutboxEffect).decode
 _timer: Final = msgspec.msgpack.Decoder(Timer).decode
 _child: Final = msgspec.msgpack.Decoder(Child).decode
+_slot: Final = msgspec.msgpack.Decoder(HeldSlot).decode
 _letter: Final = msgspec.msgpack.Decoder(DeadLetter).decode
 
 
@@ -131,6 +143,11 @@ def letter_row(letter_id: str, value: bytes) -> _Row:
 def child_row(place: tuple[int, int, int, int, int], value: bytes) -> _Row:
     each = _child(value)
     return (*place, text(each.saga_id), text(each.key), each.run, each.spawned_at, each.ended_at, value)
+
+
+def slot_row(place: tuple[str, str, int], value: bytes) -> _Row:
+    each = _slot(value)
+    return (*place, text(each.correlation_key), text(each.message_id), each.taken_at, value)
 
 
 def _json(value: bytes | None) -> str | None:
