@@ -322,6 +322,51 @@ def test_a_saga_that_sends_to_a_job_reaches_the_other_port(tmp_path: Path, start
     assert (run["result"], run["correlationId"]) == ("hello you", "s-1")
 
 
+def test_the_end_of_a_job_reaches_its_saga_though_both_were_killed_before_it_was_told(
+    tmp_path: Path, start: Callable[..., Server]
+) -> None:
+    (tmp_path / "asking.py").write_text(
+        "from sagaloom import define_saga, saga_complete, send\n"
+        "saga = (define_saga('asking').state({})\n"
+        "    .on('Asked', lambda saga, event, context: [send('job:work', event.payload)])\n"
+        "    .on('work:completed', lambda saga, event, context: [saga_complete(event.payload['result'])],"
+        " starts=False).build())\n"
+    )
+    serve_sagas = ("sagaloom", "serve", "asking.py", "--port", "0", "--json")
+    jobs = start()
+    sagas = start(*serve_sagas, WORKERS_API_URL=jobs.url)
+    jobs.kill()
+    jobs = start(*SERVE[:-3], "--port", jobs.url.rpartition(":")[2], "--json", SAGAS_API_URL=sagas.url)
+    httpx2.post(
+        f"{sagas.url}/api/v1/sagas/publish",
+        json={"type": "Asked", "payload": {"name": "x"}, "correlationId": "a/1"},
+        timeout=30,
+    ).raise_for_status()
+    until((tmp_path / "begun-1").exists, "the job begins")
+    sagas.signal(signal.SIGSTOP)  # it takes the reply in no more
+    (tmp_path / "go").touch()
+    [run_id] = [run["runId"] for run in httpx2.get(f"{jobs.url}/api/v1/workers/runs").json()["runs"]]
+    told = ended(jobs.url, run_id)["reply"]
+    jobs.signal(signal.SIGKILL)
+    sagas.signal(signal.SIGKILL)
+
+    sagas = start(*serve_sagas)
+    jobs = start(SAGAS_API_URL=sagas.url)
+    instance = until(lambda: _completed(sagas.url), "the saga has heard of it")
+    run = until(
+        lambda: found if (found := run_of(jobs.url, run_id))["reply"]["state"] == "delivered" else None, "it is told"
+    )
+
+    assert (told["state"], told["correlationKey"]) == ("due", "a/1")
+    assert (instance["result"]["attempt"], instance["messageCount"]) == (1, 2)
+    assert (run["status"], run["attempt"]) == ("succeeded", 1)
+
+
+def _completed(url: str) -> dict[str, Any] | None:
+    found: dict[str, Any] = httpx2.get(f"{url}/api/v1/sagas/instances/asking/a%2F1", timeout=30).json()
+    return found if found.get("status") == "completed" else None
+
+
 def test_the_jobs_process_killed_in_the_middle_of_a_job_leaves_one_completed_instance(demo: Demo) -> None:
     sagas, jobs = demo.pid("sagas"), demo.pid("jobs")
     # A saga service that does not answer holds the job in its middle: it has sent the message, and waits.
