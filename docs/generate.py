@@ -323,7 +323,7 @@ def effect_helpers() -> dict[str, str]:
 
 
 def words_used(file: Path) -> set[str]:
-    """The methods of the builder that a program calls on a saga it defines, as `.on`, and the functions that it calls."""
+    """The methods of the builder that a program calls on a saga it defines, as `.on`, and the functions it calls."""
     used: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         match node:

@@ -65,6 +65,7 @@ letters = (
     define_saga("letters")
     .state(Letter())
     .correlate(person_of)
+    .concurrency(20, on_limit="wait")  # of those that have to be tried again, not more than so many at once
     .on(WriteTo, write)
     .on(Delivered, delivered, starts=False)
     .on(Undeliverable, undeliverable, starts=False)

@@ -9,7 +9,7 @@ out. `retryable` says whether the very same call may succeed later.
     ├── MessageRejected        the caller's: a message, key or request refused at the door; nothing was changed
     │   ├── SagaNotFound · InstanceNotFound · DeadLetterNotFound · JobNotFound · JobRunNotFound
     │   ├── ScheduleNotFound · TimerNotFound · SignalNotFound · QueryNotFound
-    │   ├── InstanceEnded · UpdateRefused · QueueFull
+    │   ├── InstanceEnded · UpdateRefused · QueueFull · ConcurrencyLimited
     │   └── IdempotencyKeyReused
     ├── EncodeError            the author's, at run time: a value that JSON cannot carry and give back
     ├── DecodeError            the sender's, or an older version's: bytes that are no value of the declared type
@@ -31,6 +31,7 @@ from collections.abc import Mapping
 __all__ = [
     "BackendUnavailable",
     "ConcurrencyConflict",
+    "ConcurrencyLimited",
     "ConfigurationError",
     "DeadLetterNotFound",
     "DecodeError",
@@ -175,6 +176,13 @@ class UpdateRefused(MessageRejected):
     """
 
     default_code = "SAGA_UPDATE_REFUSED"
+
+
+class ConcurrencyLimited(MessageRejected):
+    """All places that the saga has for messages of this concurrency key are taken; nothing was accepted."""
+
+    default_code = "SAGA_CONCURRENCY_LIMITED"
+    default_retryable = True
 
 
 class IdempotencyKeyReused(MessageRejected):

@@ -26,7 +26,7 @@ from sagaloom.cli.talking import add_talking_commands
 from sagaloom.cli.timing import add_schedule_commands, add_timer_commands
 
 if TYPE_CHECKING:
-    from sagaloom.cli.doctor import Finding
+    from sagaloom.cli.store_checks import Finding
     from sagaloom.settings import DoorSettings, StorePlace
 
 __all__ = ["app"]

@@ -10,7 +10,7 @@ from sagaloom.ports.store import SagaStore, UnitOfWork
 from sagaloom.runtime.deliveries import Delivery
 from sagaloom.runtime.receipts import Outcome
 
-__all__ = ["outcome_elsewhere", "outcome_of", "outcome_of_duplicate"]
+__all__ = ["outcome_elsewhere", "outcome_of", "outcome_of_duplicate", "outcome_of_left"]
 
 _ENTRIES_SEARCHED = 200
 
@@ -66,6 +66,19 @@ def outcome_of_duplicate(envelope: Envelope, mark: Mark, instance: Instance | No
         state=_decode(instance.state) if instance is not None and same else None,
         result=_decode(instance.result) if instance is not None and same and instance.result else None,
         reason=f"the same message was accepted before as {mark.message_id}",
+    )
+
+
+def outcome_of_left(envelope: Envelope) -> Outcome:
+    """That of a message which is part of somebody's own transaction, and has not been taken in yet."""
+    run = envelope.run or 0
+    return Outcome(
+        message_id=envelope.id,
+        instance_id=instance_id(envelope.saga_id, envelope.key, run),
+        saga_id=envelope.saga_id,
+        correlation_key=envelope.key,
+        run=run,
+        disposition="pending",
     )
 
 

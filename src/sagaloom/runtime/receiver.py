@@ -45,6 +45,7 @@ from typing import TYPE_CHECKING, ClassVar, Final, Protocol, cast
 import msgspec
 
 from sagaloom.clock import Clock
+from sagaloom.engine.concurrency import key_of
 from sagaloom.engine.controls import ends_pause
 from sagaloom.engine.correlation import DefinitionSet, dead_letter_id, route
 from sagaloom.engine.decide import DecideContext, decide, steer
@@ -84,6 +85,7 @@ from sagaloom.runtime.deliveries import (
 from sagaloom.runtime.options import RuntimeOptions, no_step
 from sagaloom.runtime.outcomes import outcome_of, outcome_of_duplicate
 from sagaloom.runtime.share import Share
+from sagaloom.runtime.slots import LOOK_AGAIN, Slots, limited
 
 if TYPE_CHECKING:
     from sagaloom.telemetry.sagas import SagaTelemetry
@@ -124,9 +126,9 @@ class Work(Protocol):
 class _Planned(msgspec.Struct, gc=False):
     """The unit of one delivery and what follows from it, once it is committed: `hot` is what to remember of the key.
     `decision` is None when the message was only accepted. `waits`: its message is in the inbox now, decided or not.
-    `is_deferred`: it stands aside from then on. `holds`: its key waits for it. `is_next`: it was accepted to get its
-    place, and has its turn as soon as it comes. `successor` is the same message as it is found in the inbox from then
-    on, when it waits there for the first time."""
+    `awaits_slot`: it was accepted, and waits for a slot. `is_deferred`: it stands aside from then on. `holds`: its key
+    waits for it. `is_next`: it was accepted to get its place, and has its turn as soon as it comes. `successor` is the
+    same message as it is found in the inbox from then on, when it waits there for the first time."""
 
     delivery: Delivery
     unit: UnitOfWork
@@ -136,6 +138,7 @@ class _Planned(msgspec.Struct, gc=False):
     holds: bool = False
     is_next: bool = False
     is_deferred: bool = False
+    awaits_slot: bool = False
     successor: Delivery | None = None
 
 
@@ -182,6 +185,7 @@ class Receiver:
             on_holding=on_holding,
             is_quiet=is_quiet,
         )
+        self._slots = Slots()
         self._postponed: list[Delivery] = []
         """What was taken for this turn and is left for the next, in order."""
         self._wake: asyncio.Future[None] | None = None
@@ -347,6 +351,7 @@ class Receiver:
         placing: set[InstanceKey] = set()  # The keys whose next messages have to get a place first, as one before did.
         parts, holds_some = self.share.parts, self._backlog.holds_some
         defers_some = self._backlog.defers_some
+        limited_ids = definitions.limited
         deferring: set[InstanceKey] = set()  # The keys of which a message of this batch was deferred.
         stopped: set[InstanceKey] = set()  # The keys that have moved since: what was deferred comes first now.
         self._postponed = []
@@ -385,6 +390,9 @@ class Receiver:
                 placing.add(key)
                 unit = unit_of_accept(delivery, head, known.head)
                 step = _Planned(delivery, unit, None, Hot(head, known.instance), is_next=True)
+            elif limited_ids and delivery.awaits_slot and delivery.enters:
+                unit = unit_of_accept(delivery, head, known.head)
+                step = _Planned(delivery, unit, None, Hot(head, known.instance), holds=True, awaits_slot=True)
             else:
                 addressed = known.instance
                 if envelope.run is not None and envelope.run != head.run:
@@ -425,6 +433,8 @@ class Receiver:
                     and (key in deferring or self._backlog.has_deferred(key))
                 ):
                     stopped.add(key)
+            if envelope.slot is not None or (limited_ids and key[0] in limited_ids):
+                step.unit = self._slots.claim(definitions.get(key[0]), delivery, step.unit, step.decision, now)
             if step.holds or (envelope.origin != "door" and ends_pause(envelope)):
                 holding.add(key)
             if step.unit.mark is not None:
@@ -583,6 +593,8 @@ class Receiver:
             await self._resolve(planned, works, conflicts)
         for later in rows.later:
             self._put_aside(later)
+        if self._slots.some_wait:
+            self._pass_slots_on([each.unit for each in (*accepted, *decided)])
         if rows.effects:
             self._on_effects(rows.effects)
 
@@ -614,6 +626,10 @@ class Receiver:
             self.share.wait_abroad(successor)
         elif each.is_next:
             self._backlog.add_in_order([successor])
+        elif each.awaits_slot:
+            definition = self._definitions().get(delivery.key[0])
+            assert definition is not None
+            self._await_slot(successor, key_of(definition, successor.envelope))
         elif each.decision is None:
             self._backlog.wait_behind(successor)
         elif each.is_deferred:
@@ -644,6 +660,10 @@ class Receiver:
                 else:
                     self.share.wait_abroad(delivery)
                 continue
+            if conflict.kind == "limit":
+                if self._lacks_slot(delivery):
+                    again.append(delivery)
+                continue
             if conflict.kind == "gone":
                 # Somebody else consumed its row: whatever it asked for has been done there.
                 refuse(delivery, BackendUnavailable(f"message {delivery.envelope.id} was taken over elsewhere"))
@@ -657,6 +677,46 @@ class Receiver:
         # Some may have lined up behind one that was not written after all.
         keys = [each.delivery.key for number, each in enumerate(planned) if number in conflicts]
         self._backlog.put_back(again + self._backlog.release(keys))
+
+    def _lacks_slot(self, delivery: Delivery) -> bool:
+        """What is to be done about a message that found no free slot; whether it is decided again right away."""
+        definition = self._definitions().get(delivery.key[0])
+        if definition is None or definition.concurrency is None:
+            return True
+        if not delivery.awaits_slot:
+            self._counters.throttled[definition.id] += 1
+        key = key_of(definition, delivery.envelope)
+        if delivery.enters:
+            if delivery.envelope.origin == "door" and definition.concurrency.on_limit == "reject":
+                refuse(delivery, limited(definition, delivery, key))
+                return False
+            delivery.awaits_slot = True
+            return True
+        if any(each.envelope.slot == key for each in self._backlog.behind(delivery.key)):
+            delivery.goes_without = True
+            return True
+        self._await_slot(delivery, key)
+        return False
+
+    def _await_slot(self, delivery: Delivery, key: str) -> None:
+        """Holds the instance of a message until there is a slot for it."""
+        self._slots.wait(delivery, key)
+        until = self._clock.now() + LOOK_AGAIN
+        if delivery.envelope.opens_run:
+            self._defer(delivery, until)  # Nothing is behind it: its run has yet to be opened.
+            return
+        delivery.is_deferred, delivery.until = True, until
+        self._backlog.hold(delivery)
+        self._set_alarm(delivery)
+
+    def _pass_slots_on(self, units: Sequence[UnitOfWork]) -> None:
+        """Gives those who wait for slots that were given back their turn."""
+        now = self._clock.now()
+        for unit in units:
+            first = self._slots.next_for(unit)
+            if first is not None:
+                self._backlog.hasten(first, now)
+                self._alarm.set(now)
 
     async def _learn_marks(self, units: Sequence[UnitOfWork]) -> None:
         """Reads the marks that stand against refused units. Those decided on top of one that was seen before are
