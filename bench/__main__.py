@@ -3,6 +3,7 @@
     make bench                                      everything, some minutes
     make bench SHORT=1                              a quick look, under 90 s
     make bench LINES="1 3"                          some lines
+    make bench STORE=postgres                       those of PostgreSQL, on a server of its own
     .venv/bin/python -m bench --short --json 1 3    the same, as arguments; JSON on stdout, the rest on stderr
     .venv/bin/python -m bench --rows                the rows that the store writes for one order
 
@@ -12,6 +13,7 @@ BENCH_DIR says where the files go; it must be on a real disk.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -26,10 +28,12 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import rows_now
+from bench.databases import a_server
 from bench.harness import Bench, Finding, LineModule, working_directory
 
 LINES: Final = {
     "1": "line1_throughput",
+    "2": "line2_postgres",
     "3": "line3_latency",
     "4": "line4_http",
     "5": "line5_peers",
@@ -39,6 +43,8 @@ LINES: Final = {
     "9": "line9_import",
     "10": "line10_queues",
 }
+STORES: Final = {"kv": ("1", "3", "4", "6", "7", "8", "9"), "postgres": ("2", "3", "5", "6", "7", "8")}
+"""Which lines are of which store."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with bench.place() as place:
                 bench.say(rows_now.show(place))
             return 0
-        return _measured(bench, chosen.lines, console, as_json=chosen.json)
+        with a_server() if chosen.store == "postgres" else contextlib.nullcontext():
+            return _measured(bench, chosen.lines, console, as_json=chosen.json)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 
@@ -115,13 +122,15 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("lines", nargs="*", help=f"lines to measure, of {', '.join(LINES)} (LINES; default all)")
     parser.add_argument("--short", action="store_true", default=_is_set("SHORT"), help="a quick look (SHORT=1)")
     parser.add_argument("--json", action="store_true", default=_is_set("JSON"), help="JSON on stdout (JSON=1)")
-    parser.add_argument("--store", default=os.environ.get("STORE") or "kv", choices=["kv"], help="the store (STORE)")
+    store = os.environ.get("STORE") or "kv"
+    parser.add_argument("--store", default=store, choices=list(STORES), help="the store (STORE)")
     parser.add_argument("--rows", action="store_true", help="show the rows of one order, and measure nothing")
     chosen = parser.parse_args(arguments)
-    chosen.lines = chosen.lines or os.environ.get("LINES", "").replace(",", " ").split() or list(LINES)
+    known = STORES[chosen.store]
+    chosen.lines = chosen.lines or os.environ.get("LINES", "").replace(",", " ").split() or list(known)
     for line in chosen.lines:
-        if line not in LINES:
-            parser.error(f"line {line!r} is not one of {', '.join(LINES)}")
+        if line not in known:
+            parser.error(f"line {line!r} is not one of {', '.join(known)}, which are those of store {chosen.store}")
     return chosen
 
 

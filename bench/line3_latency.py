@@ -8,11 +8,13 @@ one hand-written commit of all its rows (p99).
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from bench.bare import loop, two_commits
+from bench.bare import arrays, loop, two_commits
+from bench.databases import database_of, server_url
 from bench.harness import Bench, Finding, median, percentile, quiet_gc
-from bench.workload import open_runtime, order_messages
+from bench.workload import open_runtime, open_store, order_messages
 from sagaloom.process import run as run_process
 
 __all__ = ["run"]
@@ -43,7 +45,18 @@ async def _ours(path: Path, orders: int, *, rests: bool) -> list[float]:
         return seconds
 
 
+async def _on_postgres(path: Path, batches: Sequence[arrays.Batch]) -> list[float]:
+    _, store = await open_store(path)
+    await store.open()
+    await store.close()
+    with quiet_gc():
+        return await arrays.run(await database_of(path), batches)
+
+
 def _two_commits(path: Path, orders: int) -> list[float]:
+    if server_url() is not None:
+        seconds = run_process(_on_postgres(path, arrays.prepared(orders, 1, accepted=True)))
+        return [accept + apply for accept, apply in zip(seconds[::2], seconds[1::2], strict=True)]
     pairs = two_commits.prepared(orders)
     connection = loop.connect(path)
     try:
@@ -54,6 +67,8 @@ def _two_commits(path: Path, orders: int) -> list[float]:
 
 
 def _one_commit(path: Path, orders: int) -> list[float]:
+    if server_url() is not None:
+        return run_process(_on_postgres(path, arrays.prepared(orders, 1)))
     batches = loop.prepared(orders, 1)
     connection = loop.connect(path)
     try:

@@ -8,11 +8,11 @@ nobody has touched since the start, so each of them has to be read.
 from __future__ import annotations
 
 import random
-import shutil
 import time
 from pathlib import Path
 from typing import NamedTuple
 
+from bench.databases import copy_store
 from bench.filling import account_id, add_effects, add_timers, fill
 from bench.harness import Bench, Finding, quiet_gc
 from bench.workload import account_messages, open_runtime, publish_all
@@ -64,7 +64,7 @@ def run(bench: Bench) -> None:
         run_process(fill(paths["small"], _HOT))
         run_process(fill(paths["hot"], accounts))
         for name in ("timers", "outbox"):
-            shutil.copy(paths["hot"], paths[name])
+            copy_store(paths["hot"], paths[name])
         run_process(add_timers(paths["timers"], accounts, accounts))
         run_process(add_effects(paths["outbox"], accounts, accounts))
         for _ in range(bench.pick(3, 2)):

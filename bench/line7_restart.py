@@ -9,10 +9,10 @@ At last two processes share the store and one of them is killed: the other one h
 from __future__ import annotations
 
 import asyncio
-import shutil
 import time
 from pathlib import Path
 
+from bench.databases import copy_store
 from bench.filling import Waiting, fill
 from bench.harness import Bench, Child, Finding
 
@@ -34,7 +34,7 @@ def run(bench: Bench) -> None:
         asyncio.run(fill(template, accounts, waiting))
         for number in range(bench.pick(3, 2)):
             path = place / f"restarted-{number}.db"
-            shutil.copy(template, path)
+            copy_store(template, path)
             began = time.monotonic()
             with _worker(path, accounts - 1) as worker:
                 said = worker.hear()
@@ -45,7 +45,7 @@ def run(bench: Bench) -> None:
             with _worker(path, accounts - 2) as worker:
                 takeovers.append(worker.hear()["applied"] - killed)
                 survivals.append(_survival(path, accounts, worker))
-            path.unlink()
+            path.unlink(missing_ok=True)
     applied, ready = min(restarts)
     bench.found(
         Finding(

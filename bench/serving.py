@@ -22,14 +22,14 @@ from typing import Any
 
 import uvicorn
 
-from bench.workload import CountingStore, account, open_runtime, order, receiver
-from sagaloom.kv import MemoryKeyValue, SqliteKeyValue
+from bench.workload import Counted, CountingStore, account, open_runtime, order, receiver
+from sagaloom.kv import MemoryKeyValue
 from sagaloom.ports.store import CommitResult, Lease, Loaded, UnitOfWork
 from sagaloom.process import calm_gc, run
 from sagaloom.runtime import Outcome, PublishReceipt, PublishRejected, SagaRuntime
 from sagaloom.service import create_app
 
-_Parts = tuple[SagaRuntime, CountingStore | None, SqliteKeyValue | None]
+_Parts = tuple[SagaRuntime, CountingStore | None, Counted | None]
 
 
 class _InstantStore(CountingStore):

@@ -12,16 +12,19 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from bench.databases import database_of, server_url
 from sagaloom import CascadedMessage, Saga, SagaContext, SagaMessage, define_saga, saga_complete, send
+from sagaloom.kv.postgres import PostgresDatabase, PostgresPresence, PostgresSagaRows
 from sagaloom.kv.presence import FilePresence
 from sagaloom.kv.sqlite import SqliteKeyValue
 from sagaloom.ports.store import CommitResult, Lease, UnitOfWork
 from sagaloom.runtime import PublishReceipt, RuntimeOptions, SagaRuntime
-from sagaloom.stores import KvSagaStore
+from sagaloom.stores import KvSagaStore, SqlSagaStore
 from sagaloom.targets import CallableTarget, EffectRequest, callable_target
 
 __all__ = [
     "MESSAGES_PER_ORDER",
+    "Counted",
     "CountingStore",
     "account",
     "account_messages",
@@ -34,6 +37,9 @@ __all__ = [
     "publish_all",
     "receiver",
 ]
+
+Counted = SqliteKeyValue | PostgresSagaRows
+"""What counts its statements."""
 
 MESSAGES_PER_ORDER = 3
 State = dict[str, Any]
@@ -157,8 +163,18 @@ class CountingStore(KvSagaStore):
         return await super().commit(units, lease=lease)
 
 
-async def open_store(path: Path, *, durable: bool = True) -> tuple[SqliteKeyValue, CountingStore]:
-    """The store in the file `path`. `durable=False` is for filling it beforehand."""
+class CountingSqlStore(SqlSagaStore, CountingStore):
+    """The same on PostgreSQL."""
+
+
+async def open_store(path: Path, *, durable: bool = True) -> tuple[Counted, CountingStore]:
+    """The store in the file `path`, or in the database that stands for it. `durable=False` is for filling it
+    beforehand."""
+    if server_url() is not None:
+        rows = PostgresSagaRows(PostgresDatabase(url=await database_of(path)))
+        await rows.open()
+        presence = PostgresPresence(rows.database, files=FilePresence(path))
+        return rows, CountingSqlStore(rows, presence=presence)
     kv = await SqliteKeyValue.open(path, synchronous="FULL" if durable else "OFF")
     return kv, CountingStore(kv, presence=FilePresence(path))
 
@@ -166,8 +182,8 @@ async def open_store(path: Path, *, durable: bool = True) -> tuple[SqliteKeyValu
 @asynccontextmanager
 async def open_runtime(
     path: Path, *, options: RuntimeOptions | None = None
-) -> AsyncGenerator[tuple[SagaRuntime, CountingStore, SqliteKeyValue]]:
-    """A running runtime on the file `path`, as a user would have it."""
+) -> AsyncGenerator[tuple[SagaRuntime, CountingStore, Counted]]:
+    """A running runtime on the store `path`, as a user would have it."""
     kv, store = await open_store(path)
     try:
         runtime = SagaRuntime(store, definitions=[order, account], targets=[receiver()], options=options)

@@ -7,12 +7,14 @@
     reference/command-line.md    from the commands themselves
     reference/http-api.md        from the OpenAPI document that a server answers with
     reference/jobs-api.md        likewise, for jobs
+    reference/proofs.md          from the builder, the effects and the examples
 
 They are kept in the repository, so that they can be read where nothing is built; a test compares them with the code.
 """
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import dataclasses
 import json
@@ -49,6 +51,7 @@ def generated() -> dict[Path, str]:
         DOCS / "reference" / "command-line.md": command_line(),
         DOCS / "reference" / "http-api.md": http_api(),
         DOCS / "reference" / "jobs-api.md": jobs_api(),
+        DOCS / "reference" / "proofs.md": proofs(),
     }
 
 
@@ -271,6 +274,72 @@ def _parameter(parameter: Any, context: Any) -> list[str]:
     name = name or written
     value = "" if getattr(parameter, "is_flag", False) else kind.rstrip(">").removeprefix("list[").rstrip("]")
     return [f"`{name}`", value.replace("str", "text").replace("int range", "number"), _escaped(" ".join(said.split()))]
+
+
+# --- Proofs ----------------------------------------------------------------------------------------------------------
+
+
+def proofs() -> str:
+    """Every method of the builder and every effect, with the stories that use it and the stores they are told on."""
+    sys.path.insert(0, str(DOCS.parent))
+    try:
+        from tests.examples.stories import STORES, STORIES
+    finally:
+        sys.path.pop(0)
+    used = {name: words_used(DOCS.parent / "examples" / f"{name}.py") for name in STORIES}
+    page = [
+        "# What is proven, and where\n",
+        _NOTE,
+        "Each story of `examples/` is told by `make examples` on every store named here: as it should be; stopped in "
+        "process before and behind each of its commits; and with five real `kill -9`. Each time it ends as it does "
+        "when nobody stops it, the services have been asked for each thing once, and the store breaks no invariant. "
+        "The test is `tests/examples/test_stories.py`; in brackets is the name of the case.\n",
+    ]
+    for title, words in (("Methods of the builder", builder_methods()), ("Effects", effect_helpers())):
+        rows = []
+        for word, shown in words.items():
+            stories = [name for name in STORIES if word in used[name]]
+            cases = ", ".join(f"`[{name}]`" for name in stories)
+            rows.append([f"`{shown}`", cases or "not there yet", ", ".join(STORES.values()) if stories else ""])
+        page += [f"## {title}\n", _table(["what", "the stories that prove it", "on"], rows)]
+    return "\n".join(page)
+
+
+def builder_methods() -> dict[str, str]:
+    """The methods of the builder, with how they are shown."""
+    from sagaloom import builder
+
+    stages = (builder.SagaDraft, builder.SagaWithState, builder.SagaWithHandlers)
+    names = [name for stage in stages for each in reversed(stage.__mro__) for name in vars(each) if name[0] != "_"]
+    return {f".{name}": f".{name}(...)" for name in dict.fromkeys(names)}
+
+
+def effect_helpers() -> dict[str, str]:
+    """What makes effects, with how it is shown."""
+    from sagaloom import effects
+
+    names = [name for name in effects.__all__ if name[0].islower()]
+    return {**{name: f"{name}(...)" for name in names}, "ALL_STEPS": "saga_compensate(ALL_STEPS)"}
+
+
+def words_used(file: Path) -> set[str]:
+    """The methods of the builder that a program calls on a saga it defines, as `.on`, and the functions it calls."""
+    used: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        match node:
+            case ast.Call(func=ast.Attribute(attr=name)) if _is_about_a_saga(node):
+                used.add(f".{name}")
+            case ast.Call(func=ast.Name(id=name)) | ast.Name(id="ALL_STEPS" as name):
+                used.add(name)
+            case _:
+                pass
+    return used
+
+
+def _is_about_a_saga(node: ast.expr) -> bool:
+    while isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        node = node.func.value
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "define_saga"
 
 
 # --- The HTTP API ----------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """An order with compensation: charge, pick, ship; and when there is nothing to ship, give the money back.
 
-`python -m examples.orders` tells of two orders: one arrives, the other is paid and cannot be fulfilled.
+`python -m examples.orders` tells of three orders: one arrives, one is paid and cannot be fulfilled, and one has to be
+tried twice, because its label cannot be printed at first.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 from examples.telling import Act, Ending, Story, Teller, tell_as_script
 from sagaloom import (
     CascadedMessage,
+    RetryPolicy,
     Saga,
     SagaContext,
     SagaMessage,
@@ -68,6 +70,8 @@ def captured(saga: Saga[Order], event: SagaMessage[PaymentCaptured], context: Co
 
 
 def shipped(saga: Saga[Order], event: SagaMessage[Shipped], context: Context) -> Effects:
+    if event.payload.order_id == "o-3" and context.attempt == 1:
+        raise ConnectionError("no paper")  # whatever a handler raises, nothing is written, and it is tried again
     saga.state = replace(saga.state, status="shipped")
     return [saga_complete({"paid": saga.state.cents})]
 
@@ -88,6 +92,8 @@ def order_id_of(message: SagaMessage[OrderPlaced | PaymentCaptured | Shipped | F
 
 orders = (
     define_saga("orders")
+    .durability("t2")  # the history keeps the states, too
+    .retry(RetryPolicy(maximum_attempts=3, initial_interval_ms=5_000))
     .state(Order())
     .correlate(order_id_of)
     .on(OrderPlaced, placed)
@@ -123,15 +129,27 @@ async def place_another(teller: Teller) -> None:
     await teller.publish(OrderPlaced("o-2", 990))
 
 
+async def place_one_that_is_tried_again(teller: Teller) -> None:
+    await teller.publish(OrderPlaced("o-3", 1))
+    await teller.let_pass("10s")
+
+
 def holds(ending: Ending) -> bool:
-    first, second = ending.instances["orders:o-1"], ending.instances["orders:o-2"]
-    return (first["status"], second["status"], second["reason"]) == ("completed", "failed", "out of stock") and (
-        sum("charge" in asked for asked in ending.outside) == 2
+    first, second, third = (ending.instances[f"orders:o-{number}"] for number in (1, 2, 3))
+    return (
+        [one["status"] for one in (first, second, third)] == ["completed", "failed", "completed"]
+        and second["reason"] == "out of stock"
+        and sum("charge" in asked for asked in ending.outside) == 3
         and sum("refund" in asked for asked in ending.outside) == 1
     )
 
 
-story = Story(name="orders", acts=[Act(sagas=[orders], steps=[place_one, place_another])], answer=answer, holds=holds)
+story = Story(
+    name="orders",
+    acts=[Act(sagas=[orders], steps=[place_one, place_another, place_one_that_is_tried_again])],
+    answer=answer,
+    holds=holds,
+)
 
 if __name__ == "__main__":
     tell_as_script(story)

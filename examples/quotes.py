@@ -1,8 +1,8 @@
 """Scatter and gather: three insurers are asked for a quote at once, and when all have answered, in whatever order, the
 cheapest one gets the contract.
 
-`python -m examples.quotes` tells of two requests. The first is answered by all; for the second one insurer stays
-silent, and a timeout takes what is there.
+`python -m examples.quotes` tells of two requests. The first is answered by all, and asked again when it is over; for
+the second one insurer stays silent, and a timeout takes what is there.
 """
 
 from __future__ import annotations
@@ -101,6 +101,7 @@ def request_of(message: SagaMessage[QuotesAsked | AcmeQuoted | BestQuoted | Cosy
 
 quotes = (
     define_saga("quotes")
+    .reuse("new_run")  # whoever asks again gets another run
     .state(Request())
     .correlate(request_of)
     .correlate(TimeIsUp, lambda message: message.correlation_key)
@@ -136,16 +137,23 @@ async def ask_twice(teller: Teller) -> None:
     await teller.publish(QuotesAsked("q-2"))
 
 
+async def ask_again(teller: Teller) -> None:
+    await teller.publish(QuotesAsked("q-1"))
+
+
 async def time_passes(teller: Teller) -> None:
     await teller.let_pass("3d")
 
 
 def holds(ending: Ending) -> bool:
-    results = [ending.instances[f"quotes:{name}"]["result"] for name in ("q-1", "q-2")]
-    return results == [{"insurer": "cosy"}, {"insurer": "best"}] and sum("with" in each for each in ending.outside) == 2
+    results = [ending.instances[f"quotes:{name}"]["result"] for name in ("q-1", "q-1 run 2", "q-2")]
+    contracts = sum("with" in each for each in ending.outside)
+    return results == [{"insurer": "cosy"}, {"insurer": "cosy"}, {"insurer": "best"}] and contracts == 3
 
 
-story = Story(name="quotes", acts=[Act(sagas=[quotes], steps=[ask_twice, time_passes])], answer=answer, holds=holds)
+story = Story(
+    name="quotes", acts=[Act(sagas=[quotes], steps=[ask_twice, ask_again, time_passes])], answer=answer, holds=holds
+)
 
 if __name__ == "__main__":
     tell_as_script(story)

@@ -29,6 +29,7 @@ from typing import Any, Final, TypeAlias
 
 from sagaloom import SagaDefinition, SignalDefinition
 from sagaloom.durations import parse_duration
+from sagaloom.ids import PARTITIONS
 from sagaloom.messages import SagaMessage, as_message
 from sagaloom.runtime import Outcome, RuntimeOptions, SagaRuntime, SignalReceipt, create_durable_saga_runtime
 from sagaloom.targets import EffectRequest, callable_target
@@ -201,6 +202,7 @@ async def play(story: Story, folder: Path, *, url: str | None = None, faults: Fa
 
 
 async def ending_of(runtime: SagaRuntime, world: World) -> Ending:
+    await runtime.stop()  # Time has passed, and the pruner would take events away while they are looked at.
     instances = {
         f"{one.saga_id}:{one.key}" + (f" run {one.run}" if one.run > 1 else ""): {
             "status": one.status,
@@ -241,6 +243,11 @@ async def _runtime(
     )
     try:
         await durable.start()
+        # What a process before us held comes to us when that is found dead. Until then there is nothing that we could
+        # do, and so `settled` would return at once.
+        async with asyncio.timeout(_PATIENCE_SECONDS):
+            while not all(durable.runtime.holds(part) for part in range(PARTITIONS)):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
         yield durable.runtime, clock
     except BaseException:
         hook.disarm()

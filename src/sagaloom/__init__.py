@@ -56,6 +56,7 @@ from sagaloom.effects import (
 from sagaloom.errors import (
     BackendUnavailable,
     ConcurrencyConflict,
+    ConcurrencyLimited,
     ConfigurationError,
     DecodeError,
     DefinitionError,
@@ -87,6 +88,7 @@ __all__ = [
     "BackendUnavailable",
     "CascadedMessage",
     "ConcurrencyConflict",
+    "ConcurrencyLimited",
     "ConfigurationError",
     "DecodeError",
     "DefinitionError",

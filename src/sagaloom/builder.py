@@ -30,6 +30,7 @@ from sagaloom.definitions import (
     SAGA_DURABILITY_TIERS,
     CatchUp,
     CompensationBinding,
+    ConcurrencyPolicy,
     Gathered,
     HandlerBinding,
     Invariant,
@@ -50,7 +51,7 @@ from sagaloom.definitions import (
     UpdateBinding,
 )
 from sagaloom.durations import parse_duration
-from sagaloom.errors import DefinitionError, NotImplementedYet, SagasError
+from sagaloom.errors import DefinitionError, SagasError
 from sagaloom.fingerprint import fingerprint_of
 from sagaloom.ids import check_key, check_saga_id
 from sagaloom.messages import RESERVED_PREFIX, SagaMessage, as_message, message_type_of
@@ -85,6 +86,7 @@ class _Data:
     correlations: Mapping[str, SagaCorrelation[Any]] = dataclasses.field(
         default_factory=dict[str, SagaCorrelation[Any]]
     )
+    concurrency: ConcurrencyPolicy | None = None
     joins: tuple[JoinBinding, ...] = ()
     status_field: str = "status"
     signals: Mapping[str, HandlerBinding] = dataclasses.field(default_factory=dict[str, HandlerBinding])
@@ -212,14 +214,23 @@ class _Stage:
         *,
         on_limit: OnLimit = "reject",
     ) -> Self:
-        """Bounds how many messages run at once, per derived key. Checks its arguments; raises `NotImplementedYet`."""
+        """Bounds how many messages of the saga are under way at once, over all processes: from their acceptance until
+        they are settled, retries included.
+
+        `key` is asked for the concurrency key of a message that has none of its own; each key has its own `limit`, and
+        messages without any share one. `on_limit`: a publish that finds no place is refused, 409 and retryable
+        (`"reject"`), or is accepted and waits (`"wait"`). Messages from sagas, targets and timers always wait.
+
+        >>> define_saga("order").concurrency(3, lambda message: message.payload["customer"], on_limit="wait")
+        <SagaDraft 'order', handles []>
+        """
         where = self._data.where
         if not _is_int(limit) or limit < 1:
             raise DefinitionError(f"Saga concurrency limit must be a positive integer. {where}: got {limit!r:.80}.")
         if key is not None:
             _check_function(key, 1, f"{where}: the concurrency key", "it takes (message) and returns a string")
         _one_of(on_limit, get_args(OnLimit), f"{where}: concurrency on_limit")
-        self._not_yet("concurrency")
+        return self._with(concurrency=ConcurrencyPolicy(limit, key, on_limit))
 
     def schedule(
         self, cron: str, *, message: object = None, timezone: str = "UTC", catch_up: CatchUp = "latest"
@@ -288,13 +299,6 @@ class _Stage:
         _checked_key(where, "timeout name", name)
         said = _said(data, "timeout", message, ())
         return self._with(timeouts=(*data.timeouts, TimeoutPolicy(length, said.type, name, said.payload)))
-
-    def _not_yet(self, method: str) -> NoReturn:
-        raise NotImplementedYet(
-            f"{self._data.where}: .{method}(...) is not implemented yet: this version knows its form and cannot run "
-            "it; leave it out",
-            data={"sagaId": self._data.id, "method": method},
-        )
 
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
@@ -722,6 +726,7 @@ class SagaWithHandlers(SagaWithState[S]):
             updates=MappingProxyType(dict(data.updates)),
             queries=MappingProxyType(dict(data.queries)),
             joins=data.joins,
+            concurrency=data.concurrency,
             status_field=data.status_field,
             retry=data.retry,
             reuse=data.reuse,

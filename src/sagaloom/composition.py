@@ -134,8 +134,8 @@ def create_durable_saga_runtime(
     `open_saga_runtime_kv` finds it.
 
     `targets` deliver effects; one for HTTP services comes by itself, with `services` as its address book (service
-    name to URL) before the environment's `services__<name>__http__0`, and one for jobs, which asks the environment
-    for the workers API.
+    name to URL) before the environment's `services__<name>__http__0`, one for jobs, which asks the environment for the
+    workers API, and one for queues, at the broker that `create_queue` finds.
 
         async with create_durable_saga_runtime("kv", definitions=[order_saga]) as durable:
             await durable.runtime.publish({"type": "OrderPlaced", "payload": {"orderId": "o-1"}})
@@ -167,6 +167,13 @@ def create_durable_saga_runtime(
                 jobs = JobTarget()
                 owned.push_async_callback(jobs.close)
                 given.append(jobs)
+            if not any(target.kind == "queue" for target in given):
+                from sagaloom.queue import create_queue
+                from sagaloom.targets import QueueTarget
+
+                queues = QueueTarget(create_queue)
+                owned.push_async_callback(queues.close)
+                given.append(queues)
             runtime = SagaRuntime(chosen, definitions=definitions, targets=given, clock=clock, options=options)
             return DurableSagaRuntime(runtime, owned.pop_all())
 

@@ -9,13 +9,14 @@ out. `retryable` says whether the very same call may succeed later.
     ├── MessageRejected        the caller's: a message, key or request refused at the door; nothing was changed
     │   ├── SagaNotFound · InstanceNotFound · DeadLetterNotFound · JobNotFound · JobRunNotFound
     │   ├── ScheduleNotFound · TimerNotFound · SignalNotFound · QueryNotFound
-    │   ├── InstanceEnded · UpdateRefused · QueueFull
+    │   ├── InstanceEnded · UpdateRefused · QueueFull · ConcurrencyLimited
     │   └── IdempotencyKeyReused
     ├── EncodeError            the author's, at run time: a value that JSON cannot carry and give back
     ├── DecodeError            the sender's, or an older version's: bytes that are no value of the declared type
     ├── HandlerError           the author's, at run time: what a handler raised or returned
     │   └── QueryFailed · UpdateFailed
     ├── ConcurrencyConflict    nobody's: another writer was first; decide again
+    ├── JobCancelled           nobody's: the run was asked to end; raised by a handler that notices
     ├── Fenced                 nobody's: the lease has a new holder; stop writing
     ├── BackendUnavailable     the environment's: a store, broker or service that does not answer
     ├── StoreCorrupt           the environment's: stored bytes that cannot be read
@@ -30,6 +31,7 @@ from collections.abc import Mapping
 __all__ = [
     "BackendUnavailable",
     "ConcurrencyConflict",
+    "ConcurrencyLimited",
     "ConfigurationError",
     "DeadLetterNotFound",
     "DecodeError",
@@ -41,6 +43,7 @@ __all__ = [
     "IdempotencyKeyReused",
     "InstanceEnded",
     "InstanceNotFound",
+    "JobCancelled",
     "JobNotFound",
     "JobRunNotFound",
     "MessageRejected",
@@ -123,6 +126,12 @@ class JobNotFound(MessageRejected):
     default_code = "JOB_NOT_FOUND"
 
 
+class JobCancelled(SagasError):
+    """The run was asked to end, and its handler does: `ctx.raise_if_cancelled()`."""
+
+    default_code = "JOB_CANCELLED"
+
+
 class JobRunNotFound(MessageRejected):
     """No run has this id."""
 
@@ -167,6 +176,13 @@ class UpdateRefused(MessageRejected):
     """
 
     default_code = "SAGA_UPDATE_REFUSED"
+
+
+class ConcurrencyLimited(MessageRejected):
+    """All places that the saga has for messages of this concurrency key are taken; nothing was accepted."""
+
+    default_code = "SAGA_CONCURRENCY_LIMITED"
+    default_retryable = True
 
 
 class IdempotencyKeyReused(MessageRejected):

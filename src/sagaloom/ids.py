@@ -12,6 +12,7 @@ import os
 import random
 import re
 from datetime import datetime
+from functools import lru_cache
 from typing import NamedTuple
 
 from sagaloom.errors import DefinitionError, MessageRejected
@@ -89,6 +90,8 @@ def check_key(key: str, *, what: str = "correlation key") -> str:
     return key
 
 
+# Asked for several times on the way of a message.
+@lru_cache(maxsize=16_384)
 def key_hash(saga_id: str, key: str) -> bytes:
     """The 32 bytes by which an instance's keys are unique, placed and found."""
     return hashlib.sha256(f"{saga_id}\0{key}".encode()).digest()

@@ -21,7 +21,7 @@ from typing import Any, cast
 
 from sagaloom.errors import ConfigurationError
 
-__all__ = ["ModuleKind", "attribute_of", "import_named", "modules_named"]
+__all__ = ["ModuleKind", "attribute_of", "import_named", "module_at", "modules_named", "names_in_project"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +55,7 @@ def modules_named(
     if names := tuple(name for part in from_environment.split(",") if (name := part.strip())):
         return names
     project = (directory if directory is not None else Path.cwd()) / "pyproject.toml"
-    if names := _modules_in(project, kind.section):
+    if names := names_in_project(project, kind.section):
         return names
     raise ConfigurationError(
         f"no {kind.noun} modules named: give them on the command line ({kind.example}), or set "
@@ -73,6 +73,12 @@ def import_named(kind: ModuleKind, name: str, *, directory: Path | None = None) 
     return _import(kind.label, module_name, folder), attribute
 
 
+def module_at(name: str, file: str | None) -> ModuleType:
+    """The module that another process has told us of: by its name, or from the file that it was loaded from. Raises
+    `ConfigurationError`."""
+    return _import("module", file or name, Path.cwd())
+
+
 def attribute_of(kind: ModuleKind, module: ModuleType, attribute: str, *, name: str) -> object:
     """What `attribute`, which may have dots, is in `module`. `name` is what the user wrote."""
     value: object = module
@@ -83,7 +89,9 @@ def attribute_of(kind: ModuleKind, module: ModuleType, attribute: str, *, name: 
     return value
 
 
-def _modules_in(project: Path, name: str) -> tuple[str, ...]:
+def names_in_project(project: Path, name: str) -> tuple[str, ...]:
+    """The modules that a pyproject.toml names in `[tool.sagaloom]` under `name`, if it does. Raises
+    `ConfigurationError` for one that cannot be read."""
     try:
         document = tomllib.loads(project.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -10,7 +10,6 @@ import pytest
 
 from sagaloom import (
     DefinitionError,
-    NotImplementedYet,
     QueryDefinition,
     RetryPolicy,
     SagaDefinition,
@@ -580,23 +579,17 @@ def test_a_tick_that_starts_nothing_needs_a_key(draft: Any) -> None:
     assert draft.state({}).on("order:tick", handler, starts=False).build().schedule is not None
 
 
-# --- what is typed, checked, and not built yet ---
+# --- signals, statuses, joins, limits ---
 
 SIGNAL = define_signal("approve", OrderPlaced)
 QUERY = define_query("progress", int)
 
 
-@pytest.mark.parametrize(
-    ("method", "call"),
-    [
-        ("concurrency", lambda: DRAFT.concurrency(3, lambda message: "a", on_limit="wait")),
-    ],
-)
-def test_what_is_not_built_yet_says_so(method: str, call: Any) -> None:
-    with pytest.raises(NotImplementedYet, match=rf"saga 'order': \.{method}\(\.\.\.\) is not implemented") as caught:
-        call()
+def test_concurrency_is_part_of_the_definition_and_the_last_word_counts() -> None:
+    saga = DRAFT.concurrency(3).concurrency(2, lambda message: "a", on_limit="wait").state({}).on("A", handler).build()
 
-    assert (caught.value.code, caught.value.data["method"]) == ("SAGA_NOT_IMPLEMENTED", method)
+    assert saga.concurrency is not None
+    assert (saga.concurrency.limit, saga.concurrency.on_limit, saga.concurrency.key is None) == (2, "wait", False)
 
 
 @pytest.mark.parametrize(
@@ -622,7 +615,7 @@ def test_what_is_not_built_yet_says_so(method: str, call: Any) -> None:
         (lambda: READY.on_query(QUERY, coroutine_handler), "is async"),
     ],
 )
-def test_what_is_not_built_yet_checks_its_arguments(call: Any, reason: str) -> None:
+def test_an_argument_that_makes_no_sense_is_refused(call: Any, reason: str) -> None:
     with pytest.raises(DefinitionError, match=reason):
         call()
 

@@ -20,8 +20,11 @@ import pytest
 from tests.docs.pages import ROOT, Block, Command, blocks_of, commands_of, is_printed, pages, with_free_ports
 from tests.docs.shell import Shell, free_ports
 
-TESTED_ELSEWHERE: Final = {"docs/publishing.md": "tests/publisher/test_documentation.py"}
-"""Pages whose Python needs more than a page can say."""
+TESTED_ELSEWHERE: Final = {
+    "docs/publishing.md": "tests/publisher/test_documentation.py",
+    "docs/howto/scale-out.md": "tests/docs/test_scale_out.py",
+}
+"""Pages whose blocks need more than a page can say."""
 
 
 def _name(page: Path) -> str:

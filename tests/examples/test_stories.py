@@ -23,7 +23,7 @@ from examples.telling import Ending, play
 from sagaloom.testing.faults import Faults
 from tests.docs.pages import ROOT
 from tests.examples.actor import story_called
-from tests.examples.stories import STORIES
+from tests.examples.stories import STORES, STORIES
 from tests.schemas import Schema
 
 IS_LONG: Final = os.environ.get("SAGALOOM_EXAMPLES") == "all"
@@ -47,11 +47,13 @@ class Shelf:
 
 
 def _cases(*names: str, on_postgres: Sequence[str]) -> list[Any]:
-    """Each story on a file, and some on PostgreSQL; in the long form all of them on both."""
-    files = [pytest.param((name, "file"), id=f"{name}-file") for name in (STORIES if IS_LONG else names)]
-    return files + [
-        pytest.param((name, "postgres"), id=f"{name}-postgres", marks=pytest.mark.server("postgres"))
-        for name in (STORIES if IS_LONG else on_postgres)
+    """Each story on a file, and some on PostgreSQL; in the long form all of them on every store."""
+    chosen = {"file": names, "postgres": on_postgres}
+    marks = {"postgres": [pytest.mark.server("postgres")]}
+    return [
+        pytest.param((name, store), id=f"{name}-{store}", marks=marks.get(store, ()))
+        for store in STORES
+        for name in (STORIES if IS_LONG else chosen[store])
     ]
 
 

@@ -20,6 +20,7 @@ from sagaloom.runtime.receipts import Outcome, PublishReceipt
 from sagaloom.runtime.runtime import SagaRuntime
 from sagaloom.stores import KvSagaStore, SqlSagaStore
 from sagaloom.telemetry import TelemetryProviders
+from sagaloom.testing import MemoryStore
 from sagaloom.testing.clock import ManualClock
 from tests.schemas import Schema
 
@@ -173,5 +174,31 @@ def bench_schema(store_kind: str, request: pytest.FixtureRequest) -> Schema | No
 @pytest.fixture
 async def bench(tmp_path: Path, bench_schema: Schema | None) -> AsyncIterator[Bench]:
     made = Bench(tmp_path / "sagas.db", bench_schema)
+    yield made
+    await made.close()
+
+
+@pytest.fixture(params=["embedded", "memory", pytest.param("postgres", marks=pytest.mark.server("postgres"))])
+def any_store_kind(request: pytest.FixtureRequest) -> str:
+    kind: str = request.param
+    return kind
+
+
+@pytest.fixture
+def schema_if_asked(any_store_kind: str, request: pytest.FixtureRequest) -> Schema | None:
+    """No coroutine, for those cannot ask for others that are."""
+    return request.getfixturevalue("schema") if any_store_kind == "postgres" else None
+
+
+@pytest.fixture
+async def store(any_store_kind: str, schema_if_asked: Schema | None, tmp_path: Path) -> AsyncIterator[SagaStore]:
+    """An empty store of each kind, for what must be the same on all of them."""
+    made: SagaStore
+    if schema_if_asked is not None:
+        made = SqlSagaStore(PostgresSagaRows(schema_if_asked.database()))
+    elif any_store_kind == "memory":
+        made = MemoryStore()
+    else:
+        made = KvSagaStore(await SqliteKeyValue.open(tmp_path / "one.db"))
     yield made
     await made.close()

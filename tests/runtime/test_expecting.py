@@ -13,11 +13,10 @@ from sagaloom.ports.store import SagaStore
 from sagaloom.runtime import PublishReceipt, SagaRuntime
 from sagaloom.testing import ManualClock, check_invariants
 from tests.core.test_expecting import joined_orders, keyed, moving, orders
-from tests.runtime.conftest import Bench, Life
+from tests.runtime.conftest import STORES, Bench, Life
 from tests.runtime.test_sharing import keys_held_by, parts_of, until
-from tests.runtime.test_signals import store
 
-__all__ = ["store"]
+__all__ = ["STORES"]
 
 CHAIN = (
     define_saga("chain")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -71,6 +72,13 @@ async def _born(bench: Bench, count: int, *definitions: Any, **more: Any) -> Lif
 
 async def _counts(life: Life) -> dict[str, int]:
     return {name: count for name, count in (await life.runtime.count_children("parent", "p")).items() if count}
+
+
+async def _until_counted(life: Life, **wanted: int) -> None:
+    """Waits for what two processes do together, of which neither knows when it is done."""
+    async with asyncio.timeout(20):
+        while not wanted.items() <= (await _counts(life)).items():  # noqa: ASYNC110 - see above
+            await asyncio.sleep(0.01)
 
 
 async def _state(life: Life, saga_id: str = "parent", key: str = "p") -> Any:
@@ -207,6 +215,21 @@ async def test_cancels_of_many_children_go_on_after_a_kill(bench: Bench) -> None
     await life.runtime.settled(20)
 
     assert await _counts(life) == {"cancelled": 2_500}
+
+
+async def test_children_that_another_process_holds_end_with_their_parent(bench: Bench) -> None:
+    one, other = await bench.live(_parent(), _child()), await bench.live(_parent(), _child())
+    await one.publish("Bear", {"count": 40}, key="p")
+    await one.publish("Done", {"n": 0}, key="c-0", wait=5)
+    await _until_counted(one, completed=1)
+
+    await other.runtime.cancel("parent", "p")
+    await _until_counted(other, cancelled=39)
+
+    held = [sum(life.runtime.holds(part) for part in range(64)) for life in (one, other)]
+    assert min(held) > 0
+    assert await _counts(one) == {"completed": 1, "cancelled": 39}
+    assert await check_invariants(one.runtime.store) == []
 
 
 # --- children that never come to be ----------------------------------------------------------------------------------

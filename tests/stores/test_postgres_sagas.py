@@ -20,10 +20,12 @@ from sagaloom.errors import BackendUnavailable, ConfigurationError, DeliveryFail
 from sagaloom.kv.postgres import PostgresDatabase, PostgresSagaRows
 from sagaloom.kv.postgres.schema import Step, applied, steps, take, upgrade
 from sagaloom.ports.keyvalue import Check, Committed
-from sagaloom.runtime import SagaRuntime
+from sagaloom.ports.store import UnitOfWork
+from sagaloom.runtime import PublishReceipt, PublishRejected, SagaRuntime
 from sagaloom.stores import SqlSagaStore
 from sagaloom.stores.rows import encode, head_key
-from sagaloom.testing import ManualClock
+from sagaloom.testing import ManualClock, MemoryStore
+from sagaloom.testing.contracts.sagastore import NOW, envelope_of, head_of, write
 from tests.schemas import Schema
 
 ORDER = {"type": "OrderPlaced", "payload": {"orderId": "o-1", "amount": 5}}
@@ -269,3 +271,149 @@ async def test_two_commits_that_change_the_same_heads_in_another_order_do_not_wa
     finally:
         for store in stores:
             await store.close()
+
+
+async def test_a_number_never_becomes_visible_behind_a_larger_one_of_its_partition(schema: Schema) -> None:
+    """Else the holder of a partition, having read the larger one, would never look for the smaller one again."""
+    holder, other = SqlSagaStore(PostgresSagaRows(schema.database())), SqlSagaStore(PostgresSagaRows(schema.database()))
+    one = await holder.acquire("holder", now=NOW)
+    two = await other.join("other")
+    head = head_of("o-1", await holder.reserve_pks(1))
+    bringing = UnitOfWork(part=head.part, inbox_add=(envelope_of("o-1", "brought"),))
+    sending = UnitOfWork(part=head.part, inbox_add=(envelope_of("o-1", "sent"),))
+    await write(holder, one, UnitOfWork(part=head.part, head=head))
+    connection = await schema.connect()
+    lock = connection.transaction()
+    await lock.start()
+    # As if the commit of the one who brings were held up after it had drawn its number.
+    await connection.execute("SELECT FROM saga_runtime_correlation FOR UPDATE")
+    await connection.execute("SELECT FROM saga_runtime_arrivals WHERE part = $1 FOR UPDATE", head.part)
+    first = asyncio.create_task(other.commit([bringing], lease=two))
+    second = asyncio.create_task(holder.commit([sending], lease=one))
+    await asyncio.sleep(0.2)
+    assert not first.done()
+    assert not second.done()
+    await lock.rollback()
+    await connection.close()
+
+    await asyncio.gather(first, second)
+    arrived = [row.envelope.id for row in await holder.arrivals(one)]
+
+    assert "brought" in arrived
+    await other.close()
+    await holder.close()
+
+
+# -- a transaction of the host ----------------------------------------------------------------------------------------
+
+
+def noting(saga: Any, event: Any, context: Any) -> list[Any]:
+    saga.state = {"seen": [*saga.state["seen"], event.payload["n"]]}
+    return []
+
+
+NOTES = define_saga("notes").state({"seen": []}).on("Note", noting).build()
+
+
+async def seen_by(runtime: SagaRuntime, key: str, *expected: int) -> None:
+    async with asyncio.timeout(10):
+        while True:
+            instance = await runtime.get_instance("notes", key)
+            if instance is not None and json.loads(instance.state) == {"seen": [*expected]}:
+                return
+            await asyncio.sleep(0.01)
+
+
+async def test_a_message_within_a_transaction_comes_with_its_commit_and_goes_with_its_rollback(schema: Schema) -> None:
+    connection = await schema.connect()
+    async with create_durable_saga_runtime(url=schema.url, definitions=[NOTES]) as durable:
+        runtime = durable.runtime
+        async with connection.transaction():
+            await connection.execute("CREATE TEMP TABLE mine (n int)")
+            await connection.execute("INSERT INTO mine VALUES (1)")
+            kept = await runtime.publish({"type": "Note", "payload": {"n": 1}}, correlation_key="k", within=connection)
+        taken_back = connection.transaction()
+        await taken_back.start()
+        await runtime.publish({"type": "Note", "payload": {"n": 2}}, correlation_key="k", within=connection)
+        await taken_back.rollback()
+        await runtime.publish({"type": "Note", "payload": {"n": 3}}, correlation_key="other", wait=5)
+
+        await seen_by(runtime, "k", 1)
+        async with asyncio.timeout(10):
+            while await connection.fetchval("SELECT count(*) FROM saga_runtime_left"):  # noqa: ASYNC110 - no event
+                await asyncio.sleep(0.01)
+    await connection.close()
+
+    assert isinstance(kept, PublishReceipt)
+    assert [outcome.disposition for outcome in kept.outcomes] == ["pending"]
+
+
+async def test_a_message_that_was_left_twice_is_applied_once(schema: Schema) -> None:
+    connection = await schema.connect()
+    async with create_durable_saga_runtime(url=schema.url, definitions=[NOTES]) as durable:
+        for _ in range(2):
+            async with connection.transaction():
+                await durable.runtime.publish(
+                    {"type": "Note", "payload": {"n": 1}}, correlation_key="k", idempotency_key="i", within=connection
+                )
+        async with connection.transaction():
+            await durable.runtime.publish({"type": "Note", "payload": {"n": 2}}, correlation_key="k", within=connection)
+
+        await seen_by(durable.runtime, "k", 1, 2)
+    await connection.close()
+
+
+async def test_what_was_left_while_nobody_ran_is_taken_in_at_the_start(schema: Schema) -> None:
+    connection = await schema.connect()
+    async with create_durable_saga_runtime(url=schema.url, definitions=[NOTES]) as durable:
+        transaction = connection.transaction()
+        await transaction.start()
+        await durable.runtime.publish({"type": "Note", "payload": {"n": 1}}, correlation_key="k", within=connection)
+    await transaction.commit()
+    await connection.close()
+
+    async with create_durable_saga_runtime(url=schema.url, definitions=[NOTES]) as durable:
+        await seen_by(durable.runtime, "k", 1)
+
+
+async def test_a_transaction_that_stays_open_holds_nobody_up(schema: Schema) -> None:
+    connection = await schema.connect()
+    async with create_durable_saga_runtime(url=schema.url, definitions=[NOTES]) as durable:
+        transaction = connection.transaction()
+        await transaction.start()
+        await durable.runtime.publish(
+            {"type": "Note", "payload": {"n": 1}}, correlation_key="k", idempotency_key="same", within=connection
+        )
+
+        there = await durable.runtime.publish(
+            {"type": "Note", "payload": {"n": 1}}, correlation_key="k", idempotency_key="same", wait=5
+        )
+        await transaction.commit()
+        await durable.runtime.publish({"type": "Note", "payload": {"n": 2}}, correlation_key="k", wait=5)
+
+        await seen_by(durable.runtime, "k", 1, 2)
+    await connection.close()
+
+    assert isinstance(there, PublishReceipt)
+    assert there.outcomes[0].disposition == "applied"
+
+
+async def test_what_is_no_open_transaction_is_refused(schema: Schema) -> None:
+    connection = await schema.connect()
+    async with create_durable_saga_runtime(url=schema.url, definitions=[NOTES]) as durable:
+        note = {"type": "Note", "payload": {"n": 1}, "correlationKey": "k"}
+
+        none_open = await durable.runtime.publish(note, within=connection)
+        no_connection = await durable.runtime.publish(note, within=object())
+        async with connection.transaction():
+            waiting = await durable.runtime.publish(note, within=connection, wait=1)
+    await connection.close()
+    elsewhere = SagaRuntime(MemoryStore(), definitions=[NOTES])
+    async with elsewhere:
+        on_memory = await elsewhere.publish(note, within=object())
+
+    refused = [none_open, no_connection, waiting, on_memory]
+    reasons = ["no transaction open", "give the asyncpg connection", "contradict each other", "no transactions to join"]
+    for rejection, reason in zip(refused, reasons, strict=True):
+        assert isinstance(rejection, PublishRejected)
+        assert reason in rejection.reason

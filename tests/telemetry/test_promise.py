@@ -124,7 +124,8 @@ async def test_everything_that_is_recorded_is_promised_and_every_promise_is_kept
     saga = (
         define_saga("s").state({}).on("Do", _handle).compensate("Do", lambda saga, event, context: [send("job:j", {})])
     ).build()
-    life = await bench.live(saga, telemetry=listener.providers)
+    tight = define_saga("tight").state({}).on("Wait", _handle).concurrency(1).build()
+    life = await bench.live(saga, tight, telemetry=listener.providers)
     for kind in ("queue", "job"):
         life.runtime.add_target(_Receiver(kind))
     bench.receiver.answer = lambda effect: DeliveryFailed("no", retryable=False, data={"status": 400})
@@ -137,6 +138,9 @@ async def test_everything_that_is_recorded_is_promised_and_every_promise_is_kept
     await life.publish("Do", {"do": "fail"}, key="k", id="m")
     await life.publish("Do", {"do": "fail"}, key="k", id="m")
     await life.publish("Do", {"do": "undo"}, key="k")
+    await life.publish("Wait", {"do": "fail"}, key="k")
+    refused = await life.runtime.publish(SagaMessage("Wait", {}, "other"))
+    assert not refused.published
     await life.runtime.settled()
     await bench.advance("1h")
     async with open_room(greet, telemetry=listener.providers) as room:

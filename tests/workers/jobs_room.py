@@ -14,7 +14,7 @@ from sagaloom.ports.jobs import Claimed, Enqueued, JobClaim, JobNote, JobRun, Re
 from sagaloom.stores.kv_jobs import KvJobRunStore
 from sagaloom.telemetry import TelemetryProviders
 from sagaloom.testing import ManualClock
-from sagaloom.workers import JobDefinition, JobOptions, JobRuntime
+from sagaloom.workers import JobDefinition, JobOptions, JobRuntime, RepliesPort
 
 PATIENCE_SECONDS = 10
 
@@ -89,11 +89,14 @@ async def open_room(
     clock: ManualClock | None = None,
     is_started: bool = True,
     telemetry: TelemetryProviders | None = None,
+    replies: RepliesPort | None = None,
     **options: Any,
 ) -> AsyncIterator[Room]:
     store = WatchedStore(kv if kv is not None else SharedMemory())
     clock = clock if clock is not None else ManualClock()
-    runtime = JobRuntime(store, jobs=jobs, clock=clock, options=JobOptions(**options), telemetry=telemetry)
+    runtime = JobRuntime(
+        store, jobs=jobs, clock=clock, options=JobOptions(**options), telemetry=telemetry, replies=replies
+    )
     if is_started:
         await runtime.start()
     try:

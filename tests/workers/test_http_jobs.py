@@ -138,6 +138,16 @@ async def test_a_run_shows_what_became_of_it(door: Door) -> None:
         "idempotencyKey": "k",
         "traceparent": TRACE,
         "tracestate": "a=b",
+        "history": [
+            {
+                "attempt": 1,
+                "startedAt": moment,
+                "endedAt": moment,
+                "outcome": "succeeded",
+                "worker": door.room.runtime.holder,
+            }
+        ],
+        "log": [],
     }
 
 
@@ -337,7 +347,8 @@ async def test_a_running_service_is_healthy_live_and_ready(door: Door, prefix: s
     health, live, ready = [await door.client.get(prefix + "/health" + name) for name in ("", "/live", "/ready")]
 
     assert [one.status_code for one in (health, live, ready)] == [200, 200, 200]
-    assert health.json()["checks"] == {"store": "ok", "claimer": "ok", "lifeline": "ok"}
+    roles = ("store", "lifeline", "scribe", "claimer", "replier", "pruner")
+    assert health.json()["checks"] == dict.fromkeys(roles, "ok")
     assert (live.json(), ready.json()["ready"]) == ({"status": "ok"}, True)
 
 

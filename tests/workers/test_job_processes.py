@@ -116,11 +116,19 @@ def test_jobs_are_listed_triggered_and_looked_at_from_the_command_line(
     run = ended(server.url, triggered["runId"])
     shown = cli("runs", triggered["runId"])
     found = cli("runs", "--job", "greet", "--status", "succeeded")
+    later = cli("trigger", "greet", "--delay", "1h")
+    cancelled = cli("cancel", later["runId"], "--reason", "not needed")
+    redriven = cli("redrive", later["runId"])
     table = sagaloom("jobs", "runs", cwd=tmp_path, SAGALOOM_JOBS_URL=server.url).stdout
 
     assert [job["id"] for job in listed["jobs"]] == ["die", "greet", "work"]
     assert (again["runId"], again["duplicate"]) == (triggered["runId"], True)
     assert (run["result"], run["priority"]) == ("hello me", 70)
+    assert (cancelled["status"], cancelled["cancelReason"], redriven["status"]) == (
+        "cancelled",
+        "not needed",
+        "pending",
+    )
     assert shown == run
     assert [one["runId"] for one in found["runs"]] == [run["runId"]]
     assert run["runId"] in table
@@ -147,14 +155,33 @@ def test_commands_say_in_one_line_why_they_failed(tmp_path: Path, start: Callabl
         (("sagaloom.demo:sagas",), {"NETSCRIPT_SAGA_STORE": "kv"}, "that is no job"),
         (("sagaloom.durations",), {"NETSCRIPT_SAGA_STORE": "kv"}, "must export jobs"),
         (("sagaloom.demo",), {}, "Saga store backend is required"),
-        (("sagaloom.demo",), {"NETSCRIPT_SAGA_STORE": "sql"}, "set NETSCRIPT_SAGA_STORE=kv"),
+        (("sagaloom.demo",), {"NETSCRIPT_SAGA_STORE": "sql"}, "set DATABASE_URL="),
+        (("work_module.py", "broken.py", "--strict"), {"NETSCRIPT_SAGA_STORE": "kv"}, "ZeroDivisionError"),
         (("sagaloom.demo", "--host", "0.0.0.0"), {"NETSCRIPT_SAGA_STORE": "kv"}, "without a token"),
     ],
 )
 def test_what_cannot_be_served_is_refused_with_the_way_out(
     tmp_path: Path, args: tuple[str, ...], env: dict[str, str], text: str
 ) -> None:
+    (tmp_path / "work_module.py").write_text(MODULE)
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+
     assert text in refusal(sagaloom("jobs", "serve", *args, cwd=tmp_path, **env))
+
+
+def test_a_module_that_does_not_import_is_left_out_and_the_others_are_served(
+    tmp_path: Path, start: Callable[..., Server]
+) -> None:
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    server = start("sagaloom", "jobs", "serve", "work_module.py", "broken.py", "--port", "0", "--json")
+
+    listed = httpx2.get(f"{server.url}/api/v1/workers/jobs", timeout=30).json()
+    run = ended(server.url, trigger(server.url, "greet", {"name": "you"}))
+
+    assert [one["module"] for one in listed["problems"]] == ["broken.py"]
+    assert "ZeroDivisionError: division by zero" in listed["problems"][0]["problem"]
+    assert any("left out: Job registry module broken.py" in line for line in server.errors)
+    assert run["result"] == "hello you"
 
 
 def test_modules_may_be_named_by_the_project(tmp_path: Path, start: Callable[..., Server]) -> None:

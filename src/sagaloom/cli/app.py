@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -25,7 +26,7 @@ from sagaloom.cli.talking import add_talking_commands
 from sagaloom.cli.timing import add_schedule_commands, add_timer_commands
 
 if TYPE_CHECKING:
-    from sagaloom.cli.doctor import Finding
+    from sagaloom.cli.store_checks import Finding
     from sagaloom.settings import DoorSettings, StorePlace
 
 __all__ = ["app"]
@@ -65,13 +66,41 @@ def root(
         raise typer.Exit
 
 
+@app.command()
+def new(
+    name: Annotated[
+        str, typer.Argument(help="Small letters, digits and hyphens, such as my-shop.", show_default=False)
+    ],
+    into: Annotated[
+        Path | None, typer.Option("--into", help="The folder to write into; by default one of that name, here.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a project with a saga, a job, their tests and a Makefile."""
+    from sagaloom.cli.creating import create_project
+
+    folder = into if into is not None else Path(name)
+    files = create_project(name, folder)
+    if as_json:
+        from sagaloom.cli.output import print_json
+
+        print_json({"name": name, "folder": str(folder), "files": [str(file) for file in files]})
+    else:
+        print(f"{name} is in {folder}, with a saga, a job and their tests. Go on with:")
+        print(f"\n  cd {folder}\n  make test\n  make serve")
+
+
 # --- Serving ---------------------------------------------------------------------------------------------------------
 
 
 @app.command()
 def dev(
     module: Annotated[
-        str | None, typer.Argument(help="A saga module; the demo sagas without one.", show_default=False)
+        str | None,
+        typer.Argument(
+            help="A saga module. Without one the sagas and jobs that pyproject.toml names, or the demo.",
+            show_default=False,
+        ),
     ] = None,
     host: Host = None,
     port: Port = None,
@@ -79,13 +108,22 @@ def dev(
     insecure: Insecure = False,
     as_json: AsJson = False,
 ) -> None:
-    """Serve for development: chooses the store (kv, in .sagaloom/) and says so first."""
+    """Serve for development: chooses the store (kv, in .sagaloom/) and says so first.
+
+    In the directory of a project it serves the sagas and jobs of that, on both ports, and starts again what dies."""
     os.environ["SAGALOOM_DEV"] = "1"
+    from sagaloom.cli.both_ports import project_here, serve_project
+
     settings = _settings(host=host, port=port, token=token)
     place = _place_for_dev(settings)
     kind = "kv" if place.url is None else "sql"
     print(f"dev: saga store {kind} in {place}", file=sys.stderr, flush=True)
-    if module is None:
+    project = project_here() if module is None else None
+    if project is not None and project.jobs:
+        serve_project(project, settings, place=place, is_insecure=insecure, as_json=as_json)
+    elif project is not None:
+        _serve(list(project.sagas), settings, place=place, is_insecure=insecure, as_json=as_json)
+    elif module is None:
         from sagaloom.cli.demo import serve_demo
 
         serve_demo(settings, place=place, is_insecure=insecure, as_json=as_json)

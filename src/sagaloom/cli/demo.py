@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Final
 
-from sagaloom.cli.supervisor import Child, ChildFailed, Said, supervise
+from sagaloom.cli.both_ports import Addresses, number_in, serve_both
+from sagaloom.cli.supervisor import Said
 from sagaloom.errors import ConfigurationError, SagasError
-from sagaloom.settings import DEFAULT_JOBS_PORT, DoorSettings, StorePlace, load_settings, refuse_open_door
+from sagaloom.settings import DoorSettings, StorePlace, load_settings, refuse_open_door
 
 __all__ = ["serve_demo"]
 
@@ -44,48 +44,25 @@ def serve_demo(settings: DoorSettings, *, place: StorePlace, is_insecure: bool =
     """Serves the demo until it is told to stop: sagas on the port of `settings`, jobs on `JOBS_PORT` (8091). The
     payments service is on `PAYMENTS_PORT` (8093), or on a free port when that one is taken; `FAIL_FIRST=n` makes it
     refuse the first n attempts of each charge."""
-    from sagaloom.cli.logs import configure_logs
     from sagaloom.cli.server import announcer
 
-    refuse_open_door(settings, is_insecure=is_insecure)
-    _number("FAIL_FIRST", 0)
-    _number("PAYMENTS_PORT", _PAYMENTS_PORT)
-    # They have to know each other before either has a listener, and keep their places when they are started again.
-    port = settings.port or _free_port(settings.host)
-    jobs_port = _number("JOBS_PORT", DEFAULT_JOBS_PORT if settings.port else 0) or _free_port(settings.host)
-    sagas_url, jobs_url = _url(settings.host, port), _url(settings.host, jobs_port)
-    shared = {
-        "NETSCRIPT_SAGA_STORE": "kv" if place.url is None else "sql",
-        "NETSCRIPT_SAGA_KV_PATH": str(place.kv_path),
-        "DATABASE_URL": place.url or "",
-        "SAGALOOM_HOST": settings.host,
-        "SAGALOOM_TOKEN": settings.bearer or "",
-        "SAGAS_API_URL": sagas_url,
-        "WORKERS_API_URL": jobs_url,
-    }
-    insecure = ["--insecure"] if is_insecure else []
-    sagas_command = [sys.executable, "-m", "sagaloom.cli.demo", *insecure]
-    jobs_command = [sys.executable, "-m", "sagaloom", "jobs", "serve", "sagaloom.demo", "--json", *insecure]
+    number_in("FAIL_FIRST", 0)
+    number_in("PAYMENTS_PORT", _PAYMENTS_PORT)
 
-    def announce(said: Said) -> None:
+    def announce(addresses: Addresses, said: Said) -> None:
         payments = str(said["sagas"]["payments"])
         auth = ' -H "authorization: Bearer $SAGALOOM_TOKEN"' if settings.token is not None else ""
-        story = _STORY.format(url="{url}", payments=payments, jobs=jobs_url, auth=auth)
-        announcer(story, as_json=as_json, payments=payments, jobs=jobs_url)(sagas_url)
+        story = _STORY.format(url="{url}", payments=payments, jobs=addresses.jobs, auth=auth)
+        announcer(story, as_json=as_json, payments=payments, jobs=addresses.jobs)(addresses.sagas)
 
-    configure_logs(settings.log_level)
-    try:
-        status = supervise(
-            [
-                Child(name="sagas", command=sagas_command, env={**shared, "PORT": str(port)}),
-                Child(name="jobs", command=jobs_command, env={**shared, "PORT": str(jobs_port)}),
-            ],
-            announce=announce,
-        )
-    except ChildFailed as error:
-        sys.exit(error.status if error.status > 0 else 1)  # it has said why
-    if status:
-        sys.exit(status)
+    serve_both(
+        settings,
+        place=place,
+        sagas_command=[sys.executable, "-m", "sagaloom.cli.demo"],
+        jobs_command=[sys.executable, "-m", "sagaloom", "jobs", "serve", "sagaloom.demo", "--json"],
+        announce=announce,
+        is_insecure=is_insecure,
+    )
 
 
 def _serve_sagas(settings: DoorSettings, *, place: StorePlace, is_insecure: bool) -> None:
@@ -96,10 +73,10 @@ def _serve_sagas(settings: DoorSettings, *, place: StorePlace, is_insecure: bool
     from sagaloom.demo.payments import Ledger, create_payments_app
 
     refuse_open_door(settings, is_insecure=is_insecure)
-    fail_first = _number("FAIL_FIRST", 0)
+    fail_first = number_in("FAIL_FIRST", 0)
     listener = listen(settings.host, settings.port, hint=PORT_HINT)
     try:
-        payments = listen("127.0.0.1", _number("PAYMENTS_PORT", _PAYMENTS_PORT), hint="")
+        payments = listen("127.0.0.1", number_in("PAYMENTS_PORT", _PAYMENTS_PORT), hint="")
     except ConfigurationError:
         payments = listen("127.0.0.1", 0, hint="no port is free")
     configure_logs(settings.log_level)
@@ -120,29 +97,6 @@ def _serve_sagas(settings: DoorSettings, *, place: StorePlace, is_insecure: bool
         )
     finally:
         ledger.close()
-
-
-def _free_port(host: str) -> int:
-    from sagaloom.cli.server import listen
-
-    with listen(host, 0, hint="no port is free") as listener:
-        port: int = listener.getsockname()[1]
-        return port
-
-
-def _url(host: str, port: int) -> str:
-    if host in ("0.0.0.0", "::"):
-        host = "127.0.0.1"
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def _number(variable: str, default: int) -> int:
-    text = os.environ.get(variable, "").strip()
-    if not text:
-        return default
-    if not (text.isascii() and text.isdigit() and len(text) <= 5):
-        raise ConfigurationError(f"{variable} must be a small number, got {text!r:.40}")
-    return int(text)
 
 
 if __name__ == "__main__":

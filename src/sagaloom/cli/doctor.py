@@ -8,47 +8,29 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal, cast
+from typing import Final, cast
 from urllib.parse import urlsplit
 
-import msgspec
-
 from sagaloom.cli.client import ApiClient, CommandFailed
+from sagaloom.cli.store_checks import Finding, look_into
 from sagaloom.errors import ConfigurationError, SagasError
 from sagaloom.settings import DEFAULT_KV_PATH, DoorSettings
 
-if TYPE_CHECKING:
-    from sagaloom.engine.records import OutboxEffect
-    from sagaloom.ports.store import RowRef
-    from sagaloom.stores import KvSagaStore
-
 __all__ = ["Finding", "examine"]
 
-_SHOWN_MAX: Final = 5
-_LOOKED_AT_MAX: Final = 10_000
-_LATE: Final = timedelta(minutes=1)
-
-
-class Finding(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing that was looked at. `note` is worth knowing, `broken` makes the command fail."""
-
-    check: str
-    status: Literal["ok", "note", "broken"]
-    detail: str
-    repair: str | None = None
+_LEASE_SECONDS: Final = 6.0
 
 
 def examine(modules: Sequence[str], settings: DoorSettings, *, url: str) -> list[Finding]:
     """Everything there is to say, in the order in which a server would trip over it."""
     server, is_running = _server(url, settings)
-    path = settings.kv_path or DEFAULT_KV_PATH
+    backend, is_sql = _backend()
     return [
         _sqlite(),
         _definitions(modules),
-        _backend(),
-        *asyncio.run(_store(path, is_there=path.exists(), is_running=is_running)),
+        backend,
+        *asyncio.run(_store(settings, is_sql=is_sql, is_running=is_running)),
         server,
     ]
 
@@ -90,34 +72,29 @@ def _definitions(modules: Sequence[str]) -> Finding:
     return Finding(check="definitions", status="ok", detail=f"{names} from {', '.join(loaded.modules)}")
 
 
-def _backend() -> Finding:
+def _backend() -> tuple[Finding, bool]:
+    """Which store is chosen, and whether that is one in a database."""
     from sagaloom.discovery import load_appsettings, resolve_saga_store_backend
 
     try:
         backend = resolve_saga_store_backend(os.environ, load_appsettings())
     except ConfigurationError as error:
         is_missing = error.message.startswith("Saga store backend is required")
-        return Finding(
+        finding = Finding(
             check="backend",
             status="note" if is_missing else "broken",
             detail=f"{error.message} Only 'sagaloom dev' starts without." if is_missing else error.message,
             repair="export NETSCRIPT_SAGA_STORE=kv",
         )
-    if backend == "sql":
-        return Finding(
-            check="backend",
-            status="broken",
-            detail="the sql saga store is not part of this version",
-            repair="export NETSCRIPT_SAGA_STORE=kv",
-        )
-    return Finding(check="backend", status="ok", detail=backend)
+        return finding, False
+    return Finding(check="backend", status="ok", detail=backend), backend == "sql"
 
 
-async def _store(path: Path, *, is_there: bool, is_running: bool) -> list[Finding]:
-    from sagaloom.kv import SqliteKeyValue
-    from sagaloom.stores import KvSagaStore
-
-    if not is_there:
+async def _store(settings: DoorSettings, *, is_sql: bool, is_running: bool) -> list[Finding]:
+    if is_sql:
+        return await _database(settings, is_running=is_running)
+    path = settings.kv_path or DEFAULT_KV_PATH
+    if not path.exists():
         return [
             Finding(
                 check="store",
@@ -126,23 +103,91 @@ async def _store(path: Path, *, is_there: bool, is_running: bool) -> list[Findin
                 repair="for a store elsewhere: export NETSCRIPT_SAGA_KV_PATH=/path/to/sagas.db",
             )
         ]
+    from sagaloom.kv import SqliteKeyValue
+    from sagaloom.kv.presence import FilePresence
+    from sagaloom.stores import KvSagaStore
+
     try:
-        store = KvSagaStore(await SqliteKeyValue.open(path))
+        store = KvSagaStore(await SqliteKeyValue.open(path), presence=FilePresence(path))
     except SagasError as error:
         return [_unusable(path, error)]
     try:
         await store.open()
         return [
             Finding(check="store", status="ok", detail=f"{path} opens, store id {store.store_id}"),
-            await _dead_letters(store),
-            await _lanes(store),
-            await _waiting(store, is_running=is_running),
-            await _timers(store, is_running=is_running),
+            *await look_into(store, is_running=is_running),
         ]
     except SagasError as error:
         return [_unusable(path, error)]
     finally:
         await store.close()
+
+
+async def _database(settings: DoorSettings, *, is_running: bool) -> list[Finding]:
+    """The same of a store in a database, whose tables are left as they are."""
+    if settings.database_url is None:
+        return [
+            Finding(
+                check="store",
+                status="broken",
+                detail="the sql saga store has no address",
+                repair="export DATABASE_URL=postgresql://user:password@host:5432/database",
+            )
+        ]
+    from sagaloom.composition import sql_database
+    from sagaloom.kv.postgres import PostgresPresence, PostgresSagaRows
+    from sagaloom.kv.postgres.schema import applied, steps
+    from sagaloom.stores import SqlSagaStore
+
+    try:
+        database = sql_database(url=settings.database_url.get_secret_value())
+    except SagasError as error:
+        return [_unreachable(error)]
+    where = database.name.removeprefix("kv:")
+    try:
+        versions = [step.version for step in await applied(database)]
+        newest = steps()[-1].version
+        if not versions:
+            return [
+                Finding(
+                    check="store",
+                    status="note",
+                    detail=f"{where} answers, and has no tables of ours yet; the first start makes them",
+                    repair="sagaloom db upgrade, as somebody who may create tables",
+                )
+            ]
+        if versions[-1] != newest:
+            is_newer = versions[-1] > newest
+            return [
+                Finding(
+                    check="store",
+                    status="broken",
+                    detail=f"the tables in {where} are of version {versions[-1]}, this program is of {newest}",
+                    repair="python -m pip install --upgrade sagaloom" if is_newer else "sagaloom db upgrade",
+                )
+            ]
+        rows = PostgresSagaRows(database)
+        await rows.open()
+        files = PostgresPresence.on_this_host(rows.store_id, lease_seconds=_LEASE_SECONDS)
+        store = SqlSagaStore(rows, presence=PostgresPresence(database, lease_seconds=_LEASE_SECONDS, files=files))
+        await store.open()
+        return [
+            Finding(check="store", status="ok", detail=f"{where} answers, store id {store.store_id}"),
+            *await look_into(store, is_running=is_running),
+        ]
+    except SagasError as error:
+        return [_unreachable(error)]
+    finally:
+        await database.close()
+
+
+def _unreachable(error: SagasError) -> Finding:
+    return Finding(
+        check="store",
+        status="broken",
+        detail=error.message,
+        repair="psql \"$DATABASE_URL\" -c 'SELECT version()': what it says is what the store meets",
+    )
 
 
 def _unusable(path: Path, error: SagasError) -> Finding:
@@ -153,73 +198,6 @@ def _unusable(path: Path, error: SagasError) -> Finding:
         repair=f"ls -l {path.parent} && df {path.parent}"
         if error.retryable
         else "restore the file from a backup, or choose another: export NETSCRIPT_SAGA_KV_PATH=/path/to/sagas.db",
-    )
-
-
-async def _dead_letters(store: KvSagaStore) -> Finding:
-    letters = await store.dead_letters(limit=_SHOWN_MAX + 1)
-    if not letters:
-        return Finding(check="dead letters", status="ok", detail="none")
-    newest = letters[0]
-    count = str(len(letters)) if len(letters) <= _SHOWN_MAX else f"more than {_SHOWN_MAX}"
-    return Finding(
-        check="dead letters",
-        status="broken",
-        detail=f"{count}; the newest: {newest.type} of {newest.saga_id}:{newest.key}: {newest.reason}",
-        repair=f"sagaloom dead-letters show {newest.id}, then redrive or discard it",
-    )
-
-
-async def _lanes(store: KvSagaStore) -> Finding:
-    stalled: list[OutboxEffect] = []
-    after: RowRef | None = None
-    looked_at = 0
-    while looked_at < _LOOKED_AT_MAX and (page := await store.outbox_page(after=after, limit=1_000)):
-        stalled += [row.effect for row in page if row.effect.dead_letter_id is not None]
-        after, looked_at = page[-1].ref, looked_at + len(page)
-    if not stalled:
-        return Finding(check="lanes", status="ok", detail=f"none stands still; {looked_at} effects wait to leave")
-    first = stalled[0]
-    return Finding(
-        check="lanes",
-        status="broken",
-        detail=f"{len(stalled)} stand still behind a dead letter; first {first.saga_id}:{first.key} to "
-        f"{first.target_kind}:{first.target_id}: {first.last_error}",
-        repair=f"sagaloom dead-letters redrive {first.dead_letter_id}",
-    )
-
-
-async def _waiting(store: KvSagaStore, *, is_running: bool) -> Finding:
-    late = datetime.now(UTC) - _LATE
-    waiting = [
-        row.envelope for row in await store.inbox_page(after=None, limit=1_000) if row.envelope.accepted_at < late
-    ]
-    if not waiting:
-        return Finding(check="inbox", status="ok", detail="no message has waited for more than a minute")
-    oldest = min(waiting, key=lambda envelope: envelope.accepted_at)
-    said = f": {oldest.last_error}" if oldest.last_error else ""
-    return Finding(
-        check="inbox",
-        status="note",
-        detail=f"{len(waiting)} messages wait since {oldest.accepted_at.isoformat(timespec='seconds')} or later, "
-        f"first {oldest.type} of {oldest.saga_id}:{oldest.key}, attempt {oldest.attempt}{said}",
-        repair=f"sagaloom instances history {oldest.saga_id} {oldest.key}" if is_running else "sagaloom serve MODULE",
-    )
-
-
-async def _timers(store: KvSagaStore, *, is_running: bool) -> Finding:
-    late = await store.timers(due_by=datetime.now(UTC) - _LATE, limit=100)
-    if not late:
-        return Finding(check="timers", status="ok", detail="none is late")
-    first = late[0]
-    return Finding(
-        check="timers",
-        status="broken" if is_running else "note",
-        detail=f"{len(late)} are late, the first since {first.due_at.isoformat(timespec='seconds')} "
-        f"({first.envelope.type} of {first.envelope.saga_id}:{first.envelope.key})",
-        repair="restart the server: it fires what is late as it starts"
-        if is_running
-        else "sagaloom serve MODULE: it fires what is late as it starts",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated, Any, Final
 from urllib.parse import quote
 
@@ -49,25 +50,37 @@ def jobs_serve(
     token: Token = None,
     insecure: Insecure = False,
     concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="How many runs at once.")] = 16,
+    processes: Annotated[
+        int | None,
+        typer.Option("--processes", min=1, help="How many of them in processes of the pool; by default one a CPU."),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Do not start when a module cannot be loaded, instead of leaving it out.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Serve the HTTP API of jobs and run the jobs of the given modules.
 
     Several processes may do so on one store: each run is worked on by one of them, and when one dies the others go on.
+    A module that cannot be loaded is left out, and said so here, by the list of jobs and by health.
     """
     from sagaloom.cli.jobs_server import JobsPlan, run
     from sagaloom.cli.logs import configure_logs
     from sagaloom.cli.server import announcer, listen
     from sagaloom.settings import DEFAULT_JOBS_PORT, load_settings, refuse_open_door
-    from sagaloom.workers.registry import load_jobs
+    from sagaloom.workers.registry import load_what_is_sound
 
     settings = load_settings(host=host, port=port, token=token or None)
     place = settings.place
     refuse_open_door(settings, is_insecure=insecure)
-    jobs = load_jobs(modules or [])
+    jobs, problems = load_what_is_sound(modules or [])
+    if strict and problems:
+        raise problems[0].error
     chosen = settings.port if "port" in settings.model_fields_set else DEFAULT_JOBS_PORT
     listener = listen(settings.host, chosen, hint="is a jobs server running already? --port or PORT chooses another")
     configure_logs(settings.log_level)
+    for problem in problems:
+        logging.getLogger("sagaloom.jobs").error("left out: %s", problem.error.message)
     names = ", ".join(job.id for job in jobs)
     run(
         JobsPlan(
@@ -76,6 +89,8 @@ def jobs_serve(
             jobs=jobs,
             place=place,
             concurrency=concurrency,
+            processes=processes,
+            problems=problems,
             announce=announcer(f"serving {names} on {{url}}", as_json=as_json),
         )
     )
@@ -92,13 +107,23 @@ def jobs_list(url: JobsUrl = _URL, token: Token = None, as_json: AsJson = False)
         print_json(answer)
         return
     print_table(
-        ("job", "payload", "attempts", "timeout"),
+        ("job", "payload", "attempts", "timeout", "runs in", "schedule", "next"),
         [
-            (one["id"], one["payloadType"], one["retry"]["maxAttempts"], f"{one['timeoutSeconds']:g} s")
+            (
+                one["id"],
+                one["payloadType"],
+                one["retry"]["maxAttempts"],
+                f"{one['timeoutSeconds']:g} s",
+                one["runIn"],
+                one.get("schedule", {}).get("cron"),
+                one.get("schedule", {}).get("nextTickAt"),
+            )
             for one in answer["jobs"]
         ],
         empty="no jobs are loaded",
     )
+    for problem in answer["problems"]:
+        print(f"left out: {problem['problem']}")
 
 
 @jobs_app.command("trigger")
@@ -143,7 +168,7 @@ def jobs_runs(
     ] = None,
     job: Annotated[str | None, typer.Option("--job", help="Only of this job.")] = None,
     status: Annotated[
-        str | None, typer.Option("--status", help="Only these: pending, running, succeeded or failed.")
+        str | None, typer.Option("--status", help="Only these: pending, running, succeeded, failed or cancelled.")
     ] = None,
     limit: Limit = 50,
     cursor: Annotated[str | None, typer.Option("--cursor", help="The next page, as the page before named it.")] = None,
@@ -176,7 +201,49 @@ def jobs_runs(
             print(f"more with --cursor {answer['cursor']}")
 
 
+RunId = Annotated[str, typer.Argument(metavar="RUN", help="The run's id.", show_default=False)]
+
+
+@jobs_app.command("cancel")
+def jobs_cancel(
+    run: RunId,
+    reason: Annotated[str | None, typer.Option("--reason", help="Why; it is kept with the run.")] = None,
+    url: JobsUrl = _URL,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """End a run: at once if it waits; if it is under way its handler is told, and given a moment."""
+    with _JobsClient(url, token) as api:
+        answer = api.post(f"{_PREFIX}/runs/{quote(run, safe='')}/cancel", {"reason": reason} if reason else {})
+    _say_what_became(answer, as_json=as_json)
+
+
+@jobs_app.command("redrive")
+def jobs_redrive(run: RunId, url: JobsUrl = _URL, token: Token = None, as_json: AsJson = False) -> None:
+    """Let a failed or cancelled run begin anew, with a fresh count of attempts."""
+    with _JobsClient(url, token) as api:
+        answer = api.post(f"{_PREFIX}/runs/{quote(run, safe='')}/redrive")
+    _say_what_became(answer, as_json=as_json)
+
+
+def _say_what_became(run: dict[str, Any], *, as_json: bool) -> None:
+    from sagaloom.cli.output import print_json
+
+    if as_json:
+        print_json(run)
+    elif run["status"] == "running" and "cancelledAt" in run:
+        print(f"{run['jobId']} {run['runId']}: asked to end")
+    else:
+        print(f"{run['jobId']} {run['runId']}: {run['status']}")
+
+
 def _outcome(run: dict[str, Any]) -> object:
     if run["status"] == "succeeded":
         return run.get("result")
+    if run["status"] == "cancelled":
+        return run.get("cancelReason")
+    if "progress" in run and run["status"] == "running":
+        progress = run["progress"]
+        part = f"{progress['fraction']:.0%}" if "fraction" in progress else ""
+        return f"{part} {progress.get('message', '')}".strip()
     return run["failure"]["message"] if "failure" in run else None

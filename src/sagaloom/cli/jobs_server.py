@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from sagaloom.cli.server import address_of, serving, stop_signals
@@ -18,6 +18,7 @@ from sagaloom.process import calm_gc
 from sagaloom.process import run as run_process
 from sagaloom.settings import DoorSettings, StorePlace
 from sagaloom.workers.handlers import JobDefinition
+from sagaloom.workers.registry import ModuleTrouble
 
 __all__ = ["JobsPlan", "run"]
 
@@ -33,6 +34,8 @@ class JobsPlan:
     jobs: Sequence[JobDefinition[Any]]
     place: StorePlace
     concurrency: int
+    processes: int | None = None
+    problems: Sequence[ModuleTrouble] = ()
     announce: Callable[[str], None]
 
 
@@ -47,13 +50,26 @@ async def _serve(plan: JobsPlan) -> None:
     async with contextlib.AsyncExitStack() as stack:
         stopping = stack.enter_context(stop_signals())
         options = JobOptions(concurrency=plan.concurrency, drain_seconds=_DRAIN_SECONDS)
+        if plan.processes is not None:
+            options = replace(options, processes=plan.processes)
         runtime = await stack.enter_async_context(
-            start_jobs(plan.jobs, path=plan.place.kv_path, url=plan.place.url, options=options)
+            start_jobs(
+                plan.jobs,
+                path=plan.place.kv_path,
+                url=plan.place.url,
+                options=options,
+                token=plan.settings.bearer,
+            )
         )
         app = create_jobs_app(
-            runtime, token=plan.settings.bearer, requests_per_second=plan.settings.requests_per_second
+            runtime,
+            token=plan.settings.bearer,
+            requests_per_second=plan.settings.requests_per_second,
+            problems=plan.problems,
         )
         api = await stack.enter_async_context(serving(app, plan.listener))
+        # Those who watch would stay for ever, and the server waits for them.
+        stack.callback(runtime.feed.close)
         calm_gc()
         if not stopping.is_set():
             plan.announce(address_of(plan.listener))

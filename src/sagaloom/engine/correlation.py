@@ -29,6 +29,7 @@ import msgspec
 
 from sagaloom.codec import encode_any, is_declared_class
 from sagaloom.definitions import ANY_TYPE, SagaDefinition
+from sagaloom.engine.concurrency import concurrency_key
 from sagaloom.engine.records import DeadLetter, Envelope, Origin, Outgoing, ParentLink
 from sagaloom.engine.retrying import USER_ERRORS, describe
 from sagaloom.errors import DefinitionError, MessageRejected, SagaNotFound, SagasError
@@ -57,14 +58,14 @@ SINGLETON_KEY: Final = "singleton"
 """The correlation key of every instance of a `.singleton()` saga."""
 
 
-class Correlated(NamedTuple):
+class Correlated(msgspec.Struct, frozen=True, gc=False):
     """The key of a message for one saga. `opens_run`: it came without any, and opens a run of its own."""
 
     key: str
     opens_run: bool = False
 
 
-class Addressed(NamedTuple):
+class Addressed(msgspec.Struct, frozen=True, gc=False):
     """A message that found its instance: what is stored of it, and the message as the saga's handler takes it."""
 
     envelope: Envelope
@@ -81,7 +82,7 @@ class Routed(NamedTuple):
 class DefinitionSet:
     """Every loaded definition, by id and by message type. It never changes; `with_definition` makes another."""
 
-    __slots__ = ("_by_id", "_by_type")
+    __slots__ = ("_by_id", "_by_type", "limited")
 
     def __init__(self, definitions: Iterable[SagaDefinition[Any]] = ()) -> None:
         by_id: dict[str, SagaDefinition[Any]] = {}
@@ -101,6 +102,8 @@ class DefinitionSet:
                 by_type[message_type] = (*by_type.get(message_type, ()), definition)
         self._by_id = by_id
         self._by_type = by_type
+        self.limited = frozenset(each.id for each in by_id.values() if each.concurrency is not None)
+        """The ids of those that bound how many messages are under way."""
 
     @property
     def by_id(self) -> Mapping[str, SagaDefinition[Any]]:
@@ -189,13 +192,19 @@ def address(
         message = msgspec.structs.replace(message, correlation_key=correlation_key)
     typed = _typed(definition, message, payload_json, message_id)
     try:
-        key, opens_run = _find_key(definition, message, typed)
+        found = _find_key(definition, message, typed)
+        key, opens_run = found.key, found.opens_run
         if opens_run and key_if_none is not None:
             key, opens_run = key_if_none, False
     except MessageRejected as refused:
         if refused.code != CORRELATION_REQUIRED or key_if_none is None:
             raise
         key, opens_run = key_if_none, False
+    if definition.concurrency is not None:
+        # Found at the door, like the key of the instance, and then final.
+        found = concurrency_key(definition, typed)
+        message = msgspec.structs.replace(message, concurrency_key=found)
+        typed = msgspec.structs.replace(typed, concurrency_key=found)
     envelope = Envelope(
         definition.id,
         key,

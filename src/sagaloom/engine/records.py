@@ -51,6 +51,7 @@ __all__ = [
     "FeedRecord",
     "GatheredMessage",
     "Head",
+    "HeldSlot",
     "HistoryEntry",
     "Instance",
     "Mark",
@@ -146,6 +147,19 @@ class Envelope(msgspec.Struct, frozen=True, array_like=True, gc=False):
     attempt: int = 0
     due_at: datetime | None = None
     last_error: str | None = None
+    slot: str | None = None
+    """The concurrency key under which it holds a slot."""
+
+
+class HeldSlot(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One of the places that a saga has for messages under one concurrency key, and the message that holds it."""
+
+    saga_id: str
+    key: str
+    number: int
+    correlation_key: str
+    message_id: str
+    taken_at: datetime
 
 
 class Head(msgspec.Struct, frozen=True, array_like=True, gc=False):

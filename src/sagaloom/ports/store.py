@@ -30,6 +30,7 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 import msgspec
 
 from sagaloom.definitions import SagaDurabilityTier, SagaInstanceStatus
+from sagaloom.engine.concurrency import SlotUse
 from sagaloom.engine.records import (
     Child,
     ChildStatus,
@@ -38,6 +39,7 @@ from sagaloom.engine.records import (
     FeedEvent,
     FeedRecord,
     Head,
+    HeldSlot,
     HistoryEntry,
     Instance,
     Mark,
@@ -54,12 +56,14 @@ __all__ = [
     "Holding",
     "InboxRow",
     "InstanceFilter",
+    "JoinsTransactions",
     "Lease",
     "Loaded",
     "OutboxRow",
     "RegisteredDefinition",
     "RowRef",
     "SagaStore",
+    "SlotClaim",
     "UnitOfWork",
 ]
 
@@ -105,6 +109,21 @@ class Loaded(NamedTuple):
     instance: Instance | None
 
 
+class SlotClaim(msgspec.Struct, frozen=True):
+    """What a message does to the slots of its saga under one concurrency key. `take`: it holds one from now on; `pass`:
+    one must be free, and it takes none; `free`: it gives the one back that it holds, if it does. The message is named
+    by its correlation key and its id. At most `limit` are held at once: the unit conflicts (`limit`) when a slot is
+    needed and none is free."""
+
+    use: SlotUse
+    saga_id: str
+    key: str
+    limit: int
+    correlation_key: str
+    message_id: str
+    at: datetime
+
+
 class UnitOfWork(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """All that one message, or one settled effect, writes. `part` is the partition of its instance.
 
@@ -145,6 +164,8 @@ class UnitOfWork(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Rows of children, written over what is there under their place: of children that are spawned."""
     child_done: Child | None = None
     """The row of a child that has ended, in the place of the live one. Its parent may be of any partition."""
+    slot: SlotClaim | None = None
+    """What it does to the slots of its concurrency key."""
     about: tuple[str, str] | None = None
     """The saga and the correlation key whose message was decided, when there is no `instance` to say so."""
 
@@ -158,9 +179,10 @@ class Conflict(msgspec.Struct, frozen=True):
     """Why a unit was not written. `revision`: load again and decide again. `mark`: seen before. `gone`: consumed
     by somebody else. `refused`: no store can write it (too large, not encodable, no legal step): do not try again.
     `behind`: something older of its instance has arrived, or may have, see `arrivals`; a message that is not in the
-    inbox yet finds its place by being put there. `moved`: its partition is not held here."""
+    inbox yet finds its place by being put there. `moved`: its partition is not held here. `limit`: it needs a slot,
+    and none is free."""
 
-    kind: Literal["revision", "mark", "gone", "refused", "behind", "moved"]
+    kind: Literal["revision", "mark", "gone", "refused", "behind", "moved", "limit"]
     what: str
 
 
@@ -197,6 +219,24 @@ class RegisteredDefinition(msgspec.Struct, frozen=True):
 
 
 @runtime_checkable
+class JoinsTransactions(Protocol):
+    """What a store can do that lies in a database which its user writes to as well. Optional."""
+
+    async def leave(self, connection: object, envelopes: Sequence[Envelope]) -> None:
+        """Leaves messages in the transaction that `connection` has open: they are there when it commits. Raises
+        `MessageRejected` when that is no connection of this kind of database, or has no transaction."""
+        ...
+
+    async def left(self, parts: Collection[int], *, limit: int) -> list[tuple[int, Envelope]]:
+        """Messages that were left in these partitions, with the numbers under which they lie, in their order."""
+        ...
+
+    async def take_left(self, numbers: Sequence[int]) -> None:
+        """Takes them away."""
+        ...
+
+
+@runtime_checkable
 class SagaStore(Protocol):
     """A durable home for sagas. Every method raises `BackendUnavailable` when the store does not answer in time."""
 
@@ -212,7 +252,11 @@ class SagaStore(Protocol):
 
     @property
     def tiers(self) -> frozenset[SagaDurabilityTier]:
-        """The durability tiers this store can promise."""
+        """The durability tiers this store can promise; known when it is open."""
+        ...
+
+    def why_not(self, tier: SagaDurabilityTier) -> str | None:
+        """Why this store cannot promise `tier`, and what would help; None when it can."""
         ...
 
     @property
@@ -317,6 +361,10 @@ class SagaStore(Protocol):
     async def put_schedule_cursor(self, cursor: ScheduleCursor, *, replaces: ScheduleCursor | None) -> bool:
         """Writes `cursor` if what is stored for its saga is `replaces` (None: nothing is), and says whether it did: of
         two who move a schedule on from one place, one does. Needs no lease."""
+        ...
+
+    async def slots(self, saga_id: str, *, key: str | None = None, limit: int = 1_000) -> list[HeldSlot]:
+        """The slots that messages of a saga hold, by concurrency key and number; of one key, or all."""
         ...
 
     # What people read.

@@ -39,6 +39,7 @@ class Backlog:
         self._due: list[tuple[datetime, int, Delivery]] = []
         self._count = itertools.count()
         self._lined_up = 0
+        self._standing = 0
         self._deferred = 0
 
     def __len__(self) -> int:
@@ -48,7 +49,7 @@ class Backlog:
     @property
     def waiting(self) -> int:
         """How many wait in all, for their turn, a starter or their next attempt."""
-        return len(self._rows) + len(self._doors) + len(self._due) + self._lined_up + self._deferred
+        return len(self._rows) + len(self._doors) + self._standing + self._lined_up
 
     def add(self, delivery: Delivery) -> None:
         if delivery.row is None and delivery.timer is None:
@@ -122,7 +123,17 @@ class Backlog:
         """Keeps the key of a failed starter until that has moved its instance, or is given up. The starter itself comes
         back when it is due."""
         self._starters[starter.key] = starter
+        self._deferred += starter.is_deferred
         self._await_due(starter)
+
+    def behind(self, key: InstanceKey) -> Sequence[Delivery]:
+        """What is lined up behind the one that holds this key."""
+        return self._behind.get(key, ())
+
+    def hasten(self, delivery: Delivery, now: datetime) -> None:
+        """Has a delivery that stands aside come back now."""
+        delivery.until = now
+        heapq.heappush(self._due, (now, next(self._count), delivery))
 
     def wait_behind(self, delivery: Delivery) -> None:
         """Lines a delivery up behind the starter that holds its key, or the pause of its run."""
@@ -167,6 +178,7 @@ class Backlog:
         return any(each.is_deferred for each in self._aside.get(key, ()))
 
     def _comes_back(self, delivery: Delivery) -> None:
+        self._standing -= delivery.is_aside
         self._deferred -= delivery.is_aside and delivery.is_deferred
         delivery.is_aside = delivery.is_deferred = False
 
@@ -229,6 +241,7 @@ class Backlog:
             yield from lined_up
 
     def _await_due(self, delivery: Delivery) -> None:
+        self._standing += not delivery.is_aside
         delivery.is_aside = True
         wakes_at = delivery.wakes_at
         if wakes_at is not None:

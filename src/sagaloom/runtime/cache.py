@@ -38,9 +38,9 @@ class HotInstances:
 
     def put(self, key: InstanceKey, hot: Hot) -> None:
         # Insertion order is the order of use: every applied message puts its instance again.
-        self.drop(key)
+        before = self._entries.pop(key, None)
         size = _bytes_of(hot)
-        self._bytes += size
+        self._bytes += size if before is None else size - before[1]
         self._entries[key] = (hot, size)
         if self._bytes > self._bytes_max:
             self._evict()
@@ -72,7 +72,9 @@ def _bytes_of(hot: Hot) -> int:
     instance = hot.instance
     if instance is None:
         return _BYTES_PER_ENTRY
-    size = _BYTES_PER_ENTRY + len(instance.state) + 150 * len(instance.timers)
+    size = _BYTES_PER_ENTRY + len(instance.state)
+    if instance.timers:
+        size += 150 * len(instance.timers)
     if instance.steps:
         size += sum(len(step.payload) + 200 for step in instance.steps)
     return size

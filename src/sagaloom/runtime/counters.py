@@ -33,14 +33,15 @@ class _Written(Protocol):
 class Counters:
     """`accepted` counts by saga the messages that were new and became durable; `decided` by saga and disposition what
     was decided about messages, where `pending` is an attempt that failed; `effects` the attempts to deliver one, by
-    kind of target and what came of it."""
+    kind of target and what came of it; `throttled` by saga the messages that found no free slot."""
 
-    __slots__ = ("accepted", "commits", "commits_failed", "conflicts", "decided", "effects")
+    __slots__ = ("accepted", "commits", "commits_failed", "conflicts", "decided", "effects", "throttled")
 
     def __init__(self) -> None:
         self.accepted: Counter[str] = Counter()
         self.decided: Counter[tuple[str, Disposition]] = Counter()
         self.effects: Counter[tuple[str, EffectEnd]] = Counter()
+        self.throttled: Counter[str] = Counter()
         self.commits = 0
         self.commits_failed = 0
         self.conflicts = 0

@@ -48,6 +48,7 @@ class Delivery(msgspec.Struct, eq=False):
     an inbox row, or from a timer row. `key` is the saga id and the correlation key of its envelope. `answered` resolves
     when the message is durable, `settled` when it is done with. `is_aside`: it waits for its next attempt; `is_offer`:
     it is tried in between, because its instance has moved; `is_lined_up`: it waits behind a starter or a pause;
+    `awaits_slot`: it needs a slot of its concurrency key; `goes_without`: one behind it holds that slot;
     `is_deferred`: it stands aside for its instance to change or appear, at most until `until`;
     `yielded`: how often it was decided without knowing of something older that others had brought. `typed` is the
     message as it was read at the door, until a handler has had it in its hands. `refusal`: the store can never write
@@ -64,6 +65,8 @@ class Delivery(msgspec.Struct, eq=False):
     is_aside: bool = False
     is_lined_up: bool = False
     is_offer: bool = False
+    awaits_slot: bool = False
+    goes_without: bool = False
     is_deferred: bool = False
     until: datetime | None = None
     yielded: int = 0
@@ -141,7 +144,7 @@ def unit_of_decision(
     new run replaces none. When the attempt failed, the message itself is the first of `inbox_add`."""
     envelope, row, instance = delivery.envelope, delivery.row, decision.instance
     waits = decision.disposition == "pending"
-    inbox_add = tuple(cascaded)
+    inbox_add = tuple(cascaded) if cascaded else ()
     if waits:
         envelope = msgspec.structs.replace(
             envelope,

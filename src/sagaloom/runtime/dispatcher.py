@@ -41,6 +41,7 @@ from sagaloom.runtime.alarm import Alarm
 from sagaloom.runtime.counters import Counters
 from sagaloom.runtime.options import RuntimeOptions
 from sagaloom.runtime.receiver import Work
+from sagaloom.runtime.share import Share
 from sagaloom.telemetry.trace_context import CARRIED, Trace
 
 if TYPE_CHECKING:
@@ -56,18 +57,20 @@ _GIVING_WAIT = timedelta(seconds=0.25)
 
 
 class _Waiting(msgspec.Struct, gc=False):
-    """A committed effect. Only the first so many bodies stay in memory; the others are read when their turn comes."""
+    """A committed effect that stands behind another one of its lane."""
 
     ref: RowRef
     effect: OutboxEffect | None
 
 
 class _Lane(msgspec.Struct):
-    """A lane with at least one effect. Most have only that one, and never need a queue `behind` it. `is_dropped`: its
-    partition is held by another process now."""
+    """A lane with at least one effect, whose row is `ref`. Most have only one, and never need a queue `behind` it. Only
+    the first so many effects stay in memory, the others are read when their turn comes. `is_dropped`: its partition is
+    held by another process now."""
 
     name: str
-    head: _Waiting
+    ref: RowRef
+    effect: OutboxEffect | None
     behind: deque[_Waiting] | None = None
     state: Literal["ready", "under_way", "backing_off", "stalled"] = "ready"
     is_dropped: bool = False
@@ -106,7 +109,7 @@ class Dispatcher:
         *,
         counters: Counters,
         targets: dict[str, EffectTarget],
-        giving: Callable[[], frozenset[int]],
+        share: Share,
         submit: Callable[[Work], None],
     ) -> None:
         self._store = store
@@ -114,7 +117,7 @@ class Dispatcher:
         self._options = options
         self._counters = counters
         self._targets = targets
-        self._giving = giving
+        self._share = share
         self._submit = submit
         self._lanes: dict[str, _Lane] = {}
         self._ready: deque[_Lane] = deque()
@@ -151,9 +154,9 @@ class Dispatcher:
 
     def drop(self, parts: Collection[int]) -> None:
         """Forgets the lanes of partitions that others hold now. What is under way there ends, and is not settled."""
-        for lane in [lane for lane in self._lanes.values() if lane.head.ref.part in parts]:
+        for lane in [lane for lane in self._lanes.values() if lane.ref.part in parts]:
             del self._lanes[lane.name]
-            waiting = [lane.head, *(lane.behind or ())]
+            waiting = [_Waiting(lane.ref, lane.effect), *(lane.behind or ())]
             lane.behind = None
             if lane.state == "under_way":
                 waiting.pop(0)
@@ -165,23 +168,28 @@ class Dispatcher:
 
     def is_quiet(self, parts: Collection[int]) -> bool:
         """Whether no effect of these partitions is under way."""
-        return not any(lane.state == "under_way" and lane.head.ref.part in parts for lane in self._lanes.values())
+        return not any(lane.state == "under_way" and lane.ref.part in parts for lane in self._lanes.values())
 
     def add(self, rows: Sequence[tuple[RowRef, OutboxEffect]]) -> None:
         """Lines committed effects up in their lanes."""
+        lanes = self._lanes
         for ref, effect in rows:
             keep = self._resident < _BODIES_RESIDENT_MAX
             self._resident += keep
-            waiting = _Waiting(ref, effect if keep else None)
-            lane = self._lanes.get(effect.lane)
+            lane = lanes.get(effect.lane)
             if lane is None:
-                lane = self._lanes[effect.lane] = _Lane(effect.lane, waiting)
-                self._start(lane, effect)
-            elif lane.behind is None:
-                lane.behind = deque((waiting,))
-            else:
-                lane.behind.append(waiting)
+                lanes[effect.lane] = lane = _Lane(effect.lane, ref, effect if keep else None)
+                if effect.due_at is None and effect.dead_letter_id is None:
+                    self._ready.append(lane)  # as `_start` would, without asking the clock and nudging for each
+                else:
+                    self._start(lane, effect)
+                continue
+            if lane.behind is None:
+                lane.behind = deque()
+            lane.behind.append(_Waiting(ref, effect if keep else None))
         self.waiting += len(rows)
+        if self._ready:
+            self._nudge()
 
     async def run(self) -> None:
         """Serves ready lanes until cancelled. Several of these run side by side."""
@@ -199,10 +207,10 @@ class Dispatcher:
                 self._is_nudging = False
                 continue
             lane = self._ready.popleft()
-            if self._ready:
+            if self._ready and not self._is_nudging:
                 # One of us wakes the next one, who only gets to run if this delivery has to wait for something.
                 self._nudge()
-            if lane.head.ref.part in self._giving():
+            if lane.ref.part in self._share.giving:
                 # Whoever gets this partition begins here; should nobody take it, we look again.
                 self._back_off(lane, self._clock.now() + _GIVING_WAIT)
                 continue
@@ -241,7 +249,7 @@ class Dispatcher:
     # ---------------------------------------------------------------- one effect
 
     async def _serve(self, server: _Server, lane: _Lane) -> None:
-        ref, effect = lane.head.ref, lane.head.effect
+        ref, effect = lane.ref, lane.effect
         if effect is None:
             try:
                 (effect,) = await self._store.outbox_rows([ref])
@@ -262,7 +270,9 @@ class Dispatcher:
             sending = self.telemetry.send(effect)
             sent = sending.effect
         try:
-            target = self._target_of(effect)
+            target = self._targets.get(effect.target_kind)
+            if target is None:
+                raise _no_target(effect)
             server.began = time.monotonic()
             try:
                 replies = await target.deliver(sent)
@@ -295,16 +305,6 @@ class Dispatcher:
                 sending.end()
             if carried is not None:
                 CARRIED.reset(carried)
-
-    def _target_of(self, effect: OutboxEffect) -> EffectTarget:
-        target = self._targets.get(effect.target_kind)
-        if target is None:
-            raise DeliveryFailed(
-                f"no target of kind {effect.target_kind!r} is registered for effect to "
-                f"{effect.target_kind}:{effect.target_id}: add one with runtime.add_target(...) and redrive",
-                retryable=False,
-            )
-        return target
 
     def _reply(self, effect: OutboxEffect, number: int, reply: object) -> Envelope:
         """An answer of the target, addressed to the run that sent the effect. Its id is the same after a redelivery."""
@@ -345,7 +345,7 @@ class Dispatcher:
             self._next(lane)
 
     def _failed(self, lane: _Lane, effect: OutboxEffect, error: Exception) -> None:
-        ref, now = lane.head.ref, self._clock.now()
+        ref, now = lane.ref, self._clock.now()
         attempt = effect.attempt + 1
         policy = effect.retry or self._options.effect_retry
         text = error.message if isinstance(error, SagasError) else describe(error)
@@ -393,8 +393,8 @@ class Dispatcher:
         if trouble is not None or lane.is_dropped:
             self._next(lane)
             return
-        if lane.head.effect is not None:
-            lane.head.effect = effect
+        if lane.effect is not None:
+            lane.effect = effect
         self._start(lane, effect)
 
     # ---------------------------------------------------------------- lanes
@@ -411,13 +411,14 @@ class Dispatcher:
     def _next(self, lane: _Lane) -> None:
         """The head of a lane is done with: the one behind it is the head, or the lane is gone."""
         self.waiting -= 1
-        self._resident -= lane.head.effect is not None
+        self._resident -= lane.effect is not None
         if not lane.behind:
             if not lane.is_dropped:
                 self._lanes.pop(lane.name, None)
             return
-        lane.head = lane.behind.popleft()
-        effect = lane.head.effect
+        following = lane.behind.popleft()
+        lane.ref, lane.effect = following.ref, following.effect
+        effect = lane.effect
         if effect is None:
             self._make_ready(lane)
         else:
@@ -456,8 +457,8 @@ class Dispatcher:
         """The head of a stalled lane was redriven: it goes on with a fresh count of attempts."""
         lane = self._lanes.get(lane_name)
         if lane is not None and lane.state == "stalled":
-            if lane.head.effect is not None:
-                lane.head.effect = effect
+            if lane.effect is not None:
+                lane.effect = effect
             self._make_ready(lane)
 
     def skip(self, lane_name: str) -> None:
@@ -465,6 +466,14 @@ class Dispatcher:
         lane = self._lanes.get(lane_name)
         if lane is not None and lane.state == "stalled":
             self._next(lane)
+
+
+def _no_target(effect: OutboxEffect) -> DeliveryFailed:
+    return DeliveryFailed(
+        f"no target of kind {effect.target_kind!r} is registered for effect to "
+        f"{effect.target_kind}:{effect.target_id}: add one with runtime.add_target(...) and redrive",
+        retryable=False,
+    )
 
 
 def _shown(moments: tuple[FeedMoment, ...], effect: OutboxEffect, now: datetime) -> FeedRecord:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Callable
 
 from sagaloom.errors import SagasError
 from sagaloom.ports.keyvalue import SeesOthers
@@ -32,8 +33,10 @@ _HURRIED_SECONDS_MAX = 0.05
 class Lifeline:
     """Watches the store for the receiver."""
 
-    def __init__(self, store: SagaStore, receiver: Receiver) -> None:
+    def __init__(self, store: SagaStore, receiver: Receiver, *, on_nudge: Callable[[], None]) -> None:
+        """`on_nudge` is called whenever somebody has something for us."""
         self._store = store
+        self._on_nudge = on_nudge
         self._receiver = receiver
         self._hurrying: asyncio.Task[None] | None = None
         self._hurried_pause = _HURRIED_SECONDS
@@ -62,6 +65,7 @@ class Lifeline:
                 _log.debug("the store cannot be watched: %s", error.message)
 
     def _nudged(self) -> None:
+        self._on_nudge()
         try:
             self._receiver.attend(standing=not self._store.stands())
         except SagasError as error:

@@ -10,7 +10,7 @@ from sagaloom.ports.store import SagaStore, UnitOfWork
 from sagaloom.runtime.deliveries import Delivery
 from sagaloom.runtime.receipts import Outcome
 
-__all__ = ["outcome_elsewhere", "outcome_of", "outcome_of_duplicate"]
+__all__ = ["outcome_elsewhere", "outcome_of", "outcome_of_duplicate", "outcome_of_left"]
 
 _ENTRIES_SEARCHED = 200
 
@@ -21,6 +21,9 @@ def outcome_of(delivery: Delivery, decision: Decision | None, unit: UnitOfWork, 
     """What a message did. State, effects and result are filled in only for those who wait for them."""
     envelope = delivery.envelope
     instance = unit.instance
+    reason = decision.reason or decision.error if decision is not None else None
+    if reason is None and instance is not None:
+        reason = instance.reason
     run = instance.run if instance is not None else envelope.run or 0
     outcome = Outcome(
         message_id=envelope.id,
@@ -31,7 +34,7 @@ def outcome_of(delivery: Delivery, decision: Decision | None, unit: UnitOfWork, 
         disposition="pending" if decision is None else decision.disposition,
         status=instance.status if instance is not None else None,
         revision=instance.revision if instance is not None else None,
-        reason=_reason(decision, instance),
+        reason=reason,
     )
     if not detailed:
         return outcome
@@ -63,6 +66,19 @@ def outcome_of_duplicate(envelope: Envelope, mark: Mark, instance: Instance | No
         state=_decode(instance.state) if instance is not None and same else None,
         result=_decode(instance.result) if instance is not None and same and instance.result else None,
         reason=f"the same message was accepted before as {mark.message_id}",
+    )
+
+
+def outcome_of_left(envelope: Envelope) -> Outcome:
+    """That of a message which is part of somebody's own transaction, and has not been taken in yet."""
+    run = envelope.run or 0
+    return Outcome(
+        message_id=envelope.id,
+        instance_id=instance_id(envelope.saga_id, envelope.key, run),
+        saga_id=envelope.saga_id,
+        correlation_key=envelope.key,
+        run=run,
+        disposition="pending",
     )
 
 
@@ -98,9 +114,3 @@ async def outcome_elsewhere(store: SagaStore, envelope: Envelope) -> Outcome:
         reason=entry.reason if entry is not None else letter.reason if letter is not None else None,
         answer=entry.answer if entry is not None else None,
     )
-
-
-def _reason(decision: Decision | None, instance: Instance | None) -> str | None:
-    if decision is not None and (decision.reason or decision.error):
-        return decision.reason or decision.error
-    return instance.reason if instance is not None else None

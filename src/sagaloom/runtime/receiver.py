@@ -40,11 +40,12 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, ClassVar, Final, Protocol
+from typing import TYPE_CHECKING, ClassVar, Final, Protocol, cast
 
 import msgspec
 
 from sagaloom.clock import Clock
+from sagaloom.engine.concurrency import key_of
 from sagaloom.engine.controls import ends_pause
 from sagaloom.engine.correlation import DefinitionSet, dead_letter_id, route
 from sagaloom.engine.decide import DecideContext, decide, steer
@@ -84,6 +85,7 @@ from sagaloom.runtime.deliveries import (
 from sagaloom.runtime.options import RuntimeOptions, no_step
 from sagaloom.runtime.outcomes import outcome_of, outcome_of_duplicate
 from sagaloom.runtime.share import Share
+from sagaloom.runtime.slots import LOOK_AGAIN, Slots, limited
 
 if TYPE_CHECKING:
     from sagaloom.telemetry.sagas import SagaTelemetry
@@ -105,6 +107,9 @@ _UNKNOWN_PATIENCE = timedelta(hours=1)
 _STARTS_MAX = 10
 _UNSEEN = Hot(None, None)
 
+# What a named tuple's own constructor does, without its Python frame.
+_row_ref: Final = cast("Callable[[tuple[int, int]], RowRef]", partial(tuple.__new__, RowRef))  # pyright: ignore[reportUnknownMemberType]
+
 
 class Work(Protocol):
     """A unit that needs no decision: a settled effect, an operator's request. `is_patient`: it waits for a store that
@@ -120,24 +125,21 @@ class Work(Protocol):
 
 class _Planned(msgspec.Struct, gc=False):
     """The unit of one delivery and what follows from it, once it is committed: `hot` is what to remember of the key.
-    `decision` is None when the message was only accepted. `is_deferred`: it stands aside
-    from then on. `holds`: its key waits for it. `is_next`: it was accepted to
-    get its place, and has its turn as soon as it comes. `successor` is the same message as it is found in the inbox
-    from then on, when it waits there for the first time."""
+    `decision` is None when the message was only accepted. `waits`: its message is in the inbox now, decided or not.
+    `awaits_slot`: it was accepted, and waits for a slot. `is_deferred`: it stands aside from then on. `holds`: its key
+    waits for it. `is_next`: it was accepted to get its place, and has its turn as soon as it comes. `successor` is the
+    same message as it is found in the inbox from then on, when it waits there for the first time."""
 
     delivery: Delivery
     unit: UnitOfWork
     decision: Decision | None
     hot: Hot | None
+    waits: bool = True
     holds: bool = False
     is_next: bool = False
     is_deferred: bool = False
+    awaits_slot: bool = False
     successor: Delivery | None = None
-
-    @property
-    def waits(self) -> bool:
-        """Whether its message is in the inbox now, decided or not."""
-        return self.decision is None or self.is_deferred or self.decision.disposition == "pending"
 
 
 class Receiver:
@@ -183,6 +185,7 @@ class Receiver:
             on_holding=on_holding,
             is_quiet=is_quiet,
         )
+        self._slots = Slots()
         self._postponed: list[Delivery] = []
         """What was taken for this turn and is left for the next, in order."""
         self._wake: asyncio.Future[None] | None = None
@@ -348,6 +351,7 @@ class Receiver:
         placing: set[InstanceKey] = set()  # The keys whose next messages have to get a place first, as one before did.
         parts, holds_some = self.share.parts, self._backlog.holds_some
         defers_some = self._backlog.defers_some
+        limited_ids = definitions.limited
         deferring: set[InstanceKey] = set()  # The keys of which a message of this batch was deferred.
         stopped: set[InstanceKey] = set()  # The keys that have moved since: what was deferred comes first now.
         self._postponed = []
@@ -386,6 +390,9 @@ class Receiver:
                 placing.add(key)
                 unit = unit_of_accept(delivery, head, known.head)
                 step = _Planned(delivery, unit, None, Hot(head, known.instance), is_next=True)
+            elif limited_ids and delivery.awaits_slot and delivery.enters:
+                unit = unit_of_accept(delivery, head, known.head)
+                step = _Planned(delivery, unit, None, Hot(head, known.instance), holds=True, awaits_slot=True)
             else:
                 addressed = known.instance
                 if envelope.run is not None and envelope.run != head.run:
@@ -417,7 +424,7 @@ class Receiver:
                     shown = decision if is_deferred else None
                     step = _Planned(delivery, unit, shown, Hot(head, known.instance), is_deferred=is_deferred)
                 elif key in corrupt:
-                    step = _Planned(delivery, unit_of_loss(delivery, decision), decision, None)
+                    step = _Planned(delivery, unit_of_loss(delivery, decision), decision, None, waits=False)
                 else:
                     step = self._plan_decision(delivery, decision, known, head, addressed, definitions, now)
                 if (
@@ -426,7 +433,9 @@ class Receiver:
                     and (key in deferring or self._backlog.has_deferred(key))
                 ):
                     stopped.add(key)
-            if step.holds or ends_pause(envelope):
+            if envelope.slot is not None or (limited_ids and key[0] in limited_ids):
+                step.unit = self._slots.claim(definitions.get(key[0]), delivery, step.unit, step.decision, now)
+            if step.holds or (envelope.origin != "door" and ends_pause(envelope)):
                 holding.add(key)
             if step.unit.mark is not None:
                 seen[head.pk, step.unit.mark.dedupe_key] = step.unit.mark
@@ -516,7 +525,7 @@ class Receiver:
             envelope = delivery.envelope
             would_start = newest is None or is_terminal(newest.status)
             holds = would_start and not envelope.opens_run and envelope.run is None
-        return _Planned(delivery, unit, decision, hot, holds)
+        return _Planned(delivery, unit, decision, hot, waits, holds)
 
     def _answer_duplicate(
         self, delivery: Delivery, mark: Mark, instance: Instance | None, *, is_in_batch: bool
@@ -542,7 +551,8 @@ class Receiver:
     # ---------------------------------------------------------------- after the commit
 
     async def _follow_up(self, planned: list[_Planned], works: list[Work], result: CommitResult) -> None:
-        rows = _NewRows(result, self._backlog, self.share.parts)
+        parts, marks = self.share.parts, self._marks
+        rows = _NewRows(result, self._backlog, parts)
         conflicts = result.conflicts
         accepted: list[_Planned] = []
         decided: list[_Planned] = []
@@ -556,10 +566,11 @@ class Receiver:
                 self._on_timers(unit.timers_add)
             if each.hot is not None:
                 self._hot.put(each.delivery.key, each.hot)
-            if unit.mark is not None and unit.part in self.share.parts:
+            if unit.mark is not None and unit.part in parts:
                 # Marks of partitions that others hold may be taken back without our hearing of it.
-                self._remember(unit.mark_pk, unit.mark)
+                marks[unit.mark_pk, unit.mark.dedupe_key] = unit.mark
             (decided if each.decision is not None else accepted).append(each)
+        self._bound_marks()
         self._counters.committed([*accepted, *decided], conflicts=len(conflicts))
         for number, work in enumerate(works, len(planned)):
             if number not in conflicts and (work.unit.inbox_add or work.unit.outbox_add):
@@ -582,6 +593,8 @@ class Receiver:
             await self._resolve(planned, works, conflicts)
         for later in rows.later:
             self._put_aside(later)
+        if self._slots.some_wait:
+            self._pass_slots_on([each.unit for each in (*accepted, *decided)])
         if rows.effects:
             self._on_effects(rows.effects)
 
@@ -591,7 +604,7 @@ class Receiver:
         assert decision is not None
         if delivery.answered is not None or delivery.settled is not None:
             answer(delivery, outcome_of(delivery, decision, each.unit, detailed=delivery.settled is not None))
-        if ends_pause(delivery.envelope):
+        if delivery.envelope.origin != "door" and ends_pause(delivery.envelope):
             self._backlog.put_back(self._backlog.release([delivery.key]))
         if decision.disposition == "applied":
             self._backlog.moved(delivery.key, delivery)
@@ -613,6 +626,10 @@ class Receiver:
             self.share.wait_abroad(successor)
         elif each.is_next:
             self._backlog.add_in_order([successor])
+        elif each.awaits_slot:
+            definition = self._definitions().get(delivery.key[0])
+            assert definition is not None
+            self._await_slot(successor, key_of(definition, successor.envelope))
         elif each.decision is None:
             self._backlog.wait_behind(successor)
         elif each.is_deferred:
@@ -643,6 +660,10 @@ class Receiver:
                 else:
                     self.share.wait_abroad(delivery)
                 continue
+            if conflict.kind == "limit":
+                if self._lacks_slot(delivery):
+                    again.append(delivery)
+                continue
             if conflict.kind == "gone":
                 # Somebody else consumed its row: whatever it asked for has been done there.
                 refuse(delivery, BackendUnavailable(f"message {delivery.envelope.id} was taken over elsewhere"))
@@ -657,6 +678,46 @@ class Receiver:
         keys = [each.delivery.key for number, each in enumerate(planned) if number in conflicts]
         self._backlog.put_back(again + self._backlog.release(keys))
 
+    def _lacks_slot(self, delivery: Delivery) -> bool:
+        """What is to be done about a message that found no free slot; whether it is decided again right away."""
+        definition = self._definitions().get(delivery.key[0])
+        if definition is None or definition.concurrency is None:
+            return True
+        if not delivery.awaits_slot:
+            self._counters.throttled[definition.id] += 1
+        key = key_of(definition, delivery.envelope)
+        if delivery.enters:
+            if delivery.envelope.origin == "door" and definition.concurrency.on_limit == "reject":
+                refuse(delivery, limited(definition, delivery, key))
+                return False
+            delivery.awaits_slot = True
+            return True
+        if any(each.envelope.slot == key for each in self._backlog.behind(delivery.key)):
+            delivery.goes_without = True
+            return True
+        self._await_slot(delivery, key)
+        return False
+
+    def _await_slot(self, delivery: Delivery, key: str) -> None:
+        """Holds the instance of a message until there is a slot for it."""
+        self._slots.wait(delivery, key)
+        until = self._clock.now() + LOOK_AGAIN
+        if delivery.envelope.opens_run:
+            self._defer(delivery, until)  # Nothing is behind it: its run has yet to be opened.
+            return
+        delivery.is_deferred, delivery.until = True, until
+        self._backlog.hold(delivery)
+        self._set_alarm(delivery)
+
+    def _pass_slots_on(self, units: Sequence[UnitOfWork]) -> None:
+        """Gives those who wait for slots that were given back their turn."""
+        now = self._clock.now()
+        for unit in units:
+            first = self._slots.next_for(unit)
+            if first is not None:
+                self._backlog.hasten(first, now)
+                self._alarm.set(now)
+
     async def _learn_marks(self, units: Sequence[UnitOfWork]) -> None:
         """Reads the marks that stand against refused units. Those decided on top of one that was seen before are
         refused for that alone, and may have been seen as well: a batch that comes again is found out as a whole."""
@@ -665,7 +726,8 @@ class Receiver:
         with contextlib.suppress(SagasError):
             for (pk, _), mark in zip(wanted, await self._store.marks(wanted), strict=True):
                 if mark is not None:
-                    self._remember(pk, mark)
+                    self._marks[pk, mark.dedupe_key] = mark
+        self._bound_marks()
 
     async def _cannot_commit(self, batch: list[Delivery], works: list[Work], error: SagasError) -> None:
         self._counters.commits_failed += 1
@@ -803,8 +865,7 @@ class Receiver:
         if wakes_at is not None:
             self._alarm.set(wakes_at)
 
-    def _remember(self, pk: int, mark: Mark) -> None:
-        self._marks[pk, mark.dedupe_key] = mark
+    def _bound_marks(self) -> None:
         if len(self._marks) > _MARKS_REMEMBERED:
             # Many at once, for the reason given in `HotInstances`.
             for where in list(islice(self._marks, _MARKS_REMEMBERED // 8)):
@@ -864,7 +925,7 @@ class _NewRows:
                 else:
                     self.later.append(arrival)
         for effect in unit.outbox_add:
-            self.effects.append((RowRef(unit.part, self._outbox_seq), effect))
+            self.effects.append((_row_ref((unit.part, self._outbox_seq)), effect))
             self._outbox_seq += 1
         return waiting
 

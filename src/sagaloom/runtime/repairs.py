@@ -302,7 +302,7 @@ class Repairs:
             ).envelope
         # What the engine sends itself is known by its origin.
         origin: Origin = "undo" if envelope.origin == "undo" else "redrive"
-        return msgspec.structs.replace(envelope, origin=origin, attempt=0, due_at=None, last_error=None)
+        return msgspec.structs.replace(envelope, origin=origin, attempt=0, due_at=None, last_error=None, slot=None)
 
 
 async def in_time(answer: asyncio.Future[_T]) -> _T:

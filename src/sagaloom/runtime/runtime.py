@@ -58,6 +58,7 @@ from sagaloom.ids import check_key, key_hash, new_message_id, new_traceparent, p
 from sagaloom.messages import RESERVED_PREFIX, SagaMessage, as_message
 from sagaloom.ports.store import (
     InstanceFilter,
+    JoinsTransactions,
     RegisteredDefinition,
     RowRef,
     SagaStore,
@@ -70,8 +71,10 @@ from sagaloom.runtime.deliveries import Delivery
 from sagaloom.runtime.dispatcher import Dispatcher
 from sagaloom.runtime.evolution import MigrationPage, migrate_page, oldest_readable, refuse_unreadable
 from sagaloom.runtime.feed import FeedHub, FeedWatch
+from sagaloom.runtime.foyer import Foyer
 from sagaloom.runtime.lifeline import Lifeline
 from sagaloom.runtime.options import RuntimeOptions
+from sagaloom.runtime.outcomes import outcome_of_left
 from sagaloom.runtime.pruner import Pruner
 from sagaloom.runtime.receipts import (
     Outcome,
@@ -83,6 +86,7 @@ from sagaloom.runtime.receipts import (
 )
 from sagaloom.runtime.receiver import Receiver
 from sagaloom.runtime.repairs import Repairs, in_time
+from sagaloom.runtime.replies import reply_envelope, reply_unwanted
 from sagaloom.runtime.scheduler import Scheduler, ScheduleStatus
 from sagaloom.runtime.signals import Signals
 from sagaloom.runtime.standings import StandingChange, Standings, StandingVerb
@@ -168,7 +172,7 @@ class SagaRuntime:
             self.options,
             counters=self.counters,
             targets=self._targets,
-            giving=lambda: self._receiver.share.giving,
+            share=self._receiver.share,
             submit=self._receiver.submit,
         )
         self._timekeeper = Timekeeper(store, self.clock, self.options, holds=self.holds, offer=self._receiver.offer)
@@ -182,7 +186,8 @@ class SagaRuntime:
         )
         self._feed = FeedHub(store, self.clock)
         self._pruner = Pruner(store, self.clock, self.options)
-        self._lifeline = Lifeline(store, self._receiver)
+        self._foyer = Foyer(store, parts=lambda: self._receiver.share.parts, offer=self._receiver.offer)
+        self._lifeline = Lifeline(store, self._receiver, on_nudge=self._foyer.wake)
         self._repairs = Repairs(
             store,
             self.clock,
@@ -218,11 +223,11 @@ class SagaRuntime:
                     f"{definition.source or 'there'}): give one of them another id"
                 )
             return
-        if definition.durability not in self.store.tiers:
+        reason = self.store.why_not(definition.durability)
+        if reason is not None:
             raise DefinitionError(
                 f"saga {definition.id!r} asks for durability {definition.durability!r}, which the store "
-                f"{self.store.id} cannot promise (it can {', '.join(sorted(self.store.tiers))}): lower the tier, or "
-                "use a store that waits for a synchronous replica"
+                f"{self.store.id} cannot promise: {reason}"
             )
         if self._state == "running" and oldest_readable(definition) > 1:
             raise DefinitionError(
@@ -265,6 +270,7 @@ class SagaRuntime:
         self._spawn("standings", self._standings.watch())
         if not self.options.works:
             return
+        self._spawn("foyer", self._foyer.run())
         self._spawn("timekeeper", self._timekeeper.run())
         self._spawn("scheduler", self._scheduler.run())
         self._spawn("pruner", self._pruner.run())
@@ -277,6 +283,7 @@ class SagaRuntime:
         end in time is in the store, and goes on at the next start. Stopping twice is no error."""
         if self._state == "running":
             self._state = "stopping"
+            self._receiver.share.is_leaving = True
             self._scheduler.close()
             with contextlib.suppress(TimeoutError):
                 await self._wait_until(self._is_drained, self.options.drain_seconds)
@@ -321,6 +328,7 @@ class SagaRuntime:
         options: Mapping[str, Any] | None = None,
         *,
         wait: float | timedelta | None = None,
+        within: object | None = None,
         **overrides: Any,
     ) -> PublishReceipt | PublishRejected:
         """Takes a message in and answers once it is durable.
@@ -330,6 +338,9 @@ class SagaRuntime:
         `tracestate`. Without a `traceparent` it goes on in the trace that is going on. With `wait` (seconds) the answer
         also waits, at most that long, until each saga is done with the message; its outcomes then show state, effects
         and result. A refusal is returned, never raised.
+
+        `within` is the asyncpg connection of a transaction of yours, on the database of the store: the message is part
+        of it, and is taken in when it has committed. Its receipt says `pending`, and there is nothing to wait for yet.
         """
         message_type: str | None = None
         publishing: Publishing | None = None
@@ -343,6 +354,8 @@ class SagaRuntime:
             if self.telemetry is not None:
                 publishing = self.telemetry.publish(received)
                 received = publishing.message
+            if within is not None:
+                return await self._leave(received, within, waits=wait is not None)
             deliveries = self._address(received, waits=wait is not None)
             outcomes: list[Outcome] = []
             for delivery in deliveries:
@@ -371,11 +384,73 @@ class SagaRuntime:
         # Gathered coroutines run in order up to their first wait, which is after the message was queued.
         return list(await asyncio.gather(*(self.publish(message) for message in messages)))
 
+    async def reply(
+        self, saga_id: str, key: str, message: object, *, run: int, causation_id: str | None = None, hops: int = 0
+    ) -> Outcome:
+        """Hands the very run that has asked for it an answer, such as the end of a job, and returns once it is durable.
+
+        `message` is what `publish` takes, with an `id`: under that one it is applied once. `causation_id` is the key of
+        the effect that is answered, and `hops` its place in a cascade. What the saga has no handler for changes
+        nothing, and so does an answer to a run that is over: the outcome says `ignored`.
+
+        Raises `SagaNotFound`, `MessageRejected`, and `BackendUnavailable`, also while no process here knows the saga.
+        """
+        self._refuse_if_not_running()
+        if self._receiver.problem is not None:
+            raise self._receiver.problem
+        received = as_message(message)
+        definition = self.definitions.get(saga_id)
+        if definition is None:
+            raise await self._unknown_saga(saga_id)
+        if received.type not in definition.handlers:
+            return reply_unwanted(saga_id, key, received, run=run)
+        envelope = reply_envelope(
+            saga_id,
+            key,
+            received,
+            self._payload(received),
+            run=run,
+            now=self.clock.now(),
+            causation_id=causation_id,
+            hops=hops,
+        )
+        answered: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._receiver.offer(Delivery(envelope, (saga_id, key), answered=answered))
+        return await answered
+
+    async def _unknown_saga(self, saga_id: str) -> SagasError:
+        if any(each.saga_id == saga_id for each in await self.store.definitions()):
+            return BackendUnavailable(
+                f"saga {saga_id!r:.80} is known to this store, but not loaded here: load its module, or try again "
+                "where it is loaded",
+                code="SAGA_NOT_LOADED",
+            )
+        return SagaNotFound(f"there is no saga {saga_id!r:.80} here, and the store has never seen one")
+
+    async def _leave(self, message: SagaMessage[Any], connection: object, *, waits: bool) -> PublishReceipt:
+        """Leaves a message in somebody's own transaction."""
+        if not isinstance(self.store, JoinsTransactions):
+            raise MessageRejected(
+                f"the store {self.store.id} has no transactions to join: publish without within=, or use the sql store"
+            )
+        if waits:
+            raise MessageRejected("within= and wait= contradict each other: nothing happens before your commit")
+        envelopes = [delivery.envelope for delivery in self._addressed(message, waits=False, only=None)]
+        await self.store.leave(connection, envelopes)
+        return _receipt(message.type, [outcome_of_left(envelope) for envelope in envelopes])
+
     def _address(
         self, message: SagaMessage[Any], *, waits: bool, only: SagaDefinition[Any] | None = None
     ) -> list[Delivery]:
         """Queues the message for every saga that handles its type, or for `only` one, or raises why not; nothing was
         queued then."""
+        deliveries = self._addressed(message, waits=waits, only=only)
+        for delivery in deliveries:
+            self._receiver.offer(delivery)
+        return deliveries
+
+    def _addressed(self, message: SagaMessage[Any], *, waits: bool, only: SagaDefinition[Any] | None) -> list[Delivery]:
+        """The message for every saga that handles its type, or for `only` one."""
         if self._state != "running":
             raise BackendUnavailable(
                 f"the runtime is {self._state}: publish between start() and stop()", code="SAGA_NOT_STARTED"
@@ -397,18 +472,17 @@ class SagaRuntime:
         assert loop is not None
         deliveries: list[Delivery] = []
         for definition in receivers:
-            envelope, typed = address(definition, message, payload_json=payload, accepted_at=now, message_id=message_id)
+            found = address(definition, message, payload_json=payload, accepted_at=now, message_id=message_id)
+            envelope = found.envelope
             deliveries.append(
                 Delivery(
                     envelope,
                     (envelope.saga_id, envelope.key),
-                    typed=typed,
+                    typed=found.message,
                     answered=loop.create_future(),
                     settled=loop.create_future() if waits else None,
                 )
             )
-        for delivery in deliveries:
-            self._receiver.offer(delivery)
         return deliveries
 
     async def _await_ends(self, deliveries: list[Delivery], outcomes: list[Outcome], wait: float | timedelta) -> None:
@@ -979,6 +1053,7 @@ class SagaRuntime:
         if gained:
             await self._dispatcher.load(gained)
             self._timekeeper.gained(gained)
+            self._foyer.wake()
             self._scheduler.wake()
 
     def _effects_committed(self, rows: Sequence[tuple[RowRef, OutboxEffect]]) -> None:

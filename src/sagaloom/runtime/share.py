@@ -65,6 +65,9 @@ class Share:
         """The partitions that are ours; the messages of all others we only accept."""
         self.is_shared = False
         """Whether somebody else writes to the store."""
+        self.is_leaving = False
+        """Whether we are about to go: then nothing more is taken. What a neighbour leaves behind meanwhile is for those
+        who stay, and would only change hands twice."""
         self.giving: frozenset[int] = frozenset()
         """Partitions that others shall have when what is under way in them has ended: nothing new begins there."""
         self._give_up_at: float | None = None
@@ -135,14 +138,14 @@ class Share:
         try:
             if self.lease is None:
                 self.lease = await self._store.join(self._holder, works=self._works)
-            if self._works:
+            if self._works and not (self.is_leaving and self.parts):
                 excess = await self._take_share(self.lease)
                 if excess and not self.giving:
                     self.giving = frozenset(sorted(self.parts)[-excess:])
                     self._give_up_at = asyncio.get_running_loop().time() + _GIVE_UP_SECONDS
                     if self._is_quiet(self.giving):
                         await self._take_share(self.lease)
-            else:
+            elif not self._works:
                 self.is_shared = True  # Those who apply what we take in need their turn at the store.
             await self._look()
         except BaseException:

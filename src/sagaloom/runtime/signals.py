@@ -45,6 +45,7 @@ from sagaloom.runtime.feed import FeedWatch
 from sagaloom.runtime.options import RuntimeOptions
 from sagaloom.runtime.receipts import Outcome, QueryResult, SignalReceipt, UpdateReceipt
 from sagaloom.runtime.receiver import Receiver
+from sagaloom.runtime.repairs import in_time
 from sagaloom.telemetry import current_trace
 
 __all__ = ["Signals"]
@@ -275,14 +276,11 @@ class Signals:
         assert delivery.answered is not None
         assert delivery.settled is not None
         await asyncio.wait([delivery.settled], timeout=seconds)
+        if not delivery.settled.done():
+            await in_time(delivery.answered)  # However short the wait: what is said to be accepted has to be durable.
         if delivery.settled.done():
             return delivery.settled.result()
         delivery.settled.cancel()  # Nobody waits for it any more, so nobody need look for it.
-        if not delivery.answered.done():
-            raise BackendUnavailable(
-                f"the store did not take the update within {seconds:g} s: try again, under the id "
-                f"{delivery.envelope.id!r}"
-            )
         return None
 
     async def _first(self, duplicate: Outcome, until: float) -> Outcome | None:

@@ -19,6 +19,7 @@ from sagaloom.service.openapi import openapi_document
 from sagaloom.service.operating import add_operating
 from sagaloom.service.publishing import PublishRoute
 from sagaloom.service.reading import add_health, add_reading
+from sagaloom.service.replying import add_replying
 from sagaloom.service.talking import add_talking
 from sagaloom.service.timing import add_timing
 from sagaloom.web.app import create_web_app
@@ -86,6 +87,7 @@ def create_app(
         add_talking(table, runtime, reader)
         add_reading(table, runtime)
         add_operating(table, runtime, reader)
+        add_replying(table, runtime, reader)
         add_timing(table, runtime, reader)
         add_streaming(
             table,

@@ -96,6 +96,12 @@ def _families(runtime: SagaRuntime) -> list[_Family]:
         _Family("sagaloom_messages_total", "counter", "Messages that are done with, by what they came to.", decided),
         _Family("sagaloom_attempts_failed_total", "counter", "Attempts that will be made again.", failed),
         _Family(
+            "sagaloom_messages_throttled_total",
+            "counter",
+            "Messages that found no free slot of their concurrency key.",
+            [({"saga": saga}, counters.throttled[saga]) for saga in sorted(runtime.definitions.limited)],
+        ),
+        _Family(
             "sagaloom_effects_total",
             "counter",
             "Attempts to deliver an effect, by what they came to.",

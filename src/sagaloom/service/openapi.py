@@ -9,6 +9,7 @@ from starlette.routing import BaseRoute
 
 from sagaloom.service import shapes
 from sagaloom.service.addressing import API_PREFIX
+from sagaloom.service.replying import ReplyAnswer, ReplyBody
 from sagaloom.web.feed import FeedEventView
 from sagaloom.web.health import LiveView, ReadyView
 from sagaloom.web.openapi import ShapeBook, header_parameter, make_document
@@ -115,6 +116,19 @@ EXAMPLES: Final[Mapping[type, Any]] = {
         "cursor": None,
     },
     shapes.ControlBody: {"reason": "ordered twice"},
+    ReplyBody: {
+        "type": "send-invoice:completed",
+        "id": "job-4f6b3d1c9e8f7a6b5c4d3e2f",
+        "payload": {"jobId": "send-invoice", "runId": "019a0c2e4f6b3d1c9e8f7a6b5c4d3e2f", "result": {"sent": True}},
+        "causationId": "8f14e45fceea167a5a36dedd4bea2543",
+    },
+    ReplyAnswer: {
+        "messageType": "send-invoice:completed",
+        "messageId": "job-4f6b3d1c9e8f7a6b5c4d3e2f",
+        "instanceId": "order:o-1",
+        "run": 1,
+        "disposition": "applied",
+    },
     shapes.SignalBody: {"payload": {"by": "ann"}, "id": "web-7f3b"},
     shapes.SignalAnswer: {
         "signal": "approve",

@@ -11,6 +11,7 @@ The rows (the first part of a key names its table; times are microseconds since 
     inbox, outbox   partition, number                   Envelope, OutboxEffect
     timer           due, id                             Timer
     schedule        saga id                             ScheduleCursor
+    slot            saga id, concurrency key, no.   HeldSlot: which message holds it
     child           parent's pk, run, status, place     Child; moved when it ends
     standing        saga id                             SagaStanding
     dead_letter     id                                  DeadLetter; found by saga and by key through dead_letter_index
@@ -65,6 +66,7 @@ from sagaloom.engine.records import (
     DeadLetter,
     Envelope,
     FeedEvent,
+    HeldSlot,
     HistoryEntry,
     Instance,
     Mark,
@@ -115,6 +117,7 @@ from sagaloom.stores.rows import (
     decode_head,
     decode_instance,
     decode_mark,
+    decode_slot,
     decode_standing,
     decode_timer,
     decoded,
@@ -128,7 +131,7 @@ from sagaloom.stores.rows import (
     timer_key,
     to_json,
 )
-from sagaloom.stores.tenure import Presence, Tenure, member_key
+from sagaloom.stores.tenure import Presence, Tenure, Writer, member_key
 
 __all__ = ["ROW_BYTES_MAX", "SCHEMA", "KvSagaStore"]
 
@@ -197,6 +200,14 @@ class KvSagaStore:
     def tiers(self) -> frozenset[SagaDurabilityTier]:
         return _TIERS
 
+    def why_not(self, tier: SagaDurabilityTier) -> str | None:
+        if tier in self.tiers:
+            return None
+        return (
+            f"{self._kv.name} has no replica that a commit could wait for: lower the tier to t2, or use PostgreSQL "
+            "with a synchronous standby (NETSCRIPT_SAGA_STORE=sql)"
+        )
+
     @property
     def problem(self) -> str | None:
         problem: str | None = self._problem or getattr(self._kv, "problem", None)
@@ -259,6 +270,11 @@ class KvSagaStore:
     @property
     def is_shareable(self) -> bool:
         return self._tenure.tells_the_dead
+
+    async def writers(self) -> list[Writer]:
+        """Everybody who writes, and those who are gone and still hold something: for operators."""
+        await self.open()
+        return await self._tenure.writers()
 
     def stands(self) -> bool:
         return self._tenure.stands()
@@ -351,6 +367,7 @@ class KvSagaStore:
         marks_there: set[Key] = set()
         dead_letters: dict[str, tuple[DeadLetter, int]] = {}
         doubted: list[Key] = []
+        self._beliefs.slots.clear()
         looked_twice = is_careful = False
         for _ in range(_ROUNDS_MAX):
             if doubted:
@@ -496,7 +513,7 @@ class KvSagaStore:
                 if head.run and (row := next(rows)) is not None:
                     instance = decoded(self._kv, row, decode_instance)
                     if believed:
-                        self._beliefs.learn_instance(instance, row.versionstamp)
+                        self._beliefs.learn_instance(instance)
             loaded.append(Loaded(head, instance))
         self._beliefs.bound()
         return loaded
@@ -505,6 +522,11 @@ class KvSagaStore:
         await self.open()
         head = await self._read(head_key(saga_id, key), decode_head)
         return None if head is None else await self._read(("state", head.pk, run), decode_instance)
+
+    async def slots(self, saga_id: str, *, key: str | None = None, limit: int = 1_000) -> list[HeldSlot]:
+        await self.open()
+        prefix: Key = ("slot", saga_id) if key is None else ("slot", saga_id, key)
+        return [decoded(self._kv, row, decode_slot) for row in await self._kv.scan(prefix, limit=limit)]
 
     async def marks(self, wanted: Sequence[tuple[int, str]]) -> list[Mark | None]:
         await self.open()

@@ -13,10 +13,10 @@ from operator import itemgetter
 from typing import Final, TypeVar, cast
 
 from sagaloom.definitions import SagaInstanceStatus
-from sagaloom.engine.records import DeadLetter, FeedRecord, Head, Instance
+from sagaloom.engine.records import DeadLetter, FeedRecord, Head, HeldSlot, Instance
 from sagaloom.ids import instance_id
 from sagaloom.ports.keyvalue import Check, Committed, Entry, Key, KeyValue
-from sagaloom.ports.store import Conflict, RowRef, UnitOfWork
+from sagaloom.ports.store import Conflict, RowRef, SlotClaim, UnitOfWork
 from sagaloom.stores.rows import (
     FEED_KEY,
     child_key,
@@ -24,6 +24,7 @@ from sagaloom.stores.rows import (
     decode_dead_letter,
     decode_head,
     decode_instance,
+    decode_slot,
     decoded,
     encode,
     head_key,
@@ -53,6 +54,8 @@ _RUNS_KNOWN_MAX: Final = 65_536
 _HEADS_KNOWN_MAX: Final = 65_536
 _ROWS_KNOWN_MAX: Final = 262_144
 
+_SLOTS_MAX: Final = 100_000
+
 _RunKey = tuple[int, int]
 _RunFacts = tuple[int, int, SagaInstanceStatus, datetime]
 """Of a stored run: revision, entries, status, created_at."""
@@ -60,6 +63,9 @@ _RunFacts = tuple[int, int, SagaInstanceStatus, datetime]
 # What a named tuple's own constructor does, without its Python frame: a third of the time, for each row of a commit.
 _check: Final = cast("Callable[[tuple[Key, int | None]], Check]", partial(tuple.__new__, Check))  # pyright: ignore[reportUnknownMemberType]
 
+
+_Held = dict[int, tuple[str, str]]
+"""Who holds which slot of a concurrency key: by number, the correlation key and the id of a message."""
 
 _value_of: Final = cast("Callable[[tuple[Key, bytes]], bytes]", itemgetter(1))
 
@@ -71,11 +77,13 @@ class Beliefs:
         self._kv = kv
         self.generation = 0
         """How many commits have ended: a read that saw another number may not teach us what is there."""
-        self.runs: dict[_RunKey, tuple[int, _RunFacts]] = {}
+        self.runs: dict[_RunKey, _RunFacts] = {}
         self.heads: dict[Key, tuple[int, Head]] = {}
         self.rows: dict[Key, None] = {}
         """Inbox, outbox and timer rows that are there."""
         self.sagas_seen: set[str] = set()
+        self.slots: dict[tuple[str, str], _Held] = {}
+        """Those of a saga and a concurrency key, as read for the commit that is planned: anybody may take some."""
 
     def forget(self) -> None:
         self.generation += 1
@@ -89,8 +97,7 @@ class Beliefs:
         self.generation += 1
         stamp = done.versionstamp
         rows = self.rows
-        for run_key, facts in plan.runs.items():
-            self.runs[run_key] = (stamp, facts)
+        self.runs.update(plan.runs)
         for head_row, head in plan.heads.items():
             self.heads[head_row] = (stamp, head)
         for key in plan.consumed:
@@ -98,9 +105,10 @@ class Beliefs:
         base = done.bases.get("inbox", 0)
         for offset, part in enumerate(plan.inbox):
             rows["inbox", part, base + offset] = None
-        base = done.bases.get("outbox", 0)
-        for offset, part in enumerate(plan.outbox):
-            rows["outbox", part, base + offset] = None
+        if plan.outbox:
+            rows.update(
+                dict.fromkeys([("outbox", part, n) for n, part in enumerate(plan.outbox, done.bases["outbox"])])
+            )
         for key in plan.timers:
             rows[key] = None
         self.sagas_seen |= plan.sagas
@@ -122,7 +130,7 @@ class Beliefs:
             if row is None:
                 self.runs.pop((pk, run), None)
             else:
-                self.learn_instance(decoded(self._kv, row, decode_instance), row.versionstamp)
+                self.learn_instance(decoded(self._kv, row, decode_instance))
         elif table == "correlation":
             if row is None:
                 self.heads.pop(key, None)
@@ -133,9 +141,13 @@ class Beliefs:
         else:
             self.rows[key] = None
 
-    def learn_instance(self, instance: Instance, stamp: int) -> None:
-        facts = (instance.revision, instance.entries, instance.status, instance.created_at)
-        self.runs[instance.pk, instance.run] = (stamp, facts)
+    def learn_instance(self, instance: Instance) -> None:
+        self.runs[instance.pk, instance.run] = (
+            instance.revision,
+            instance.entries,
+            instance.status,
+            instance.created_at,
+        )
 
     def learn_rows(self, rows: Iterable[Entry], generation: int) -> None:
         self.learn_keys((row.key for row in rows), generation)
@@ -151,6 +163,11 @@ class Beliefs:
     ) -> None:
         """Reads the rows that are `doubted`. The marks among them that are there go to `marks_there`, the dead letters
         to `dead_letters`, with their versionstamps: anybody may consume one, so each is checked."""
+        for where in {(str(key[1]), str(key[2])) for key in doubted if key[0] == "slot"}:
+            rows = await self._kv.scan(("slot", *where), limit=_SLOTS_MAX)
+            held = [decoded(self._kv, row, decode_slot) for row in rows]
+            self.slots[where] = {each.number: (each.correlation_key, each.message_id) for each in held}
+        doubted = [key for key in doubted if key[0] != "slot"]
         for key, row in zip(doubted, await self._kv.get_many(doubted), strict=True):
             if key[0] == "dead_letter":
                 if row is None:
@@ -199,6 +216,7 @@ class Plan:
         "outbox",
         "runs",
         "sagas",
+        "slots",
         "timers",
         "writes",
     )
@@ -230,6 +248,8 @@ class Plan:
         self.outbox: list[int] = []
         self.feed: list[FeedRecord] = []
         self.sagas: set[str] = set()
+        self.slots: dict[tuple[str, str], _Held] = {}
+        """Who will hold which slot, where that changes."""
 
     def place(
         self, unit: UnitOfWork, beliefs: Beliefs, marks_there: set[Key], dead_letters: dict[str, tuple[DeadLetter, int]]
@@ -248,10 +268,8 @@ class Plan:
             self.consumed.add(row)
             self.feed += unit.feed
             return None
-        if instance is not None or entry is not None:
-            shape = _misshapen(unit)
-            if shape is not None:
-                return Conflict("refused", shape)
+        if (instance is not None or entry is not None) and (shape := _misshapen(unit)) is not None:
+            return Conflict("refused", shape)
         pk = pk_of(unit)
         if self.lost and pk and pk in self.lost:
             return Conflict("revision", "an earlier unit of the same instance in this batch was not written")
@@ -263,11 +281,7 @@ class Plan:
         if instance is not None:
             run = instance.run
             run_key = (pk, run)
-            facts = self.runs.get(run_key)
-            if facts is None:
-                known = beliefs.runs.get(run_key)
-                if known is not None:
-                    facts = known[1]
+            facts = self.runs.get(run_key) or beliefs.runs.get(run_key)
             if unit.revision_before is None:
                 if facts is not None:
                     return _wrong_revision(instance, facts)
@@ -326,6 +340,12 @@ class Plan:
             for effect in unit.outbox_add:
                 inserts.append((("outbox", unit.part, slot("outbox", number)), encode(effect)))
                 number += 1
+        held: _Held = {}
+        if unit.slot is not None:
+            claimed = self._claim(unit.slot, beliefs, rows, inserts)
+            if isinstance(claimed, Conflict):
+                return claimed
+            held = claimed
         beside: _Beside | None = None
         if (
             done is not None
@@ -353,6 +373,8 @@ class Plan:
             _check_sizes(rows, inserts)
 
         # From here on nothing is refused.
+        if unit.slot is not None:
+            self.slots[unit.slot.saga_id, unit.slot.key] = held
         self.writes.update(rows)
         if unmarked_row:
             self._unmark(unmarked_row)
@@ -463,6 +485,33 @@ class Plan:
         keys = dead_letter_keys(letter)
         return keys if self.indexes else keys[:1]
 
+    def _claim(
+        self, claim: SlotClaim, beliefs: Beliefs, rows: list[tuple[Key, bytes | None]], inserts: list[tuple[Key, bytes]]
+    ) -> _Held | Conflict:
+        """Who holds which slot after `claim`, with the rows that this takes; changes nothing yet. That a number is free
+        is found out by its insert: whoever else takes it makes the commit conflict."""
+        where, owner = (claim.saga_id, claim.key), (claim.correlation_key, claim.message_id)
+        known = self.slots.get(where)
+        if known is None:
+            known = beliefs.slots.get(where)
+        if known is None:
+            return Conflict("limit", f"the slots of {claim.key!r:.80} have not been read")  # Which makes us read them.
+        held = dict(known)
+        if claim.use == "free":
+            number = next((number for number, holder in held.items() if holder == owner), None)
+            if number is not None:
+                rows.append((("slot", *where, number), None))
+                del held[number]
+            return held
+        if len(held) >= claim.limit:
+            return Conflict("limit", f"{len(held)} messages of saga {claim.saga_id!r} hold a slot of {claim.key!r:.80}")
+        if claim.use == "take":
+            number = next(number for number in range(len(held) + 1) if number not in held)
+            row = HeldSlot(claim.saga_id, claim.key, number, *owner, claim.at)
+            inserts.append((("slot", *where, number), encode(row)))
+            held[number] = owner
+        return held
+
     def _learn(self, unit: UnitOfWork, beside: _Beside) -> None:
         self.inbox += beside.inbox_parts
         self.consumed.update(beside.consumed)
@@ -532,6 +581,8 @@ def doubt(unit: UnitOfWork) -> list[Key]:
         keys.append(("outbox", *unit.outbox_update.ref))
     if unit.dead_letter_done is not None:
         keys.append(("dead_letter", unit.dead_letter_done))
+    if unit.slot is not None:
+        keys.append(("slot", unit.slot.saga_id, unit.slot.key))
     return keys
 
 

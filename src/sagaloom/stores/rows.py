@@ -18,6 +18,7 @@ from sagaloom.engine.records import (
     FeedEvent,
     FeedRecord,
     Head,
+    HeldSlot,
     HistoryEntry,
     Instance,
     Mark,
@@ -49,6 +50,7 @@ _decode_feed = msgspec.msgpack.Decoder(tuple[FeedRecord, ...]).decode
 _decode_feed_1 = msgspec.msgpack.Decoder(tuple[tuple[FeedEvent, ...], ...]).decode
 decode_lease = msgspec.msgpack.Decoder(tuple[str, int]).decode
 decode_child = msgspec.msgpack.Decoder(Child).decode
+decode_slot = msgspec.msgpack.Decoder(HeldSlot).decode
 decode_standing = msgspec.msgpack.Decoder(SagaStanding).decode
 decode_definition = msgspec.msgpack.Decoder(RegisteredDefinition).decode
 

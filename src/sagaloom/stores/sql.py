@@ -16,20 +16,32 @@ from typing import Final, Protocol, TypeVar, runtime_checkable
 
 from msgspec.structs import replace
 
-from sagaloom.definitions import SAGA_INSTANCE_STATUSES
-from sagaloom.engine.records import DeadLetter, FeedEvent, Instance, Timer
+from sagaloom.definitions import SAGA_DURABILITY_TIERS, SAGA_INSTANCE_STATUSES, SagaDurabilityTier
+from sagaloom.engine.records import DeadLetter, Envelope, FeedEvent, Instance, Mark, Timer
 from sagaloom.ports.keyvalue import Entry, Key, KeyValue
-from sagaloom.ports.store import InstanceFilter, Loaded, OutboxRow, RowRef
+from sagaloom.ports.store import (
+    CommitResult,
+    Holding,
+    InstanceFilter,
+    Lease,
+    Loaded,
+    OutboxRow,
+    RegisteredDefinition,
+    RowRef,
+    UnitOfWork,
+)
 from sagaloom.stores.kv import KvSagaStore
 from sagaloom.stores.listing import from_cursor, to_cursor
 from sagaloom.stores.rows import (
     decode_dead_letter,
     decode_effect,
+    decode_envelope,
     decode_events,
     decode_head,
     decode_instance,
     decode_timer,
     decoded,
+    encode,
     head_key,
     pending_instance,
     placed,
@@ -53,6 +65,19 @@ class SqlRows(KeyValue, Protocol):
 
     @property
     def store_id(self) -> str: ...
+
+    is_replicated: bool
+    """Whether the next commit waits until it is on a synchronous standby; raises `BackendUnavailable` when that takes
+    too long, and then commits nothing more until it is there, or was never written."""
+
+    has_ended: bool
+    """Set when a commit of unknown outcome turns out to be written: then the lease is over."""
+
+    def why_not(self, tier: SagaDurabilityTier) -> str | None: ...
+
+    async def confirm(self) -> None:
+        """Returns when everything that was committed before is on the synchronous standby."""
+        ...
 
     async def open(self) -> None:
         """Brings the schema up to the present version, and finds out `store_id`."""
@@ -97,6 +122,12 @@ class SqlRows(KeyValue, Protocol):
 
     async def prune_feed(self, *, before: int, limit: int) -> int: ...
 
+    async def leave(self, connection: object, messages: Sequence[tuple[int, bytes]]) -> None: ...
+
+    async def left(self, parts: Collection[int], *, limit: int) -> list[tuple[int, bytes]]: ...
+
+    async def take_left(self, numbers: Sequence[int]) -> None: ...
+
 
 class SqlSagaStore(KvSagaStore):
     """A `SagaStore` over `SqlRows`, which it closes with itself. One object belongs to one event loop."""
@@ -108,15 +139,31 @@ class SqlSagaStore(KvSagaStore):
         self._rows = rows
         self._has_heard = True
         """Whether somebody has nudged us since we were last asked for news."""
+        self._replicated: frozenset[str] = frozenset()
+        """The sagas of tier t3 that are defined here."""
 
     @property
     def id(self) -> str:
         return "sql-saga-store"
 
+    @property
+    def tiers(self) -> frozenset[SagaDurabilityTier]:
+        return frozenset(tier for tier in SAGA_DURABILITY_TIERS if self._rows.why_not(tier) is None)
+
+    def why_not(self, tier: SagaDurabilityTier) -> str | None:
+        return self._rows.why_not(tier)
+
     async def open(self) -> None:
         if not self._store_id:
             await self._rows.open()
             self._store_id = self._rows.store_id
+
+    async def join(self, holder: str, *, works: bool = True) -> Lease:
+        self._rows.has_ended = False
+        return await super().join(holder, works=works)
+
+    def stands(self) -> bool:
+        return not self._rows.has_ended and super().stands()
 
     def listen(self, on_news: Callable[[], None]) -> bool:
         def heard() -> None:
@@ -128,6 +175,61 @@ class SqlSagaStore(KvSagaStore):
     def has_news(self) -> bool:
         heard, self._has_heard = self._has_heard, False
         return heard
+
+    # -- what somebody's own transaction leaves ---------------------------------------------------------------------
+
+    async def leave(self, connection: object, envelopes: Sequence[Envelope]) -> None:
+        await self.open()
+        messages = [(placed(each.saga_id, each.key)[1], encode(each)) for each in envelopes]
+        await self._rows.leave(connection, messages)
+
+    async def left(self, parts: Collection[int], *, limit: int) -> list[tuple[int, Envelope]]:
+        await self.open()
+        return [
+            (number, self._decoded(("left", number), value, decode_envelope))
+            for number, value in await self._rows.left(parts, limit=limit)
+        ]
+
+    async def take_left(self, numbers: Sequence[int]) -> None:
+        await self._rows.take_left(numbers)
+
+    # -- what has to be on a standby ------------------------------------------------------------------------------
+    #
+    # What another process has written is seen as soon as it is committed, which may be before it is on the standby. So
+    # whatever is told to anybody, or sent, because of such a row waits for the standby first.
+
+    async def put_definitions(self, definitions: Sequence[RegisteredDefinition]) -> None:
+        self._replicated = frozenset(
+            definition.saga_id for definition in definitions if definition.document.get("durabilityTier") == "t3"
+        )
+        await super().put_definitions(definitions)
+
+    async def commit(self, units: Sequence[UnitOfWork], *, lease: Lease) -> CommitResult:
+        result = await super().commit(units, lease=lease)
+        if self._replicated and any(conflict.kind == "mark" for conflict in result.conflicts.values()):
+            await self._rows.confirm()
+        return result
+
+    async def _commit_planned(self, units: Sequence[UnitOfWork], lease: Lease, lost: set[int]) -> CommitResult:
+        self._rows.is_replicated = bool(self._replicated) and any(map(self._is_replicated, units))
+        return await super()._commit_planned(units, lease, lost)
+
+    def _is_replicated(self, unit: UnitOfWork) -> bool:
+        if unit.instance is not None:
+            return unit.instance.tier == "t3"
+        return any(envelope.saga_id in self._replicated for envelope in unit.inbox_add)
+
+    async def tend(self, lease: Lease, *, give_up: Collection[int] = ()) -> Holding:
+        holding = await super().tend(lease, give_up=give_up)
+        if self._replicated and holding.gained:
+            await self._rows.confirm()
+        return holding
+
+    async def marks(self, wanted: Sequence[tuple[int, str]]) -> list[Mark | None]:
+        marks = await super().marks(wanted)
+        if self._replicated and any(marks):
+            await self._rows.confirm()
+        return marks
 
     # -- what the runtime reads -----------------------------------------------------------------------------------
 
@@ -150,7 +252,7 @@ class SqlSagaStore(KvSagaStore):
             if is_believed:
                 beliefs.heads[where] = (row[1], head)
                 if instance is not None:
-                    beliefs.learn_instance(instance, 0)
+                    beliefs.learn_instance(instance)
             loaded.append(Loaded(head, instance))
         beliefs.bound()
         return loaded

@@ -31,7 +31,7 @@ What we dislike about it: without `Presence` nobody can tell the dead, so the la
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Final, Protocol, runtime_checkable
+from typing import Final, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 
@@ -41,7 +41,7 @@ from sagaloom.ports.keyvalue import Check, Committed, Entry, Key, KeyValue
 from sagaloom.ports.store import Holding, InboxRow, Lease, RowRef
 from sagaloom.stores.rows import decode_envelope, decode_lease, decoded, encode, number_of, ref_of
 
-__all__ = ["Presence", "Tenure", "member_key"]
+__all__ = ["Presence", "Tenure", "Writer", "member_key"]
 
 _ROUNDS_MAX: Final = 16
 _FREE: Final = ""
@@ -100,6 +100,14 @@ class ReadsTogether(Protocol):
     async def inbox_above(self, seen: Mapping[int, int], *, limit: int) -> list[Entry]:
         """Inbox rows above a number of each partition, in the order of their numbers, at most `limit` of each."""
         ...
+
+
+class Writer(NamedTuple):
+    """Somebody who has entered a store, or holds partitions of it."""
+
+    holder: str
+    parts: frozenset[int]
+    is_alive: bool
 
 
 class Tenure:
@@ -434,6 +442,18 @@ class Tenure:
             self._arrived = [row for row in self._arrived if row.ref.part not in parts]
             self._oldest_arrived.clear()
             self._mind(self._arrived)
+
+    async def writers(self) -> list[Writer]:
+        """Everybody who writes, and those who are gone and still hold something."""
+        if isinstance(self._presence, LooksAnew):
+            await self._presence.look()
+        alive = self._presence.others() if self._presence is not None else frozenset[str]()
+        parts: dict[str, set[int]] = {str(row.key[1]): set() for row in await self._members()}
+        for part, row in (await self._lease_rows()).items():
+            holder, _ = self._holder_of(row)
+            if holder != _FREE:
+                parts.setdefault(holder, set()).add(part)
+        return [Writer(holder, frozenset(held), holder in alive) for holder, held in sorted(parts.items())]
 
     async def _members(self) -> list[Entry]:
         return await self._kv.scan(("member",), limit=1_000)

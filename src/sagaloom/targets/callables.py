@@ -60,6 +60,7 @@ class CallableTarget:
         self._fn = fn
         called = fn if inspect.isroutine(fn) else type(fn).__call__
         self._is_async = inspect.iscoroutinefunction(called)
+        self._call = cast("Callable[[EffectRequest], Awaitable[EffectResult]]", fn)
 
     @property
     def kind(self) -> str:
@@ -82,7 +83,7 @@ class CallableTarget:
             tracestate=effect.tracestate,
         )
         if self._is_async:
-            answer = await cast("Awaitable[EffectResult]", self._fn(request))
+            answer = await self._call(request)
         else:
             # A blocking function on the event loop would hold up every other saga, so it gets a thread.
             answer = await asyncio.to_thread(self._fn, request)

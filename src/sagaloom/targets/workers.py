@@ -7,7 +7,9 @@ Rules:
    machine, `http://127.0.0.1:8091`.
 2. The effect's own idempotency key, else its effect key, is that of the trigger: however often the effect is sent, one
    run comes of it. The correlation key and the trace of the saga go along.
-3. 2xx means that the run is durable. What the job makes of it comes back as the messages that it publishes, if any.
+3. 2xx means that the run is durable. Its end comes back to the very run of the saga that has sent the effect, as a
+   message `<job id>:completed`, `<job id>:failed` or `<job id>:cancelled`, if the saga has a handler for it; the
+   workers bring it, also when both sides have died in between.
 """
 
 from __future__ import annotations
@@ -122,6 +124,13 @@ class JobTarget:
             "payload": msgspec.Raw(effect.payload),
             "idempotencyKey": effect.idempotency_key or effect.effect_key,
             "correlationId": effect.key,
+            "replyTo": {
+                "sagaId": effect.saga_id,
+                "correlationKey": effect.key,
+                "run": effect.run,
+                "effectKey": effect.effect_key,
+                "hops": effect.hops,
+            },
         }
         if effect.traceparent is not None:
             body["traceparent"] = effect.traceparent

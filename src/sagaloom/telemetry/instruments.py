@@ -38,6 +38,8 @@ class CountsView(Protocol):
     def decided(self) -> Mapping[tuple[str, Any], int]: ...
     @property
     def effects(self) -> Mapping[tuple[str, Any], int]: ...
+    @property
+    def throttled(self) -> Mapping[str, int]: ...
 
 
 class HealthView(Protocol):
@@ -183,6 +185,13 @@ def _hits(counts: CountsView) -> Counter[_Labels]:
     return found
 
 
+def _throttled(counts: CountsView) -> Counter[_Labels]:
+    found: Counter[_Labels] = Counter()
+    for saga_id, count in list(counts.throttled.items()):
+        found[((names.SAGA_ID, saga_id),)] = count
+    return found
+
+
 def _messages(counts: CountsView) -> Counter[_Labels]:
     found: Counter[_Labels] = Counter()
     for (saga_id, disposition), count in list(counts.decided.items()):
@@ -199,6 +208,7 @@ def _effects(counts: CountsView) -> Counter[_Labels]:
 
 _COUNTS: Final[Mapping[str, tuple[_Read, str]]] = {
     names.IDEMPOTENCY_HITS: (_hits, "Messages that were seen before."),
+    names.CONCURRENCY_THROTTLED: (_throttled, "Messages that found no free slot of their concurrency key."),
     names.MESSAGES: (_messages, "Decisions about messages, by what they came to."),
     names.EFFECTS: (_effects, "Attempts to deliver an effect, by what they came to."),
 }

@@ -86,6 +86,7 @@ INSTANCES_ACTIVE: Final = "netscript.saga.instances.active"
 COMPENSATIONS: Final = "netscript.saga.compensations.total"
 DEAD_LETTERS: Final = "netscript.saga.dlq.total"
 IDEMPOTENCY_HITS: Final = "netscript.saga.idempotency_hits.total"
+CONCURRENCY_THROTTLED: Final = "netscript.saga.concurrency_throttled.total"
 MESSAGES: Final = "netscript.saga.messages.total"
 EFFECTS: Final = "netscript.saga.effects.total"
 BACKLOG: Final = "netscript.saga.backlog"
@@ -102,6 +103,7 @@ UNITS: Final = {
     COMPENSATIONS: "{compensation}",
     DEAD_LETTERS: "{dead_letter}",
     IDEMPOTENCY_HITS: "{message}",
+    CONCURRENCY_THROTTLED: "{message}",
     MESSAGES: "{message}",
     EFFECTS: "{attempt}",
     BACKLOG: "{message}",
@@ -115,5 +117,5 @@ UNITS: Final = {
 }
 METRICS: Final = tuple(UNITS)
 
-RESERVED_METRICS: Final = ("netscript.saga.concurrency_throttled.total", "netscript.saga.replay.duration_ms")
+RESERVED_METRICS: Final = ("netscript.saga.replay.duration_ms",)
 """Names that are kept for what is not there yet. Nothing is recorded under them."""

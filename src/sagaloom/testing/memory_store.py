@@ -20,6 +20,7 @@ from sagaloom.engine.records import (
     Envelope,
     FeedEvent,
     Head,
+    HeldSlot,
     HistoryEntry,
     Instance,
     Mark,
@@ -42,6 +43,7 @@ from sagaloom.ports.store import (
     OutboxRow,
     RegisteredDefinition,
     RowRef,
+    SlotClaim,
     UnitOfWork,
 )
 
@@ -68,6 +70,7 @@ class MemoryStore:
         self.timers_by_place: dict[tuple[datetime, str], Timer] = {}
         self.cursors_by_saga: dict[str, ScheduleCursor] = {}
         self.dead_letters_by_id: dict[str, DeadLetter] = {}
+        self.slots_by_place: dict[tuple[str, str, int], HeldSlot] = {}
         self.children_by_place: dict[tuple[int, int, int, int], Child] = {}
         self.standings_by_saga: dict[str, SagaStanding] = {}
         self.events: list[FeedEvent] = []
@@ -95,6 +98,9 @@ class MemoryStore:
     @property
     def tiers(self) -> frozenset[SagaDurabilityTier]:
         return frozenset({"t1", "t2"})
+
+    def why_not(self, tier: SagaDurabilityTier) -> str | None:
+        return None if tier in self.tiers else "what is in memory has no replica: lower the tier to t2"
 
     @property
     def problem(self) -> str | None:
@@ -220,9 +226,28 @@ class MemoryStore:
             return Conflict("gone", unit.timer_done.id)
         if unit.dead_letter_done is not None and unit.dead_letter_done not in self.dead_letters_by_id:
             return Conflict("gone", unit.dead_letter_done)
+        claim = unit.slot
+        if claim is not None and claim.use != "free" and len(self._held(claim.saga_id, claim.key)) >= claim.limit:
+            return Conflict("limit", f"all slots of {claim.key!r} are held")
         return None
 
+    def _held(self, saga_id: str, key: str) -> dict[int, HeldSlot]:
+        return {place[2]: held for place, held in self.slots_by_place.items() if place[:2] == (saga_id, key)}
+
+    def _write_slot(self, claim: SlotClaim) -> None:
+        held, owner = self._held(claim.saga_id, claim.key), (claim.correlation_key, claim.message_id)
+        if claim.use == "take":
+            number = min(set(range(len(held) + 1)) - held.keys())
+            slot = HeldSlot(claim.saga_id, claim.key, number, *owner, claim.at)
+            self.slots_by_place[claim.saga_id, claim.key, number] = slot
+        elif claim.use == "free":
+            for number, slot in held.items():
+                if (slot.correlation_key, slot.message_id) == owner:
+                    del self.slots_by_place[claim.saga_id, claim.key, number]
+
     def _write(self, unit: UnitOfWork) -> None:
+        if unit.slot is not None:
+            self._write_slot(unit.slot)
         if unit.instance is not None:
             run = (unit.instance.pk, unit.instance.run)
             self.instances_by_run[run] = unit.instance
@@ -278,6 +303,10 @@ class MemoryStore:
     async def load_run(self, saga_id: str, key: str, run: int) -> Instance | None:
         head = self.heads.get((saga_id, key))
         return self.instances_by_run.get((head.pk, run)) if head else None
+
+    async def slots(self, saga_id: str, *, key: str | None = None, limit: int = 1_000) -> list[HeldSlot]:
+        found = [held for place, held in sorted(self.slots_by_place.items()) if place[0] == saga_id]
+        return [held for held in found if key is None or held.key == key][:limit]
 
     async def marks(self, wanted: Sequence[tuple[int, str]]) -> list[Mark | None]:
         return [self.marks_by_key.get(place) for place in wanted]

@@ -13,6 +13,7 @@ from sagaloom.engine.records import (
     DeadLetter,
     Envelope,
     FeedEvent,
+    HeldSlot,
     HistoryEntry,
     Instance,
     Mark,
@@ -88,6 +89,9 @@ class RecordingStore:
     @property
     def tiers(self) -> frozenset[SagaDurabilityTier]:
         return self.inner.tiers
+
+    def why_not(self, tier: SagaDurabilityTier) -> str | None:
+        return self.inner.why_not(tier)
 
     @property
     def problem(self) -> str | None:
@@ -173,6 +177,10 @@ class RecordingStore:
     async def load_run(self, saga_id: str, key: str, run: int) -> Instance | None:
         work = self.inner.load_run(saga_id, key, run)
         return await self._recorded("load_run", work, saga_id=saga_id, key=key, run=run)
+
+    async def slots(self, saga_id: str, *, key: str | None = None, limit: int = 1_000) -> list[HeldSlot]:
+        work = self.inner.slots(saga_id, key=key, limit=limit)
+        return await self._recorded("slots", work, saga_id=saga_id, key=key, limit=limit)
 
     async def marks(self, wanted: Sequence[tuple[int, str]]) -> list[Mark | None]:
         return await self._recorded("marks", self.inner.marks(wanted), wanted=tuple(wanted))

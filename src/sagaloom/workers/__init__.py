@@ -16,11 +16,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Final
 
+from sagaloom.errors import JobCancelled
+from sagaloom.workers.context import JobContext, JobLog
 from sagaloom.workers.handlers import (
-    JobContext,
     JobDefinition,
     JobHandler,
     JobResult,
+    JobSchedule,
     create_failure_result,
     create_success_result,
     define_job_handler,
@@ -30,15 +32,21 @@ from sagaloom.workers.options import JobOptions
 if TYPE_CHECKING:
     from sagaloom.workers.app import create_jobs_app
     from sagaloom.workers.opening import open_job_store, start_jobs
+    from sagaloom.workers.replying import HttpReplies, RepliesPort
     from sagaloom.workers.runtime import JobRuntime, TriggerReceipt
 
 __all__ = [
+    "HttpReplies",
+    "JobCancelled",
     "JobContext",
     "JobDefinition",
     "JobHandler",
+    "JobLog",
     "JobOptions",
     "JobResult",
     "JobRuntime",
+    "JobSchedule",
+    "RepliesPort",
     "TriggerReceipt",
     "create_failure_result",
     "create_jobs_app",
@@ -50,6 +58,8 @@ __all__ = [
 
 # Those who only write jobs need neither a store nor a server.
 _ELSEWHERE: Final = {
+    "HttpReplies": "sagaloom.workers.replying",
+    "RepliesPort": "sagaloom.workers.replying",
     "JobRuntime": "sagaloom.workers.runtime",
     "TriggerReceipt": "sagaloom.workers.runtime",
     "create_jobs_app": "sagaloom.workers.app",

@@ -16,58 +16,46 @@ import inspect
 import re
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
-from datetime import datetime, timedelta
-from typing import Any, Final, Generic, Protocol, TypeAlias, TypeVar, cast, overload
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, Generic, Literal, Protocol, TypeAlias, TypeGuard, TypeVar, cast, get_args, overload
 
 import msgspec
 
 from sagaloom.builder import check_retry
-from sagaloom.codec import Codec, codec_for, type_name
-from sagaloom.definitions import RetryPolicy
+from sagaloom.codec import Codec, codec_for, encode_any, type_name
+from sagaloom.cron import parse_cron
+from sagaloom.definitions import CatchUp, RetryPolicy, SchedulePolicy
 from sagaloom.durations import parse_duration
-from sagaloom.errors import DefinitionError, JobNotFound
+from sagaloom.errors import DefinitionError, JobNotFound, SagasError
+from sagaloom.ids import new_traceparent
+from sagaloom.ports.jobs import JobRun
+from sagaloom.workers.context import JobContext, Speaker
 
 __all__ = [
     "JobContext",
     "JobDefinition",
     "JobHandler",
     "JobResult",
+    "JobSchedule",
     "JobSet",
+    "RunIn",
     "create_failure_result",
     "create_success_result",
     "define_job_handler",
+    "is_job",
 ]
 
 P = TypeVar("P")
-P_co = TypeVar("P_co", covariant=True)
 D_co = TypeVar("D_co", covariant=True)
 
 _ID_BYTES_MAX: Final = 200
 _BAD_IN_ID: Final = re.compile(r"[\x00-\x1f\ud800-\udfff:~/]")
 _TIMEOUT: Final = timedelta(minutes=5)
+RunIn = Literal["loop", "thread", "process"]
+"""Where a handler runs: on the event loop, in a thread of its own, or in a process of a pool."""
+
 _SHAPE: Final = "a job handler is a function that takes one argument, ctx"
 _RETURN: Final = "end with return create_success_result(data), or create_failure_result(error)"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobContext(Generic[P_co]):
-    """What a handler knows of its run. `attempt` counts from 1; `now` is when this attempt began, and `deadline_at`
-    when it will be given up.
-
-    `idempotency_key` is the same in every attempt of the run, and in no other run: what the handler does elsewhere
-    under it is done once. `traceparent` is never empty: a run that was triggered without one has one of its own.
-    """
-
-    job_id: str
-    run_id: str
-    attempt: int
-    payload: P_co
-    now: datetime
-    deadline_at: datetime
-    idempotency_key: str
-    traceparent: str
-    tracestate: str | None = None
-    correlation_id: str | None = None
 
 
 class JobResult(msgspec.Struct, Generic[D_co], frozen=True, kw_only=True):
@@ -116,6 +104,22 @@ JobHandler: TypeAlias = Callable[[JobContext[P]], "JobResult[Any] | Awaitable[Jo
 """A function of a `JobContext`, sync or async. A sync one runs in a thread of its own."""
 
 
+@dataclass(frozen=True, slots=True)
+class JobSchedule:
+    """When a job runs by itself: a five-field `cron` expression in a named zone. Each tick triggers one run, over any
+    number of processes. `catch_up` says what becomes of ticks that were missed by more than a minute: the newest one
+    runs (`"latest"`), or `"all"`, or `"none"`.
+
+    `payload` is that of the runs; an object gets `scheduledFor` beside its own fields when the job takes any object.
+    `ctx.scheduled_for` says the same.
+    """
+
+    cron: str
+    timezone: str = "UTC"
+    catch_up: CatchUp = "latest"
+    payload: object = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class JobDefinition(Generic[P]):
     """A job, as `define_job_handler` makes it. Calling it calls the handler, which is how it is tested."""
@@ -129,6 +133,27 @@ class JobDefinition(Generic[P]):
     is_async: bool
     takes_objects_only: bool
     """Whether the payload was not declared, and must therefore be a JSON object."""
+    run_in: RunIn = "loop"
+    heartbeat_timeout: timedelta | None = None
+    schedule: SchedulePolicy | None = None
+
+    def context_of(self, run: JobRun, *, now: datetime, speaker: Speaker) -> JobContext[P]:
+        """What the handler is called with for an attempt of `run` that begins now. Raises `DecodeError` when the
+        payload fits no more."""
+        return JobContext(
+            job_id=run.job_id,
+            run_id=run.run_id,
+            attempt=run.attempt,
+            payload=self.codec.decode(run.payload),
+            now=now,
+            deadline_at=now + self.timeout,
+            idempotency_key=f"{run.job_id}:{run.run_id}",
+            traceparent=run.traceparent or new_traceparent(),
+            tracestate=run.tracestate,
+            correlation_id=run.correlation_id,
+            scheduled_for=run.scheduled_for,
+            speaker=speaker,
+        )
 
     def __call__(self, ctx: JobContext[P]) -> JobResult[Any] | Awaitable[JobResult[Any]]:
         return self.handler(ctx)
@@ -146,6 +171,9 @@ def define_job_handler(
     payload: type[P],
     retry: RetryPolicy | None = None,
     timeout: timedelta | float | str | None = None,
+    heartbeat_timeout: timedelta | float | str | None = None,
+    run_in: RunIn | None = None,
+    schedule: str | JobSchedule | None = None,
 ) -> JobDefinition[P]: ...
 @overload
 def define_job_handler(
@@ -155,6 +183,9 @@ def define_job_handler(
     payload: None = None,
     retry: RetryPolicy | None = None,
     timeout: timedelta | float | str | None = None,
+    heartbeat_timeout: timedelta | float | str | None = None,
+    run_in: RunIn | None = None,
+    schedule: str | JobSchedule | None = None,
 ) -> JobDefinition[dict[str, Any]]: ...
 @overload
 def define_job_handler(
@@ -164,6 +195,9 @@ def define_job_handler(
     payload: type[P],
     retry: RetryPolicy | None = None,
     timeout: timedelta | float | str | None = None,
+    heartbeat_timeout: timedelta | float | str | None = None,
+    run_in: RunIn | None = None,
+    schedule: str | JobSchedule | None = None,
 ) -> _Decorator[P]: ...
 @overload
 def define_job_handler(
@@ -173,6 +207,9 @@ def define_job_handler(
     payload: None = None,
     retry: RetryPolicy | None = None,
     timeout: timedelta | float | str | None = None,
+    heartbeat_timeout: timedelta | float | str | None = None,
+    run_in: RunIn | None = None,
+    schedule: str | JobSchedule | None = None,
 ) -> _Decorator[dict[str, Any]]: ...
 def define_job_handler(
     fn: JobHandler[Any] | None = None,
@@ -181,6 +218,9 @@ def define_job_handler(
     payload: type[Any] | None = None,
     retry: RetryPolicy | None = None,
     timeout: timedelta | float | str | None = None,
+    heartbeat_timeout: timedelta | float | str | None = None,
+    run_in: RunIn | None = None,
+    schedule: str | JobSchedule | None = None,
 ) -> JobDefinition[Any] | _Decorator[Any]:
     """A job that runs `fn`; also a decorator, with or without arguments.
 
@@ -188,8 +228,14 @@ def define_job_handler(
     - `payload` is the type that the payload is read as, before a run is taken in and again for `ctx.payload`. Without
       one it is any JSON object, as a dict.
     - `retry` says when a failed attempt is made again: by default five attempts, 1 s apart, doubling, up to 60 s.
-    - `timeout` bounds one attempt: by default five minutes. A sync handler cannot be stopped; its run goes on without
-      it.
+    - `timeout` bounds one attempt: by default five minutes. A handler in a thread cannot be stopped; its run goes on
+      without it.
+    - `heartbeat_timeout` bounds the time between two signs of life (`ctx.heartbeat()` or `ctx.progress(...)`): whatever
+      is silent for longer is taken to hang, and the attempt has failed.
+    - `run_in` is where the handler runs: on the event `"loop"` (async handlers), in a `"thread"` of its own (sync
+      ones), or in a `"process"` of a pool: for what needs the processor, hangs, or ends its process. It must be a
+      global of a module that can be imported, then.
+    - `schedule` runs it by itself: a cron expression, or a `JobSchedule`.
 
     Raises `DefinitionError` for what could never run.
 
@@ -204,7 +250,16 @@ def define_job_handler(
         def decorate(fn: JobHandler[Any], /) -> JobDefinition[Any]:
             if fn is None:
                 raise DefinitionError(f"define_job_handler: None is no function: {_SHAPE}")
-            return define_job_handler(fn, id=id, payload=cast("type[Any]", payload), retry=retry, timeout=timeout)
+            return define_job_handler(
+                fn,
+                id=id,
+                payload=cast("type[Any]", payload),
+                retry=retry,
+                timeout=timeout,
+                heartbeat_timeout=heartbeat_timeout,
+                run_in=run_in,
+                schedule=schedule,
+            )
 
         return decorate
     if isinstance(fn, JobDefinition):
@@ -214,16 +269,25 @@ def define_job_handler(
     where = f"job {job_id!r}"
     policy = RetryPolicy() if retry is None else retry
     check_retry(where, policy)
+    codec = _check_payload(where, payload)
     return JobDefinition(
         id=job_id,
         handler=fn,
-        codec=_check_payload(where, payload),
+        codec=codec,
         payload_type="object" if payload is None else type_name(payload),
         retry=policy,
-        timeout=_checked_timeout(where, timeout),
+        timeout=_checked_length(where, "timeout", timeout) or _TIMEOUT,
         is_async=_is_async(fn),
         takes_objects_only=payload is None,
+        run_in=_checked_place(where, fn, run_in),
+        heartbeat_timeout=_checked_length(where, "heartbeat_timeout", heartbeat_timeout),
+        schedule=_checked_schedule(where, job_id, schedule, codec, takes_objects_only=payload is None),
     )
+
+
+def is_job(value: object) -> TypeGuard[JobDefinition[Any]]:
+    """Whether it is a job, whatever its payload."""
+    return isinstance(value, JobDefinition)
 
 
 class JobSet:
@@ -302,18 +366,72 @@ def _check_payload(where: str, payload: object) -> Codec[Any]:
         raise DefinitionError(f"{where}: payload: {error.message}", data=error.data) from error
 
 
-def _checked_timeout(where: str, timeout: timedelta | float | str | None) -> timedelta:
-    if timeout is None:
-        return _TIMEOUT
+def _checked_length(where: str, name: str, given: timedelta | float | str | None) -> timedelta | None:
+    if given is None:
+        return None
     try:
-        length = parse_duration(timeout)
+        length = parse_duration(given)
     except DefinitionError as error:
         raise DefinitionError(
-            f"{where}: timeout must be a timedelta, milliseconds or a text such as '30s', got {timeout!r:.80}"
+            f"{where}: {name} must be a timedelta, milliseconds or a text such as '30s', got {given!r:.80}"
         ) from error
     if length <= timedelta(0):
-        raise DefinitionError(f"{where}: timeout must be longer than nothing, got {timeout!r:.80}")
+        raise DefinitionError(f"{where}: {name} must be longer than nothing, got {given!r:.80}")
     return length
+
+
+def _checked_place(where: str, fn: object, run_in: object) -> RunIn:
+    is_async = _is_async(fn)
+    if run_in is None:
+        return "loop" if is_async else "thread"
+    if run_in not in get_args(RunIn):
+        raise DefinitionError(f"{where}: run_in must be one of {', '.join(get_args(RunIn))}, got {run_in!r:.80}")
+    if run_in == "loop" and not is_async:
+        raise DefinitionError(
+            f"{where}: run_in='loop' is for async handlers; a sync one would stop all others: leave it out, or say "
+            "'thread' or 'process'"
+        )
+    if run_in == "thread" and is_async:
+        raise DefinitionError(f"{where}: run_in='thread' is for sync handlers: leave it out, or say 'process'")
+    name = getattr(fn, "__qualname__", None)
+    if run_in == "process" and (not isinstance(name, str) or "<" in name or "." in name):
+        raise DefinitionError(
+            f"{where}: run_in='process' needs a function that another process can import: a global of its module, got "
+            f"{_name(fn)}"
+        )
+    return cast("RunIn", run_in)
+
+
+def _checked_schedule(
+    where: str, job_id: str, given: object, codec: Codec[Any], *, takes_objects_only: bool
+) -> SchedulePolicy | None:
+    if given is None:
+        return None
+    schedule = JobSchedule(given) if isinstance(given, str) else given
+    if not isinstance(schedule, JobSchedule) or not isinstance(schedule.cron, str):
+        raise DefinitionError(
+            f"{where}: schedule must be a cron expression such as '0 3 * * *', or a JobSchedule, got {given!r:.80}"
+        )
+    if schedule.catch_up not in get_args(CatchUp):
+        raise DefinitionError(
+            f"{where}: schedule catch_up must be one of {', '.join(get_args(CatchUp))}, got {schedule.catch_up!r:.80}"
+        )
+    try:
+        read = parse_cron(schedule.cron, schedule.timezone)
+    except DefinitionError as error:
+        raise DefinitionError(f"{where}: schedule: {error.message}") from error
+    try:
+        payload = encode_any({} if schedule.payload is None else schedule.payload)
+        policy = SchedulePolicy(read.expression, job_id, read.timezone, schedule.catch_up, payload)
+        value = codec.decode(policy.payload_at(datetime.now(UTC)) if takes_objects_only else payload)
+    except SagasError as error:
+        raise DefinitionError(
+            f"{where}: the runs of its schedule have a payload that it does not take: {error.message}; give one with "
+            "schedule=JobSchedule(cron, payload=...)"
+        ) from error
+    if takes_objects_only and not isinstance(value, dict):
+        raise DefinitionError(f"{where}: the payload of its schedule must be an object, got {schedule.payload!r:.80}")
+    return policy
 
 
 def _is_async(fn: object) -> bool:

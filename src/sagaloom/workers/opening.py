@@ -12,6 +12,7 @@ from sagaloom.composition import open_saga_runtime_kv, sql_database
 from sagaloom.ports.jobs import JobRunStore
 from sagaloom.workers.handlers import JobDefinition
 from sagaloom.workers.options import JobOptions
+from sagaloom.workers.replying import HttpReplies, RepliesPort
 from sagaloom.workers.runtime import JobRuntime
 
 __all__ = ["open_job_store", "start_jobs"]
@@ -66,8 +67,13 @@ async def start_jobs(
     store: JobRunStore | None = None,
     clock: Clock | None = None,
     options: JobOptions | None = None,
+    sagas: RepliesPort | None = None,
+    token: str | None = None,
 ) -> AsyncGenerator[JobRuntime]:
     """A running job runtime, over `store` or over what `open_job_store` opens, which is closed in the end.
+
+    `sagas` carries the ends of runs to the sagas that asked for them; by default they go over HTTP to the sagas API
+    that the environment names, with `token` as the bearer token.
 
     async with start_jobs([create_user_settings]) as runtime:
         await runtime.trigger("create-user-settings", {"userId": "u-1"})
@@ -75,7 +81,8 @@ async def start_jobs(
     chosen = options if options is not None else JobOptions()
     opened = store if store is not None else await open_job_store(path, url=url, lease_seconds=chosen.lease_seconds)
     try:
-        async with JobRuntime(opened, jobs=jobs, clock=clock, options=chosen) as runtime:
+        replies = sagas if sagas is not None else HttpReplies(token=token)
+        async with JobRuntime(opened, jobs=jobs, clock=clock, options=chosen, replies=replies) as runtime:
             yield runtime
     finally:
         if store is None:

@@ -4,26 +4,38 @@ handler did                                       the run
 returned create_success_result(data)              succeeded, with data
 returned create_failure_result(e)                 failed
 returned create_failure_result(e, retryable=True) tried again, by its policy
-raised, or took too long                          tried again, by its policy
+raised, was silent, or took too long              tried again, by its policy
 raised SagasError(retryable=False) or a type      failed
   that the policy lists
 returned anything else, or data that is no JSON   failed: it would be the same again
+ended because it was cancelled                    cancelled
 (its process died in it, as often as the policy   failed
   has attempts)
 """
 
 from __future__ import annotations
 
+import asyncio
 from datetime import datetime
 from typing import Any, Final, NamedTuple, TypeGuard
 
 from sagaloom.codec import encode_any
 from sagaloom.engine.retrying import backoff, describe, is_retryable, storable, traceback_text
-from sagaloom.errors import SagasError
-from sagaloom.ports.jobs import Failed, JobFailure, JobRun, Retried, Settlement, Succeeded
+from sagaloom.errors import JobCancelled, SagasError
+from sagaloom.ports.jobs import Cancelled, Failed, JobFailure, JobRun, Retried, Settlement, Succeeded
 from sagaloom.workers.handlers import JobDefinition, JobResult
 
-__all__ = ["AttemptTimedOut", "Raised", "Returned", "is_worn_out", "settlement_of", "worn_out"]
+__all__ = [
+    "AttemptSilent",
+    "AttemptTimedOut",
+    "ProcessDied",
+    "Raised",
+    "Returned",
+    "is_worn_out",
+    "settlement_of",
+    "unusable",
+    "worn_out",
+]
 
 _TEXT_MAX: Final = 2_000
 
@@ -47,12 +59,35 @@ class AttemptTimedOut(SagasError):
     default_retryable = True
 
 
+class AttemptSilent(SagasError):
+    """An attempt that gave no sign of life for too long."""
+
+    default_code = "JOB_SILENT"
+    default_retryable = True
+
+
+class ProcessDied(SagasError):
+    """An attempt whose process, one of the pool, ended in the middle of it."""
+
+    default_code = "JOB_PROCESS_DIED"
+    default_retryable = True
+
+
 def settlement_of(
-    job: JobDefinition[Any], run: JobRun, outcome: Returned | Raised, *, now: datetime, result_bytes_max: int
+    job: JobDefinition[Any],
+    run: JobRun,
+    outcome: Returned | Raised,
+    *,
+    now: datetime,
+    result_bytes_max: int,
+    is_cancelled: bool = False,
 ) -> Settlement:
-    """How `run` is settled after the attempt that it counts."""
+    """How `run` is settled after the attempt that it counts. `is_cancelled`: it was asked to end, and its handler knew
+    of it."""
     if isinstance(outcome, Raised):
         error = outcome.error
+        if is_cancelled and isinstance(error, (JobCancelled, asyncio.CancelledError)):
+            return Cancelled(now)
         code = error.code if isinstance(error, SagasError) else "JOB_HANDLER_FAILED"
         text = error.message if isinstance(error, SagasError) else describe(error)
         failure = _failure(run, code, text, now, traceback=traceback_text(error))
@@ -79,6 +114,12 @@ def settlement_of(
         return Succeeded(data, now)
     failure = _failure(run, "JOB_FAILED", str(result.error), now, data=data if result.data is not None else None)
     return _again_or_never(job, run, failure, may_retry=result.retryable)
+
+
+def unusable(run: JobRun, error: SagasError, *, now: datetime) -> Settlement:
+    """The settlement of a run that cannot be worked on, and will not be able to be before somebody has changed the
+    program: its job is not where it should be, or its payload does not fit it any more."""
+    return Failed(_failure(run, error.code, error.message, now))
 
 
 def is_worn_out(job: JobDefinition[Any], run: JobRun) -> bool:

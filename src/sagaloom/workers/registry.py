@@ -16,13 +16,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Final, TypeGuard, cast
+from typing import Any, Final, NamedTuple, cast
 
 from sagaloom.errors import ConfigurationError
 from sagaloom.modules import ModuleKind, attribute_of, import_named, modules_named
-from sagaloom.workers.handlers import JobDefinition
+from sagaloom.workers.handlers import JobDefinition, is_job
 
-__all__ = ["load_jobs"]
+__all__ = ["ModuleTrouble", "load_jobs", "load_what_is_sound"]
 
 _JOBS: Final = ModuleKind(
     noun="job", variable="JOBS_REGISTRY_MODULE", section="jobs", example="sagaloom jobs serve shop.jobs"
@@ -30,21 +30,50 @@ _JOBS: Final = ModuleKind(
 _EXPORTS: Final = ("jobs", "job_registry", "jobRegistry", "default", "job", "handler")
 
 
+class ModuleTrouble(NamedTuple):
+    """A module that was named, and why nothing of it is there."""
+
+    module: str
+    error: ConfigurationError
+
+
 def load_jobs(
     modules: Sequence[str] = (), *, env: Mapping[str, str] | None = None, directory: Path | None = None
 ) -> list[JobDefinition[Any]]:
     """The jobs of the named modules, each once. Raises `ConfigurationError` when nothing is named, a module cannot be
     loaded or holds no job, and when two different jobs claim one id."""
+    jobs, troubles = load_what_is_sound(modules, env=env, directory=directory)
+    if troubles:
+        raise troubles[0].error
+    return jobs
+
+
+def load_what_is_sound(
+    modules: Sequence[str] = (), *, env: Mapping[str, str] | None = None, directory: Path | None = None
+) -> tuple[list[JobDefinition[Any]], list[ModuleTrouble]]:
+    """The jobs of those modules that can be loaded, and what is wrong with the others: one team's mistake need not stop
+    the jobs of all. Runs of what is not loaded wait for a worker that has it.
+
+    Raises `ConfigurationError` when nothing is named, when no module can be loaded, and when two different jobs claim
+    one id: which of them to run would be a guess."""
     found: dict[str, tuple[JobDefinition[Any], str]] = {}
+    troubles: list[ModuleTrouble] = []
     for name in modules_named(_JOBS, modules, env=env, directory=directory):
-        module, attribute = import_named(_JOBS, name, directory=directory)
-        for job in _jobs_of(module, attribute, name):
+        try:
+            module, attribute = import_named(_JOBS, name, directory=directory)
+            jobs = _jobs_of(module, attribute, name)
+        except ConfigurationError as error:
+            troubles.append(ModuleTrouble(name, error))
+            continue
+        for job in jobs:
             known, where = found.setdefault(job.id, (job, name))
             if known is not job:
                 raise ConfigurationError(
                     f"two different jobs have the id {job.id!r}: one in {where}, one in {name}; rename one"
                 )
-    return [job for job, _ in found.values()]
+    if not found and troubles:
+        raise troubles[0].error
+    return [job for job, _ in found.values()], troubles
 
 
 def _jobs_of(module: ModuleType, attribute: str | None, name: str) -> list[JobDefinition[Any]]:
@@ -55,7 +84,7 @@ def _jobs_of(module: ModuleType, attribute: str | None, name: str) -> list[JobDe
         # `from . import jobs` puts a module under that name; it is no export of jobs.
         if export in exported and not isinstance(exported[export], ModuleType):
             return _checked(exported[export], name, export)
-    found = {id(value): value for value in exported.values() if _is_job(value)}
+    found = {id(value): value for value in exported.values() if is_job(value)}
     if not found:
         raise ConfigurationError(
             f"{_JOBS.label} {name} must export {', '.join(_EXPORTS)}, or have jobs among its globals: make one with "
@@ -65,7 +94,7 @@ def _jobs_of(module: ModuleType, attribute: str | None, name: str) -> list[JobDe
 
 
 def _checked(value: object, name: str, export: str) -> list[JobDefinition[Any]]:
-    if _is_job(value):
+    if is_job(value):
         return [value]
     if isinstance(value, Mapping):
         entries = list(cast("Mapping[Any, object]", value).values())
@@ -77,7 +106,7 @@ def _checked(value: object, name: str, export: str) -> list[JobDefinition[Any]]:
             "make one with define_job_handler(function)"
         )
     for entry in entries:
-        if not _is_job(entry):
+        if not is_job(entry):
             raise ConfigurationError(
                 f"{_JOBS.label} {name} contains an entry in {export} that is no job: {entry!r:.80}; did you forget "
                 "define_job_handler?"
@@ -85,7 +114,3 @@ def _checked(value: object, name: str, export: str) -> list[JobDefinition[Any]]:
     if not entries:
         raise ConfigurationError(f"{_JOBS.label} {name}: {export} is empty")
     return cast("list[JobDefinition[Any]]", entries)
-
-
-def _is_job(value: object) -> TypeGuard[JobDefinition[Any]]:
-    return isinstance(value, JobDefinition)

@@ -1,4 +1,5 @@
-"""The roles that move runs: the claimer, which takes what is due, and the lifeline, which holds what was taken.
+"""The roles that move runs: the claimer, which takes what is due, the lifeline, which holds what was taken, the scribe,
+which writes down what handlers say, and the pruner, which forgets what is long over.
 
 Both begin with `start`, take nothing new after `drain`, and are gone after `stop`. An error of the store ends neither:
 it is shown by `problem`, and the next look may go better.
@@ -20,10 +21,11 @@ from sagaloom.workers.attempts import Attempts
 from sagaloom.workers.handlers import JobSet
 from sagaloom.workers.options import JobOptions
 
-__all__ = ["Claimer", "Lifeline", "Role"]
+__all__ = ["Claimer", "Lifeline", "Pruner", "Role", "Scribe"]
 
 _log = logging.getLogger("sagaloom.jobs")
 _TURNS_A_LEASE: Final = 3
+_PRUNES_APART: Final = timedelta(minutes=1)
 
 
 class Role(ABC):
@@ -158,6 +160,70 @@ class Lifeline(Role):
             renewed = await self._store.renew(claims, until=self._clock.now() + self._lease)
             for lost in renewed.lost:
                 self._attempts.lose(lost)
+            for cancelled in renewed.cancelled:
+                self._attempts.cancel(cancelled)
 
     async def _pause(self) -> None:
         await self._clock.sleep_until(self._clock.now() + self._lease / _TURNS_A_LEASE)
+
+
+class Scribe(Role):
+    """Writes down what handlers say: at once, and then again after a while at the earliest."""
+
+    name = "scribe"
+
+    def __init__(self, attempts: Attempts, clock: Clock, options: JobOptions) -> None:
+        super().__init__()
+        self._attempts = attempts
+        self._clock = clock
+        self._wait = timedelta(seconds=options.note_seconds)
+        self._loop_of: asyncio.AbstractEventLoop | None = None
+        self._news = asyncio.Event()
+        self._not_before = clock.now()
+
+    async def start(self) -> None:
+        self._loop_of = asyncio.get_running_loop()
+        await super().start()
+
+    def wake(self) -> None:
+        """There is something to write down. May be called on any thread."""
+        if self._loop_of is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: a thread that was left behind speaks
+                self._loop_of.call_soon_threadsafe(self._news.set)
+
+    async def _turn(self) -> None:
+        self._news.clear()
+        if await self._attempts.write_down():
+            self._not_before = self._clock.now() + self._wait
+
+    async def _pause(self) -> None:
+        if self.problem is None:
+            await self._news.wait()
+        await self._clock.sleep_until(self._not_before if self.problem is None else self._clock.now() + self._wait)
+
+
+class Pruner(Role):
+    """Forgets runs that have been over for long, and what happened long ago, in small bites."""
+
+    name = "pruner"
+
+    def __init__(self, store: JobRunStore, clock: Clock, options: JobOptions) -> None:
+        super().__init__()
+        self._store = store
+        self._clock = clock
+        self._runs_kept = timedelta(days=options.runs_kept_days)
+        self._events_kept = timedelta(hours=options.events_kept_hours)
+
+    async def _turn(self) -> None:
+        now, cursor, is_first = self._clock.now(), None, True
+        while is_first or cursor is not None:
+            _, cursor = await self._store.prune_runs(before=now - self._runs_kept, after=cursor)
+            is_first = False
+            await asyncio.sleep(0)
+        has_more = True
+        while has_more:
+            has_more = bool(await self._store.prune_events(before=now - self._events_kept))
+            await asyncio.sleep(0)
+
+    async def _pause(self) -> None:
+        await self._clock.sleep_until(self._clock.now() + _PRUNES_APART)

@@ -28,6 +28,8 @@ _ROWS: Final = {
     "letters_gone": 1,
     "children": 11,
     "children_gone": 5,
+    "slots": 7,
+    "slots_gone": 3,
 }
 
 _Row = tuple[object, ...]
@@ -36,12 +38,14 @@ _Row = tuple[object, ...]
 class SagaBatch:
     """The rows of one commit, by kind."""
 
-    __slots__ = (*_BEGIN, *_INSTANCES, *_ROWS, "feed", "feed_count", "holder", "member", "stamp")
+    __slots__ = (*_BEGIN, *_INSTANCES, *_ROWS, "feed", "feed_count", "holder", "is_replicated", "member", "stamp")
 
     def __init__(self) -> None:
         self.member = b""
         self.holder = ""
         self.stamp = 0
+        self.is_replicated = False
+        """Whether its commit waits for a synchronous standby."""
         self.feed = b""
         self.feed_count = 0
         self.parts: list[_Row] = []
@@ -69,6 +73,8 @@ class SagaBatch:
         self.letters_gone: list[_Row] = []
         self.children: list[_Row] = []
         self.children_gone: list[_Row] = []
+        self.slots: list[_Row] = []
+        self.slots_gone: list[_Row] = []
 
     def arguments(self, commit_no: int) -> list[object]:
         """The arguments of `COMMIT`."""
@@ -78,8 +84,9 @@ class SagaBatch:
             *(self.part_puts, self.sagas_seen, self.inbox_new, self.inbox, self.inbox_gone),
             *(self.outbox_new, self.outbox, self.outbox_gone, self.timers, self.timers_gone),
             *(self.letters, self.letters_gone, self.children, self.children_gone),
+            *(self.slots, self.slots_gone),
         )
-        arguments: list[object] = [self.member, self.stamp]
+        arguments: list[object] = [self.is_replicated, self.member, self.stamp]
         _columns(arguments, begin, _BEGIN.values())
         _columns(arguments, instances, _INSTANCES.values())
         arguments += (self.holder, commit_no)
@@ -102,7 +109,8 @@ def _commit_statement() -> str:
 
     return f"""
         SELECT b.outcome, b.failed_parts, b.stamp, r.inbox_base, r.outbox_base, r.feed_base
-        FROM @schema@.saga_runtime_begin({some(2 + sum(_BEGIN.values()))}) AS b
+        FROM (SELECT @schema@.saga_runtime_durability({some(1)})) AS d
+        CROSS JOIN LATERAL @schema@.saga_runtime_begin({some(2 + sum(_BEGIN.values()))}) AS b
         CROSS JOIN LATERAL @schema@.saga_runtime_write_instances(b.stamp, {some(sum(_INSTANCES.values()))}) AS i(stamp)
         CROSS JOIN LATERAL @schema@.saga_runtime_write_rows(i.stamp, {some(2 + sum(_ROWS.values()) + 2)}) AS r
     """

@@ -7,7 +7,17 @@ from typing import Final
 
 import msgspec
 
-from sagaloom.engine.records import Child, DeadLetter, Envelope, Head, HistoryEntry, Instance, OutboxEffect, Timer
+from sagaloom.engine.records import (
+    Child,
+    DeadLetter,
+    Envelope,
+    Head,
+    HeldSlot,
+    HistoryEntry,
+    Instance,
+    OutboxEffect,
+    Timer,
+)
 from sagaloom.ids import key_hash
 
 __all__ = [
@@ -17,11 +27,13 @@ __all__ = [
     "head_row",
     "inbox_changes",
     "inbox_row",
+    "left_row",
     "letter_row",
     "outbox_changes",
     "outbox_row",
     "run_changes",
     "run_row",
+    "slot_row",
     "text",
     "timer_row",
 ]
@@ -35,6 +47,7 @@ _envelope: Final = msgspec.msgpack.Decoder(Envelope).decode
 _effect: Final = msgspec.msgpack.Decoder(OutboxEffect).decode
 _timer: Final = msgspec.msgpack.Decoder(Timer).decode
 _child: Final = msgspec.msgpack.Decoder(Child).decode
+_slot: Final = msgspec.msgpack.Decoder(HeldSlot).decode
 _letter: Final = msgspec.msgpack.Decoder(DeadLetter).decode
 
 
@@ -95,6 +108,11 @@ def inbox_changes(part: int, seq: int, value: bytes) -> _Row:
     return part, seq, each.attempt, each.due_at, text(each.last_error), value
 
 
+def left_row(part: int, value: bytes) -> _Row:
+    each = _envelope(value)
+    return (part, text(each.saga_id), text(each.key), text(each.type), text(each.id), each.accepted_at, value)
+
+
 def outbox_row(part: int, value: bytes) -> _Row:
     each = _effect(value)
     target = text(f"{each.target_kind}:{each.target_id}")
@@ -125,6 +143,11 @@ def letter_row(letter_id: str, value: bytes) -> _Row:
 def child_row(place: tuple[int, int, int, int, int], value: bytes) -> _Row:
     each = _child(value)
     return (*place, text(each.saga_id), text(each.key), each.run, each.spawned_at, each.ended_at, value)
+
+
+def slot_row(place: tuple[str, str, int], value: bytes) -> _Row:
+    each = _slot(value)
+    return (*place, text(each.correlation_key), text(each.message_id), each.taken_at, value)
 
 
 def _json(value: bytes | None) -> str | None:

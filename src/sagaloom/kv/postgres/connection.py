@@ -9,11 +9,13 @@ The rules:
   by itself: no connection, a restart, a full disk, a standby.
 - What has certainly changed nothing is tried again within the deadline: reads, and statements that lost a deadlock.
   What may have changed something is the business of whoever sent it: `data["outcome"]` is `"unknown"` then.
+- So is a commit that was to wait for a standby and did not: the server says so by a warning, and by nothing else.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import re
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
@@ -27,7 +29,7 @@ from sagaloom.kv.postgres.driver import Connection, Pool, Row
 
 _R = TypeVar("_R")
 
-__all__ = ["OLDEST_SERVER", "PostgresDatabase", "RowsChanged", "quoted"]
+__all__ = ["OLDEST_SERVER", "PostgresDatabase", "RowsChanged", "channel_of", "quoted"]
 
 OLDEST_SERVER: Final = 13
 
@@ -102,9 +104,9 @@ class PostgresDatabase:
         """The rows of a statement that may be sent twice, because it changes nothing."""
         return await self._sent(statement, arguments, may_repeat=True)
 
-    async def write(self, statement: str, *arguments: object) -> list[Row]:
-        """The rows of a statement that changes something."""
-        return await self._sent(statement, arguments, may_repeat=False)
+    async def write(self, statement: str, *arguments: object, waits: bool = False) -> list[Row]:
+        """The rows of a statement that changes something. `waits`: its commit waits for a standby."""
+        return await self._sent(statement, arguments, may_repeat=False, waits=waits)
 
     async def run(self, work: Callable[[Connection], Awaitable[_R]]) -> _R:
         """What `work` returns, which gets a connection to itself; it sets its own deadlines."""
@@ -133,11 +135,15 @@ class PostgresDatabase:
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
-    async def _sent(self, statement: str, arguments: Sequence[object], *, may_repeat: bool) -> list[Row]:
+    async def _sent(
+        self, statement: str, arguments: Sequence[object], *, may_repeat: bool, waits: bool = False
+    ) -> list[Row]:
         for attempt in range(1, _TRIES + 1):
             self.statements += 1
             try:
                 async with await self._acquire() as connection:
+                    if waits:
+                        return await self._replicated(connection, statement, arguments)
                     return await connection.fetch(statement, *arguments, timeout=self.deadline_seconds)
             except Exception as error:
                 state = _state_of(error)
@@ -148,6 +154,22 @@ class PostgresDatabase:
                     continue
                 raise self.translated(error) from error
         raise AssertionError("unreachable")
+
+    async def _replicated(self, connection: Connection, statement: str, arguments: Sequence[object]) -> list[Row]:
+        warnings: list[str] = []
+
+        def heard(_: Any, message: Any) -> None:
+            if message.severity_en == "WARNING":
+                warnings.append(str(message))
+
+        connection.add_log_listener(heard)
+        try:
+            rows = await connection.fetch(statement, *arguments, timeout=self.deadline_seconds)
+        finally:
+            connection.remove_log_listener(heard)
+        if warnings:
+            raise BackendUnavailable(f"{self.where}: {warnings[0]}", data={"outcome": "unknown", "sqlstate": ""})
+        return rows
 
     async def _acquire(self) -> AbstractAsyncContextManager[Connection]:
         if self._is_closed:
@@ -236,6 +258,7 @@ class PostgresDatabase:
         outcome = {"outcome": "unknown" if is_unknown else "not_written", "sqlstate": state}
         hints = {
             "53100": "free space on the server's disk; writing resumes by itself",
+            "55000": "name the standby in synchronous_standby_names again, or lower the tier to t2",
             "53300": "raise max_connections, or put a pooler in front",
             "57014": "the server cancelled it: look for what keeps it from answering, or raise statement_timeout",
             "55P03": "another transaction holds its rows: look for one left open",
@@ -245,6 +268,11 @@ class PostgresDatabase:
         if isinstance(error, TimeoutError):
             said = f"no answer within {self.deadline_seconds:g} s"
         return BackendUnavailable(f"{where}: {said} ({hint})", data=outcome)
+
+
+def channel_of(schema: str) -> str:
+    """Where the processes on a schema wake each other."""
+    return f"sagaloom_{hashlib.blake2b(schema.encode(), digest_size=8).hexdigest()}"
 
 
 def quoted(name: str) -> str:

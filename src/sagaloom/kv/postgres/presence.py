@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import os
 import socket
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sagaloom.errors import ConfigurationError, SagasError
-from sagaloom.kv.postgres.connection import PostgresDatabase
+from sagaloom.kv.postgres.connection import PostgresDatabase, channel_of
 from sagaloom.kv.postgres.driver import InterfaceError, InternalClientError, PostgresError, Row
 from sagaloom.kv.presence import FilePresence
 
@@ -46,9 +45,10 @@ _LOOK: Final = """
         DELETE FROM @schema@.saga_runtime_worker
         WHERE holder <> $1 AND expires_at < clock_timestamp() - interval '1 hour' AND expires_at > '-infinity'
     )
-    SELECT holder, host, (SELECT max(s) FROM @schema@.saga_runtime_arrivals) AS news
+    SELECT holder, host, NULL AS news
     FROM @schema@.saga_runtime_worker WHERE holder <> $1 AND expires_at > clock_timestamp()
     UNION ALL SELECT NULL, NULL, (SELECT max(s) FROM @schema@.saga_runtime_arrivals)
+        + coalesce((SELECT max(id) FROM @schema@.saga_runtime_left), 0)
 """
 _LEAVE: Final = "DELETE FROM @schema@.saga_runtime_worker WHERE holder = $1"
 _NOTIFY: Final = "SELECT pg_notify($1, '')"
@@ -79,8 +79,7 @@ class PostgresPresence:
         self._on_nudge: Callable[[], None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._notifying: asyncio.Task[None] | None = None
-        digest = hashlib.blake2b(database.schema.encode(), digest_size=8).hexdigest()
-        self._channel = f"sagaloom_{digest}"
+        self._channel = channel_of(database.schema)
 
     @staticmethod
     def on_this_host(store_id: str, *, lease_seconds: float) -> FilePresence | None:

@@ -37,7 +37,8 @@ _COUNT: Final = """
     SELECT count(*) FROM (SELECT FROM @schema@.saga_runtime_row WHERE tbl = $1 AND k > $2 AND k < $3 LIMIT $4) AS found
 """
 _COMMIT: Final = """
-    SELECT * FROM @schema@.saga_runtime_commit_rows($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)
+    SELECT c.* FROM (SELECT @schema@.saga_runtime_durability(false)) AS d CROSS JOIN LATERAL
+        @schema@.saga_runtime_commit_rows($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13) AS c
 """
 _RESERVE: Final = """
     INSERT INTO @schema@.saga_runtime_counter AS c SELECT * FROM unnest($1::text[], $2::int[]) AS w(name, n)

@@ -13,6 +13,7 @@ the other.
     timer        saga_runtime_timer         due, id
     dead_letter  saga_runtime_dead_letter   id
     child        saga_runtime_child         parent's pk, run, status, place
+    slot         saga_runtime_slot          saga id, concurrency key, number
     arrivals     saga_runtime_arrivals      partition
     feed         saga_runtime_feed          written only; read by number
 
@@ -20,14 +21,18 @@ What a commit of theirs promises beyond the port:
 
 1. It is one statement, which first locks the row of its writer in `member`. Whoever takes that row away, or renews it,
    waits for it; whoever comes later finds it changed, and writes nothing (I7).
-2. Partitions are locked in their order, and numbers of inbox rows are drawn behind that lock: within a partition a
-   smaller number never becomes visible after a larger one, between those who bring and the one who holds (I9).
+2. Who adds inbox rows to a partition, its holder or somebody else, locks it first (all of them in their order), and
+   draws their numbers behind that lock: within a partition a smaller number never becomes visible after a larger one,
+   so who has read up to a number has read everything below it (I9).
 3. The commits of the feed are numbered by whoever has the head of the feed at that moment. Who does not get it leaves
    its commit unnumbered, to the next commit or the next reader: no commit waits for another one, and there is no gap,
    for numbers are given only to what is visible (I8).
 4. When the connection is cut before the answer has come, the row of the writer is renewed, which waits for the
    statement if it still runs, and refuses it if it is still to come. Then the note that every commit leaves in
    `saga_runtime_worker` tells whether it was written, and with which numbers.
+5. A commit that is to be on a synchronous standby counts as written when it is there. If the wait for it ends early, it
+   is written here all the same, and everybody sees it. So until a later commit has waited successfully, which the
+   standby gets after this one, nothing more is written, and nobody is told that this one was (t3).
 """
 
 from __future__ import annotations
@@ -35,9 +40,10 @@ from __future__ import annotations
 import secrets
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, cast
 
-from sagaloom.errors import BackendUnavailable
+from sagaloom.definitions import SagaDurabilityTier
+from sagaloom.errors import BackendUnavailable, MessageRejected
 from sagaloom.kv.packing import pack, table_of
 from sagaloom.kv.postgres.batch import COMMIT, SagaBatch
 from sagaloom.kv.postgres.columns import (
@@ -47,14 +53,16 @@ from sagaloom.kv.postgres.columns import (
     head_row,
     inbox_changes,
     inbox_row,
+    left_row,
     letter_row,
     outbox_changes,
     outbox_row,
     run_changes,
     run_row,
+    slot_row,
     timer_row,
 )
-from sagaloom.kv.postgres.connection import PostgresDatabase, RowsChanged
+from sagaloom.kv.postgres.connection import PostgresDatabase, RowsChanged, channel_of
 from sagaloom.kv.postgres.driver import Row
 from sagaloom.kv.postgres.rows import PostgresKeyValue
 from sagaloom.ports.keyvalue import Check, Committed, Conflicted, Entry, Key, Slot
@@ -73,6 +81,7 @@ _COLUMNS: Final[dict[str, tuple[tuple[str, str], ...]]] = {
     "timer": (("due", "bigint"), ("id", "text")),
     "dead_letter": (("id", "text"),),
     "child": (("pk", "bigint"), ("parent_run", "int"), ("status", "int"), ("revision", "int"), ("position", "int")),
+    "slot": (("saga_id", "text"), ("concurrency_key", "text"), ("number", "int")),
     "arrivals": (("part", "int"),),
 }
 _VALUE: Final = {"arrivals": "''::bytea"}
@@ -86,6 +95,7 @@ _RENEW_MEMBER: Final = """
     UPDATE @schema@.saga_runtime_row SET s = nextval('@schema@.saga_runtime_versionstamp')
     WHERE tbl = 'member' AND k = $1 AND s = $2 RETURNING s
 """
+_END_MEMBER: Final = "DELETE FROM @schema@.saga_runtime_row WHERE tbl = 'member' AND k = $1"
 _LAST_COMMIT: Final = """
     SELECT commit_no, stamp, inbox_base, outbox_base, feed_base FROM @schema@.saga_runtime_worker WHERE holder = $1
 """
@@ -148,6 +158,12 @@ _LETTERS: Final = """
     SELECT v FROM @schema@.saga_runtime_dead_letter
     WHERE ($1::text IS NULL OR id < $1) AND {} ORDER BY id DESC LIMIT $2
 """
+_CONFIRM: Final = """
+    SELECT @schema@.saga_runtime_durability(true), pg_logical_emit_message(true, 'sagaloom', '')
+"""
+_SAFETY: Final = """
+    SELECT current_setting('fsync') AS fsync, current_setting('synchronous_standby_names') AS standbys
+"""
 _NUMBER_FEED: Final = "SELECT @schema@.saga_runtime_number_feed(true)"
 _FEED_PAGE: Final = """
     SELECT base, v FROM @schema@.saga_runtime_feed
@@ -169,6 +185,19 @@ _FEED_PRUNE: Final = """
     ) RETURNING base
 """
 
+_LEAVE: Final = """
+    WITH left_here AS (
+        INSERT INTO @schema@.saga_runtime_left
+            (part, saga_id, correlation_key, message_type, message_id, accepted_at, v)
+        SELECT * FROM unnest($2::int[], $3::text[], $4::text[], $5::text[], $6::text[], $7::timestamptz[], $8::bytea[])
+    )
+    SELECT pg_notify($1, '')
+"""
+_LEFT: Final = """
+    SELECT id, v FROM @schema@.saga_runtime_left WHERE part = ANY ($1) ORDER BY id LIMIT $2
+"""
+_TAKE_LEFT: Final = "DELETE FROM @schema@.saga_runtime_left WHERE id = ANY ($1)"
+
 FIRST_MOMENT: Final = datetime.fromisoformat("0001-01-02T00:00:00+00:00")
 LAST_MOMENT: Final = datetime.fromisoformat("9999-12-30T00:00:00+00:00")
 
@@ -180,10 +209,42 @@ class PostgresSagaRows(PostgresKeyValue):
         super().__init__(database)
         # Not from 1: another object may have written under the same name before.
         self._commit_no = secrets.randbits(62)
+        self.is_replicated = False
+        """Whether the next commit of saga rows is to be on a synchronous standby."""
+        self._safety = ("on", "")
+        self.has_ended = False
+        """Whether the lease of the writer was ended here, because it does not know what it has written."""
+        self._is_sending = False
         self._doubt: SagaBatch | None = None
         """The last commit, while its outcome is not known."""
         self._sql = database.sql
         self._commit_sagas = database.sql(COMMIT)
+
+    # -- how safe it is -------------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        await super().open()
+        row = (await self.database.fetch(_SAFETY))[0]
+        self._safety = row["fsync"], row["standbys"]
+
+    def why_not(self, tier: SagaDurabilityTier) -> str | None:
+        """Why this database cannot promise `tier`, as it was set when we opened it."""
+        fsync, standbys = self._safety
+        if fsync != "on":
+            return (
+                f"{self.database.where} is set to fsync={fsync}, so a power loss takes what was acknowledged: "
+                "set fsync = on in postgresql.conf"
+            )
+        if tier == "t3" and not standbys:
+            return (
+                f"{self.database.where} has no synchronous standby: set one up and name it in "
+                "synchronous_standby_names, or lower the tier to t2"
+            )
+        return None
+
+    async def confirm(self) -> None:
+        """Returns when everything that was committed before is on the synchronous standby."""
+        await self.database.write(self._sql(_CONFIRM), waits=True)
 
     # -- reading --------------------------------------------------------------------------------------------------
 
@@ -331,6 +392,28 @@ class PostgresSagaRows(PostgresKeyValue):
     async def prune_feed(self, *, before: int, limit: int) -> int:
         return len(await self._write(_FEED_PRUNE, before, limit))
 
+    async def leave(self, connection: object, messages: Sequence[tuple[int, bytes]]) -> None:
+        """Leaves messages in the transaction of somebody else's `connection`, and wakes us when it commits."""
+        theirs = cast("Any", connection)
+        if not (hasattr(theirs, "is_in_transaction") and hasattr(theirs, "fetch")):
+            raise MessageRejected(
+                f"within= is {type(connection).__name__}: give the asyncpg connection of your transaction"
+            )
+        if not theirs.is_in_transaction():
+            raise MessageRejected("within= has no transaction open: begin one, or publish without it")
+        left = [left_row(part, value) for part, value in messages]
+        statement, columns = self._sql(_LEAVE), [list(column) for column in zip(*left, strict=True)]
+        try:
+            await theirs.fetch(statement, channel_of(self.database.schema), *columns)
+        except Exception as error:
+            raise self.database.translated(error) from error
+
+    async def left(self, parts: Collection[int], *, limit: int) -> list[tuple[int, bytes]]:
+        return [(row["id"], row["v"]) for row in await self._fetch(_LEFT, sorted(parts), limit)]
+
+    async def take_left(self, numbers: Sequence[int]) -> None:
+        await self._write(_TAKE_LEFT, numbers)
+
     async def _fetch(self, statement: str, *arguments: object) -> list[Row]:
         self._refuse_if_closed()
         return await self.database.fetch(self._sql(statement), *arguments)
@@ -350,11 +433,14 @@ class PostgresSagaRows(PostgresKeyValue):
         deletes: Sequence[Key] = (),
         reserve: Mapping[str, int] | None = None,
     ) -> Committed | Conflicted:
+        if self._doubt is not None and not self._is_sending:
+            await self._end_doubt(self._doubt)
         first = inserts[0][0] if inserts else puts[0][0] if puts else deletes[0] if deletes else ()
         if not first or first[0] not in _SAGA_TABLES:
             return await super().commit(checks=checks, inserts=inserts, puts=puts, deletes=deletes, reserve=reserve)
         self._refuse_if_closed()
         batch = _batch_of(checks, inserts, puts, deletes, reserve or {})
+        self._is_sending = True
         try:
             done = await self._commit_batch(batch)
             if isinstance(done, Conflicted):
@@ -364,21 +450,28 @@ class PostgresSagaRows(PostgresKeyValue):
         except BackendUnavailable as error:
             self._problem = error.message
             raise
+        finally:
+            self._is_sending = False
         self._problem = None
         return done
+
+    async def _end_doubt(self, batch: SagaBatch) -> None:
+        """Finds out what became of a commit whose sender has given up on it. It may still be on its way, and must not
+        come after the next one; if it was written, its sender knows nothing of the rows that it added, so its lease
+        ends here, and it begins anew with what is stored."""
+        if await self._settled(batch):
+            await self.database.write(self._sql(_END_MEMBER), batch.member)
+            self.has_ended = True
 
     async def _commit_batch(self, batch: SagaBatch) -> Committed | Conflicted | None:
         """Writes `batch`; None when a row is not what it should be, and one has to look which."""
         member: Key = ("member", batch.holder)
-        if self._doubt is not None:
-            # Whoever sent that one has given up on it. It may still be on its way, and must not come after this one.
-            await self._settled(self._doubt)
-            return Conflicted((member,))
+        batch.is_replicated = self.is_replicated
         self._commit_no += 1
         arguments = batch.arguments(self._commit_no)
         self._doubt = batch
         try:
-            row = (await self.database.write(self._commit_sagas, *arguments))[0]
+            row = (await self.database.write(self._commit_sagas, *arguments, waits=batch.is_replicated))[0]
         except RowsChanged:
             self._doubt = None
             return None
@@ -386,7 +479,11 @@ class PostgresSagaRows(PostgresKeyValue):
             if error.data.get("outcome") != "unknown":
                 self._doubt = None
                 raise
-            return await self._settled(batch) or Conflicted((member,))
+            done = await self._settled(batch)
+            if done is None and isinstance(error.__cause__, TimeoutError):
+                # Another try would take as long, and somebody waits.
+                raise BackendUnavailable(error.message, data={**error.data, "outcome": "not_written"}) from error
+            return done or Conflicted((member,))
         except ValueError:
             self._doubt = None
             raise
@@ -404,8 +501,11 @@ class PostgresSagaRows(PostgresKeyValue):
         """What became of the commit that was sent last: it is there, or never will be (None)."""
         await self.database.write(self._sql(_RENEW_MEMBER), batch.member, batch.stamp)
         rows = await self.database.fetch(self._sql(_LAST_COMMIT), batch.holder)
+        is_written = bool(rows) and rows[0]["commit_no"] == self._commit_no
+        if is_written and batch.is_replicated:
+            await self.confirm()
         self._doubt = None
-        return _committed(rows[0]) if rows and rows[0]["commit_no"] == self._commit_no else None
+        return _committed(rows[0]) if is_written else None
 
     async def _what_failed(
         self,
@@ -474,6 +574,9 @@ def _batch_of(
                 batch.heads_new[hashed] = head_row(hashed, value)
             case ("inbox", int(part), Slot()):
                 batch.inbox_new.append(inbox_row(part, value))
+                parts.setdefault(part, None)
+            case ("slot", str(saga), str(concurrency), int(number)):
+                batch.slots.append(slot_row((saga, concurrency, number), value))
             case ("feed", Slot()):
                 batch.feed, batch.feed_count = value, reserve["feed"]
             case _:
@@ -517,6 +620,8 @@ def _batch_of(
                 batch.timers_gone.append((due, timer))
             case ("dedupe", int(pk), bytes(hashed)):
                 batch.marks_gone.append((pk, hashed))
+            case ("slot", str(saga), str(concurrency), int(number)):
+                batch.slots_gone.append((saga, concurrency, number))
             case ("child", *place):
                 batch.children_gone.append(tuple(place))
             case ("dead_letter", str(letter)):
@@ -531,6 +636,8 @@ def _batch_of(
     batch.head_checks.sort(key=_first)
     batch.letter_checks.sort()
     batch.marks.sort()
+    batch.slots.sort(key=lambda row: row[:3])
+    batch.slots_gone.sort()
     batch.heads_new = dict(sorted(batch.heads_new.items()))
     batch.sagas_seen.sort()
     return batch

@@ -34,7 +34,8 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from sagaloom.definitions import SagaInstanceStatus
+from sagaloom.definitions import SAGA_DURABILITY_TIERS, SagaInstanceStatus
+from sagaloom.engine.concurrency import SlotUse
 from sagaloom.engine.records import (
     Child,
     DeadLetter,
@@ -44,6 +45,7 @@ from sagaloom.engine.records import (
     FeedMoment,
     FeedRecord,
     Head,
+    HeldSlot,
     HistoryEntry,
     Instance,
     Mark,
@@ -61,10 +63,12 @@ from sagaloom.ports.store import (
     InboxRow,
     InstanceFilter,
     Lease,
+    Loaded,
     OutboxRow,
     RegisteredDefinition,
     RowRef,
     SagaStore,
+    SlotClaim,
     UnitOfWork,
 )
 
@@ -216,6 +220,11 @@ def kinds(result: CommitResult) -> dict[int, str]:
     return {index: conflict.kind for index, conflict in result.conflicts.items()}
 
 
+def claims(use: SlotUse, owner: str, *, limit: int = 3, key: str = "k", saga_id: str = "orders") -> UnitOfWork:
+    """What message `m-1` of this correlation key does to slots."""
+    return UnitOfWork(part=part_of(owner, saga_id), slot=SlotClaim(use, saga_id, key, limit, owner, "m-1", NOW))
+
+
 async def write(store: SagaStore, lease: Lease, *units: UnitOfWork) -> CommitResult:
     """Commits `units`, none of which may conflict."""
     result = await store.commit(units, lease=lease)
@@ -272,6 +281,12 @@ class SagaStoreContract:
         assert store.id.endswith("-saga-store")
         assert len(store.store_id) >= 16
         assert "t1" in store.tiers
+
+    async def test_a_tier_that_it_cannot_promise_has_a_reason(self, store: SagaStore, lease: Lease) -> None:
+        reasons = {tier: store.why_not(tier) for tier in SAGA_DURABILITY_TIERS}
+
+        assert {tier for tier, reason in reasons.items() if reason is None} == store.tiers
+        assert all(reason is None or ": " in reason for reason in reasons.values())
 
     async def test_a_store_that_works_has_no_problem(self, store: SagaStore, lease: Lease) -> None:
         await store.probe()
@@ -1016,6 +1031,62 @@ class SagaStoreContract:
         assert moves == [False, True, False]
         assert await store.schedule_cursors() == [second]
         assert not await store.put_schedule_cursor(replace(other, saga_id="refunds"), replaces=other)
+
+    # -- slots ----------------------------------------------------------------------------------------------------
+
+    async def test_no_more_slots_are_held_than_there_are(self, store: SagaStore, lease: Lease) -> None:
+        result = await store.commit([claims("take", f"o-{n}", limit=2) for n in range(4)], lease=lease)
+
+        assert {number: conflict.kind for number, conflict in result.conflicts.items()} == {2: "limit", 3: "limit"}
+        assert await store.slots("orders") == [
+            HeldSlot("orders", "k", number, f"o-{number}", "m-1", NOW) for number in range(2)
+        ]
+
+    async def test_a_slot_that_is_given_back_can_be_taken_again(self, store: SagaStore, lease: Lease) -> None:
+        await write(store, lease, claims("take", "o-1"), claims("take", "o-2"))
+
+        await write(store, lease, claims("free", "o-1"), claims("take", "o-3"))
+
+        assert [held.correlation_key for held in await store.slots("orders")] == ["o-3", "o-2"]
+
+    async def test_giving_back_what_is_not_held_changes_nothing(self, store: SagaStore, lease: Lease) -> None:
+        await write(store, lease, claims("take", "o-1"))
+
+        await write(store, lease, claims("free", "o-2"), claims("free", "o-1", key="other"))
+
+        assert [held.correlation_key for held in await store.slots("orders")] == ["o-1"]
+
+    async def test_who_passes_needs_a_free_slot_and_takes_none(self, store: SagaStore, lease: Lease) -> None:
+        await write(store, lease, claims("pass", "o-1", limit=1), claims("take", "o-2", limit=1))
+
+        result = await store.commit([claims("pass", "o-3", limit=1)], lease=lease)
+
+        assert result.conflicts[0].kind == "limit"
+        assert [held.correlation_key for held in await store.slots("orders")] == ["o-2"]
+
+    async def test_each_saga_and_each_concurrency_key_has_slots_of_its_own(
+        self, store: SagaStore, lease: Lease
+    ) -> None:
+        units = (
+            claims("take", "o-1", limit=1),
+            claims("take", "o-1", limit=1, key="other"),
+            claims("take", "o-1", limit=1, saga_id="refunds"),
+        )
+        await write(store, lease, *units)
+
+        assert [held.key for held in await store.slots("orders")] == ["k", "other"]
+        assert [held.key for held in await store.slots("orders", key="other")] == ["other"]
+        assert len(await store.slots("refunds")) == 1
+
+    async def test_a_unit_that_finds_no_slot_writes_nothing(self, store: SagaStore, lease: Lease) -> None:
+        await write(store, lease, claims("take", "o-1", limit=1))
+        head = head_of("o-2", await store.reserve_pks(1))
+        unit = step_of(None, start_of(head), head=head)
+
+        result = await store.commit([replace(unit, slot=claims("pass", "o-2", limit=1).slot)], lease=lease)
+
+        assert result.conflicts[0].kind == "limit"
+        assert await store.load([("orders", "o-2")]) == [Loaded(None, None)]
 
     # -- dead letters ---------------------------------------------------------------------------------------------
 

@@ -168,6 +168,18 @@ CREATE TABLE @schema@.saga_runtime_child (
     PRIMARY KEY (pk, parent_run, status, revision, position)
 ) WITH (autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_cost_delay = 0);
 
+-- One row for each place that a saga has under a concurrency key and that a message holds.
+CREATE TABLE @schema@.saga_runtime_slot (
+    saga_id         text COLLATE "C" NOT NULL,
+    concurrency_key text COLLATE "C" NOT NULL,
+    number          int NOT NULL,
+    correlation_key text NOT NULL,
+    message_id      text NOT NULL,
+    taken_at        timestamptz NOT NULL,
+    v               bytea NOT NULL,
+    PRIMARY KEY (saga_id, concurrency_key, number)
+) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000, autovacuum_vacuum_cost_delay = 0);
+
 -- The feed: a row for each commit that shows something, with the number of its first event as soon as it has one.
 CREATE TABLE @schema@.saga_runtime_feed (
     id   bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
@@ -225,6 +237,24 @@ BEGIN
         END IF;
     END LOOP;
     RAISE EXCEPTION 'others keep taking numbers of %', p_sequence USING ERRCODE = 'serialization_failure';
+END $$;
+
+
+-- How safe the commit of this very statement is: on the disk at least, and with p_replicated on a synchronous standby,
+-- too. It never takes away what the server is set to.
+CREATE FUNCTION @schema@.saga_runtime_durability(p_replicated boolean) RETURNS void
+LANGUAGE plpgsql AS $$
+DECLARE
+    v_is text := current_setting('synchronous_commit');
+BEGIN
+    IF p_replicated AND current_setting('synchronous_standby_names') = '' THEN
+        RAISE EXCEPTION 'no synchronous standby is named any more' USING ERRCODE = '55000';
+    END IF;
+    IF p_replicated AND v_is IN ('off', 'local', 'remote_write') THEN
+        PERFORM set_config('synchronous_commit', 'on', true);
+    ELSIF v_is = 'off' THEN
+        PERFORM set_config('synchronous_commit', 'local', true);
+    END IF;
 END $$;
 
 
@@ -358,13 +388,13 @@ BEGIN
         RETURN;
     END IF;
     IF cardinality(p_part) > 0 THEN
-        -- All of them in one order and one strength, so that two commits cannot wait for each other.
-        SELECT array_agg(c.part) INTO failed_parts
+        -- All of them in one order and one strength, so that two commits cannot wait for each other. (The condition is
+        -- in the aggregate: in a WHERE it would keep those without a versionstamp from being locked.)
+        SELECT array_agg(c.part) FILTER (WHERE c.s IS NOT NULL AND c.s <> a.s) INTO failed_parts
         FROM unnest(p_part, p_part_stamp) AS c(part, s)
         CROSS JOIN LATERAL (
             SELECT a.s FROM @schema@.saga_runtime_arrivals a WHERE a.part = c.part FOR NO KEY UPDATE
-        ) a
-        WHERE c.s IS NOT NULL AND c.s <> a.s;
+        ) a;
         IF failed_parts IS NOT NULL THEN
             outcome := 'arrivals';
             RETURN;
@@ -563,6 +593,10 @@ CREATE FUNCTION @schema@.saga_runtime_write_rows(
     p_child_ended timestamptz[], p_child_v bytea[],
     p_child_gone_pk bigint[], p_child_gone_parent_run int[], p_child_gone_status int[], p_child_gone_revision int[],
     p_child_gone_position int[],
+    -- slots: inserts, deletes
+    p_slot_saga text[], p_slot_concurrency text[], p_slot_number int[], p_slot_key text[], p_slot_message text[],
+    p_slot_taken timestamptz[], p_slot_v bytea[],
+    p_slot_gone_saga text[], p_slot_gone_concurrency text[], p_slot_gone_number int[],
     -- the feed
     p_feed_n int, p_feed_v bytea,
     OUT inbox_base bigint, OUT outbox_base bigint, OUT feed_base bigint
@@ -645,6 +679,18 @@ BEGIN
         ON CONFLICT (id) DO UPDATE
         SET reason = excluded.reason, code = excluded.code, attempts = excluded.attempts, at = excluded.at,
             v = excluded.v, s = excluded.s;
+    END IF;
+    IF cardinality(p_slot_gone_saga) > 0 THEN
+        DELETE FROM @schema@.saga_runtime_slot t
+        USING unnest(p_slot_gone_saga, p_slot_gone_concurrency, p_slot_gone_number) AS g(saga, concurrency, number)
+        WHERE t.saga_id = g.saga AND t.concurrency_key = g.concurrency AND t.number = g.number;
+    END IF;
+    IF cardinality(p_slot_saga) > 0 THEN
+        INSERT INTO @schema@.saga_runtime_slot
+            (saga_id, concurrency_key, number, correlation_key, message_id, taken_at, v)
+        SELECT * FROM unnest(
+            p_slot_saga, p_slot_concurrency, p_slot_number, p_slot_key, p_slot_message, p_slot_taken, p_slot_v
+        );
     END IF;
     IF cardinality(p_child_gone_pk) > 0 THEN
         DELETE FROM @schema@.saga_runtime_child t
