@@ -192,8 +192,8 @@ def address(
         message = msgspec.structs.replace(message, correlation_key=correlation_key)
     typed = _typed(definition, message, payload_json, message_id)
     try:
-        found = _find_key(definition, message, typed)
-        key, opens_run = found.key, found.opens_run
+        correlated = _find_key(definition, message, typed)
+        key, opens_run = correlated.key, correlated.opens_run
         if opens_run and key_if_none is not None:
             key, opens_run = key_if_none, False
     except MessageRejected as refused:
