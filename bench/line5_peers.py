@@ -13,13 +13,13 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
+from bench.databases import database_of
 from bench.harness import Bench, Child, Finding, quiet_gc
 from sagaloom import CascadedMessage, Saga, SagaContext, SagaMessage, define_saga, saga_complete, send
 from sagaloom.composition import open_sql_saga_store
 from sagaloom.process import run as run_process
 from sagaloom.runtime import PublishReceipt, SagaRuntime
 from sagaloom.targets import EffectRequest, callable_target
-from tests.servers.postgres import Postgres
 
 __all__ = ["run"]
 
@@ -27,6 +27,7 @@ _IN_FLIGHT: Final = (1, 8, 64)
 _FORMS: Final = ("threads", "async")
 _STEPS: Final = 3
 _WARM_UP: Final = 20
+_SAGA_SECONDS_MAX: Final = 30.0
 _MUST: Final = 10.0
 _AIM: Final = 50.0
 
@@ -75,8 +76,8 @@ class _Outside:
         return [SagaMessage("StepDone", {"orderId": order_id, "step": request.payload["step"]})]
 
 
-async def _ours(url: str, wanted: Sequence[tuple[int, int]]) -> list[float]:
-    """Seconds for each (in flight, count)."""
+async def _ours(url: str, name: str, wanted: Sequence[tuple[int, int]]) -> list[float]:
+    """Seconds for each (in flight, count); `name` sets these orders apart from those of other rounds."""
     store = await open_sql_saga_store(url=url)
     outside = _Outside()
     try:
@@ -84,10 +85,10 @@ async def _ours(url: str, wanted: Sequence[tuple[int, int]]) -> list[float]:
         async with runtime:
             seconds: list[float] = []
             for number, (in_flight, count) in enumerate(wanted):
-                await _run_all(runtime, outside, f"w{number}", in_flight, _WARM_UP)
+                await _run_all(runtime, outside, f"w{name}-{number}", in_flight, _WARM_UP)
                 with quiet_gc():
                     began = time.perf_counter()
-                    await _run_all(runtime, outside, f"o{number}", in_flight, count)
+                    await _run_all(runtime, outside, f"o{name}-{number}", in_flight, count)
                     await runtime.settled()
                     seconds.append(time.perf_counter() - began)
             return seconds
@@ -103,7 +104,8 @@ async def _run_all(runtime: SagaRuntime, outside: _Outside, name: str, in_flight
             receipt = await runtime.publish(SagaMessage("Begun", {"orderId": order_id, "step": 0}))
             if not isinstance(receipt, PublishReceipt):
                 receipt.raise_for_rejected()
-            await through
+            async with asyncio.timeout(_SAGA_SECONDS_MAX):
+                await through
 
     left = iter(range(count))
     await asyncio.gather(*(worker(left) for _ in range(in_flight)))
@@ -111,16 +113,15 @@ async def _run_all(runtime: SagaRuntime, outside: _Outside, name: str, in_flight
 
 def run(bench: Bench) -> None:
     count = bench.pick(200, 60)
-    with Postgres() as database:
+    with bench.place() as place:
         ours: dict[int, float] = {}
         theirs: dict[tuple[str, int], float] = {}
-        database.sql("CREATE DATABASE peer")
-        peer_url = database.url.rpartition("/")[0] + "/peer"
+        url, peer_url = (asyncio.run(database_of(place / name)) for name in ("ours", "peer"))
         with Child("bench.peers.dbos_steps", peer_url) as peer:
             for form in _FORMS:
                 peer.ask(f"run {form} 8 {_WARM_UP}")
-            for _ in range(bench.rounds // 2):
-                seconds = run_process(_ours(database.url, [(each, count * each // 2 + count) for each in _IN_FLIGHT]))
+            for turn in range(bench.rounds // 2):
+                seconds = run_process(_ours(url, str(turn), [(each, count * each // 2 + count) for each in _IN_FLIGHT]))
                 for in_flight, took in zip(_IN_FLIGHT, seconds, strict=True):
                     rate = _STEPS * (count * in_flight // 2 + count) / took
                     ours[in_flight] = max(ours.get(in_flight, 0.0), rate)

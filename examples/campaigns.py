@@ -63,6 +63,7 @@ def person_of(message: SagaMessage[WriteTo | Delivered | Undeliverable]) -> str:
 
 letters = (
     define_saga("letters")
+    .concurrency(20, on_limit="wait")  # the post takes twenty at a time
     .state(Letter())
     .correlate(person_of)
     .concurrency(20, on_limit="wait")  # of those that have to be tried again, not more than so many at once

@@ -104,7 +104,6 @@ quotes = (
     .reuse("new_run")  # whoever asks again gets another run
     .state(Request())
     .correlate(request_of)
-    .correlate(TimeIsUp, lambda message: message.correlation_key)
     .on(QuotesAsked, asked)
     .on(AcmeQuoted, quoted, starts=False)
     .on(BestQuoted, quoted, starts=False)

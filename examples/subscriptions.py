@@ -137,7 +137,6 @@ subscriptions = (
     define_saga("subscriptions")
     .state(Subscription())
     .correlate(subscription_of)
-    .correlate(NotConfirmed, lambda message: message.correlation_key)  # a timer comes back to the run that set it
     .on(Subscribed, subscribed)
     .on(Confirmed, confirmed, starts=False)
     .on(NotConfirmed, not_confirmed, starts=False)
@@ -147,7 +146,7 @@ subscriptions = (
     .on(Declined, declined, starts=False)
     .on(GraceOver, grace_over, starts=False)
     .on(Unsubscribed, unsubscribed, starts=False)
-    .timeout("1d", message=NotConfirmed())
+    .timeout("1d", message=NotConfirmed())  # it comes back to the run that it is of, so it needs no key
     .build()
 )
 

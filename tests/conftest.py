@@ -14,6 +14,7 @@ import pytest
 
 from tests.schemas import schema, schema_of_the_session
 from tests.servers.finding import KINDS, found_or_skipped
+from tests.suites import SuiteTable
 
 __all__ = ["schema", "schema_of_the_session"]
 
@@ -26,6 +27,7 @@ GROUPS = (
 _HERE = Path(__file__).parent
 _seconds: dict[str, float] = defaultdict(float)
 _tests: dict[str, set[str]] = defaultdict(set)
+_suites = SuiteTable()
 
 
 @pytest.fixture(scope="session")
@@ -94,6 +96,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     group = _group_of(_HERE.parent / report.nodeid.partition("::")[0])
     _seconds[group] += report.duration
     _tests[group].add(report.nodeid)
+    if report.when == "call" or report.outcome != "passed":
+        _suites.note(report.nodeid, report.outcome)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -103,6 +107,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for group, seconds in _seconds.items():
         count = len(_tests[group])
         terminalreporter.write_line(f"{seconds:8.2f} s  {group}, {count} {'test' if count == 1 else 'tests'}")
+    if table := _suites.lines():
+        terminalreporter.write_sep("=", "suites by store")
+        for line in table:
+            terminalreporter.write_line(line)
 
 
 def _group_of(path: Path) -> str:

@@ -301,7 +301,8 @@ def _how_it_undoes(saga: _OneSaga) -> Iterator[Finding]:
             leaves[0].place,
             f"{step.what} asks somebody outside for something, and has no compensation: "
             + ("unwinding leaves it as it is" if unwinds else "nothing takes it back by itself"),
-            f"add .compensate({step.message_type!r}, handler), if there is something to undo",
+            f"add .compensate({step.message_type!r}, handler), also where a later step has one, for its answer may "
+            "come too late; or pivot=True where nothing has to be undone",
         )
 
 
@@ -313,7 +314,7 @@ def _how_it_goes_on(saga: _OneSaga) -> Iterator[Finding]:
     if not saga.sees_effects:
         return
     ends = [one for one in saga.handlers if one.seen.may("complete", "fail", "compensate")]
-    lasts = definition.is_singleton or definition.schedule is not None or definition.about.retention.completed_days
+    lasts = definition.is_singleton or definition.schedule is not None
     if not ends and not lasts and definition.starting_types:
         yield saga.finding(
             "note",

@@ -426,6 +426,7 @@ async def test_the_openapi_document_lists_what_is_served_and_nothing_else(door: 
         f"{PREFIX}/instances/{{sagaName}}/{{correlationId}}/signals/{{name}}",
         f"{PREFIX}/instances/{{sagaName}}/{{correlationId}}/updates/{{name}}",
         f"{PREFIX}/instances/{{sagaName}}/{{correlationId}}/queries/{{name}}",
+        f"{PREFIX}/instances/{{sagaName}}/{{correlationId}}/replies",
     } == document["paths"].keys()
     assert document["openapi"].startswith("3.1")
 

@@ -21,7 +21,7 @@ from sagaloom.errors import BackendUnavailable, Fenced, MessageRejected
 from sagaloom.kv import MemoryKeyValue, SqliteKeyValue
 from sagaloom.kv.postgres import PostgresSagaRows
 from sagaloom.ports.keyvalue import Check, Committed, Conflicted, Entry, Key, KeyValue
-from sagaloom.ports.store import InboxRow, InstanceFilter, Lease, OutboxRow, RowRef, UnitOfWork
+from sagaloom.ports.store import InboxRow, InstanceFilter, Lease, OutboxRow, RowRef, SlotClaim, UnitOfWork
 from sagaloom.stores import KvSagaStore, SqlSagaStore, planning
 from sagaloom.testing import MemoryStore
 from sagaloom.testing.contracts.sagastore import (
@@ -47,7 +47,7 @@ STEPS_MAX = 1_000
 
 SAGAS = ("orders", "refunds", "mail")
 KEYS = tuple(f"{region}/{n}" for region in ("eu", "us") for n in range(4))
-CONFLICTS = ("revision", "mark", "gone", "refused")
+CONFLICTS = ("revision", "mark", "gone", "refused", "limit")
 GONE = RowRef(5, 1_000_000)
 
 
@@ -133,6 +133,7 @@ class Run:
             "replace timers": self.replace_timers,
             "spawn": self.spawn,
             "end a child": self.end_child,
+            "claim a slot": self.claim_slot,
             "give up": self.give_up,
             "redrive": self.redrive,
             "forget a mark": self.forget_mark,
@@ -407,6 +408,8 @@ class Run:
         assert await store.timers(limit=10_000) == await model.timers(limit=10_000)
         for pk in range(1, 4):
             assert await store.count_children(pk, 1) == await model.count_children(pk, 1)
+        for saga_id in SAGAS:
+            assert await store.slots(saga_id) == await model.slots(saga_id)
         assert await store.dead_letters(limit=10_000) == await model.dead_letters(limit=10_000)
         for saga_id in SAGAS:
             assert await store.dead_letters(saga_id=saga_id) == await model.dead_letters(saga_id=saga_id)
@@ -586,6 +589,20 @@ class Run:
             return None
         status = self.dice.choice(("completed", "failed", "cancelled"))
         return replace(unit, child_done=replace(self.dice.choice(live), status=status, run=1, ended_at=at(3)))
+
+    def claim_slot(self, model: MemoryStore) -> UnitOfWork | None:
+        unit = self.step(model) if self.dice.random() < 0.5 else self.accept(model)
+        use = self.dice.choice(("take", "take", "pass", "free"))
+        claim = SlotClaim(
+            use,
+            self.dice.choice(SAGAS),
+            self.dice.choice(("a", "b")),
+            self.dice.randint(1, 3),
+            self.dice.choice(KEYS[:3]),
+            "m-1",
+            at(2),
+        )
+        return None if unit is None else replace(unit, slot=claim)
 
     def replace_timers(self, model: MemoryStore) -> UnitOfWork | None:
         old = [pending_of(model.timers_by_place[place]) for place in self.some(model.timers_by_place)]

@@ -20,7 +20,7 @@ from sagaloom.errors import BackendUnavailable, ConfigurationError, DeliveryFail
 from sagaloom.kv.postgres import PostgresDatabase, PostgresSagaRows
 from sagaloom.kv.postgres.schema import Step, applied, steps, take, upgrade
 from sagaloom.ports.keyvalue import Check, Committed
-from sagaloom.ports.store import UnitOfWork
+from sagaloom.ports.store import Lease, UnitOfWork
 from sagaloom.runtime import PublishReceipt, PublishRejected, SagaRuntime
 from sagaloom.stores import SqlSagaStore
 from sagaloom.stores.rows import encode, head_key
@@ -302,6 +302,41 @@ async def test_a_number_never_becomes_visible_behind_a_larger_one_of_its_partiti
     assert "brought" in arrived
     await other.close()
     await holder.close()
+
+
+async def test_what_is_brought_while_its_holder_adds_rows_elsewhere_is_found(schema: Schema) -> None:
+    """Numbers of two partitions become visible in any order: what is known of one says nothing of the other."""
+    holder, other = SqlSagaStore(PostgresSagaRows(schema.database())), SqlSagaStore(PostgresSagaRows(schema.database()))
+    one = await holder.acquire("holder", now=NOW)
+    two = await other.join("other")
+    here, there = await write_heads(holder, one, "o-1", "o-2")
+    await other.commit([UnitOfWork(part=here.part, inbox_add=(envelope_of("o-1", "first"),))], lease=two)
+    assert [row.envelope.id for row in await holder.arrivals(one)] == ["first"]
+    connection = await schema.connect()
+    lock = connection.transaction()
+    await lock.start()
+    # The note of a commit is its last step: by then it has its number, and is not visible yet.
+    await connection.execute("SELECT FROM saga_runtime_worker WHERE holder = 'other' FOR UPDATE")
+    bringing = UnitOfWork(part=here.part, inbox_add=(envelope_of("o-1", "brought"),))
+    first = asyncio.create_task(other.commit([bringing], lease=two))
+    await asyncio.sleep(0.2)
+    await write(holder, one, UnitOfWork(part=there.part, inbox_add=(envelope_of("o-2", "sent"),)))
+    assert await holder.arrivals(one) == []
+    await lock.rollback()
+    await connection.close()
+    await first
+
+    arrived = [row.envelope.id for row in await holder.arrivals(one)]
+
+    assert arrived == ["brought"]
+    await other.close()
+    await holder.close()
+
+
+async def write_heads(store: SqlSagaStore, lease: Lease, *keys: str) -> list[Head]:
+    heads = [head_of(key, await store.reserve_pks(1)) for key in keys]
+    await write(store, lease, *(UnitOfWork(part=head.part, head=head) for head in heads))
+    return heads
 
 
 # -- a transaction of the host ----------------------------------------------------------------------------------------

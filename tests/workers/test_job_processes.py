@@ -18,6 +18,7 @@ import httpx2
 import pytest
 
 from tests.doors.test_cli import Server, environment, refusal, sagaloom, until
+from tests.schemas import Schema
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="these are signals of POSIX")
 
@@ -60,7 +61,7 @@ def start(tmp_path: Path) -> Generator[Callable[..., Server]]:
 
     def begin(*args: str, **env: str) -> Server:
         command = [sys.executable, "-m", *(args or SERVE)]
-        servers.append(Server(command, tmp_path, environment(NETSCRIPT_SAGA_STORE="kv", **env)))
+        servers.append(Server(command, tmp_path, environment(**({"NETSCRIPT_SAGA_STORE": "kv"} | env))))
         return servers[-1]
 
     yield begin
@@ -321,6 +322,51 @@ def test_a_saga_that_sends_to_a_job_reaches_the_other_port(tmp_path: Path, start
     assert (run["result"], run["correlationId"]) == ("hello you", "s-1")
 
 
+def test_the_end_of_a_job_reaches_its_saga_though_both_were_killed_before_it_was_told(
+    tmp_path: Path, start: Callable[..., Server]
+) -> None:
+    (tmp_path / "asking.py").write_text(
+        "from sagaloom import define_saga, saga_complete, send\n"
+        "saga = (define_saga('asking').state({})\n"
+        "    .on('Asked', lambda saga, event, context: [send('job:work', event.payload)])\n"
+        "    .on('work:completed', lambda saga, event, context: [saga_complete(event.payload['result'])],"
+        " starts=False).build())\n"
+    )
+    serve_sagas = ("sagaloom", "serve", "asking.py", "--port", "0", "--json")
+    jobs = start()
+    sagas = start(*serve_sagas, WORKERS_API_URL=jobs.url)
+    jobs.kill()
+    jobs = start(*SERVE[:-3], "--port", jobs.url.rpartition(":")[2], "--json", SAGAS_API_URL=sagas.url)
+    httpx2.post(
+        f"{sagas.url}/api/v1/sagas/publish",
+        json={"type": "Asked", "payload": {"name": "x"}, "correlationId": "a/1"},
+        timeout=30,
+    ).raise_for_status()
+    until((tmp_path / "begun-1").exists, "the job begins")
+    sagas.signal(signal.SIGSTOP)  # it takes the reply in no more
+    (tmp_path / "go").touch()
+    [run_id] = [run["runId"] for run in httpx2.get(f"{jobs.url}/api/v1/workers/runs").json()["runs"]]
+    told = ended(jobs.url, run_id)["reply"]
+    jobs.signal(signal.SIGKILL)
+    sagas.signal(signal.SIGKILL)
+
+    sagas = start(*serve_sagas)
+    jobs = start(SAGAS_API_URL=sagas.url)
+    instance = until(lambda: _completed(sagas.url), "the saga has heard of it")
+    run = until(
+        lambda: found if (found := run_of(jobs.url, run_id))["reply"]["state"] == "delivered" else None, "it is told"
+    )
+
+    assert (told["state"], told["correlationKey"]) == ("due", "a/1")
+    assert (instance["result"]["attempt"], instance["messageCount"]) == (1, 2)
+    assert (run["status"], run["attempt"]) == ("succeeded", 1)
+
+
+def _completed(url: str) -> dict[str, Any] | None:
+    found: dict[str, Any] = httpx2.get(f"{url}/api/v1/sagas/instances/asking/a%2F1", timeout=30).json()
+    return found if found.get("status") == "completed" else None
+
+
 def test_the_jobs_process_killed_in_the_middle_of_a_job_leaves_one_completed_instance(demo: Demo) -> None:
     sagas, jobs = demo.pid("sagas"), demo.pid("jobs")
     # A saga service that does not answer holds the job in its middle: it has sent the message, and waits.
@@ -340,6 +386,44 @@ def test_the_jobs_process_killed_in_the_middle_of_a_job_leaves_one_completed_ins
     assert [(one["status"], one["run"], one["traceparent"]) for one in instances] == [("completed", 1, TRACE)]
     assert reborn != jobs
     assert any("jobs was ended by SIGKILL: starting it again" in line for line in demo.server.errors)
+
+
+def test_the_whole_choreography_with_both_processes_killed_in_its_middle(demo: Demo) -> None:
+    kill_both_in_the_middle(demo)
+
+
+async def test_the_whole_choreography_on_postgres_with_both_processes_killed_in_its_middle(
+    schema: Schema, start: Callable[..., Server]
+) -> None:
+    env = {"NETSCRIPT_SAGA_STORE": "sql", "DATABASE_URL": schema.url}
+    kill_both_in_the_middle(Demo(start("sagaloom", "dev", "--port", "0", "--json", **env)))
+
+
+def kill_both_in_the_middle(demo: Demo) -> None:
+    """One trigger, and both ports killed before either knows what the other has done: one completed instance, one run,
+    one trace."""
+    sagas, jobs = demo.pid("sagas"), demo.pid("jobs")
+    # The job is under way, and its message is on the wire: neither side knows what the other has done.
+    os.kill(sagas, signal.SIGSTOP)
+    run_id = trigger(demo.jobs, "create-user-settings", {"userId": "u-1"}, traceparent=TRACE)
+    until(lambda: run_of(demo.jobs, run_id)["status"] == "running", "the job is under way")
+    os.kill(jobs, signal.SIGKILL)
+    os.kill(sagas, signal.SIGKILL)
+    demo.pid("jobs", after=jobs)
+    demo.pid("sagas", after=sagas)
+
+    run = ended(demo.jobs, run_id)
+    instances = until(demo.instances, "the saga is there")
+    [instance] = instances
+    path = f"{demo.sagas}/api/v1/sagas/instances/user-settings-saga/{instance['correlationKey']}/history"
+    history = httpx2.get(path, timeout=30).json()["history"]
+
+    assert (run["status"], run["result"]["userId"]) == ("succeeded", "u-1")
+    assert run["attempt"] >= 2
+    assert [one["outcome"] for one in run["history"]][-1] == "succeeded"
+    assert (instance["status"], instance["run"], instance["result"]["userId"]) == ("completed", 1, "u-1")
+    assert [entry["messageType"] for entry in history] == ["UserSettingsCreated"]
+    assert run["traceparent"] == instance["traceparent"] == TRACE
 
 
 def test_the_saga_process_killed_in_the_middle_of_a_publish_leaves_one_completed_instance(demo: Demo) -> None:

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 
 from sagaloom.kv import MemoryKeyValue, SqliteKeyValue
+from sagaloom.kv.postgres import PostgresKeyValue
 from sagaloom.ports.jobs import JobRun, JobRunStore
 from sagaloom.ports.keyvalue import KeyValue
 from sagaloom.stores.kv_jobs import KvJobRunStore
 from sagaloom.testing.contracts.jobs import JobRunStoreContract, OpenJobRunStore
 from sagaloom.workers.opening import open_job_store
+from tests.schemas import Schema
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -47,12 +49,22 @@ class TestJobRunsInSqlite(JobRunStoreContract):
         return open_store
 
 
+class TestJobRunsInPostgres(JobRunStoreContract):
+    @pytest.fixture
+    def open_store(self, schema: Schema) -> OpenJobRunStore:
+        async def open_store() -> JobRunStore:
+            return KvJobRunStore(PostgresKeyValue(schema.database()))
+
+        return open_store
+
+
 # --- What only this store does ---------------------------------------------------------------------------------------
 
 HOLD = """
 import asyncio, sys
 from datetime import UTC, datetime, timedelta
 from sagaloom.workers.opening import open_job_store
+from tests.schemas import Schema
 
 async def main():
     store = await open_job_store(sys.argv[1])

@@ -95,6 +95,7 @@ def new(
 
 @app.command()
 def dev(
+    context: typer.Context,
     module: Annotated[
         str | None,
         typer.Argument(
@@ -106,6 +107,7 @@ def dev(
     port: Port = None,
     token: Token = None,
     insecure: Insecure = False,
+    reload: Annotated[bool, typer.Option(help="Start again whenever a file of this directory changes.")] = True,
     as_json: AsJson = False,
 ) -> None:
     """Serve for development: chooses the store (kv, in .sagaloom/) and says so first.
@@ -113,6 +115,11 @@ def dev(
     In the directory of a project it serves the sagas and jobs of that, on both ports, and starts again what dies."""
     os.environ["SAGALOOM_DEV"] = "1"
     from sagaloom.cli.both_ports import project_here, serve_project
+
+    if reload and (module is not None or project_here() is not None):
+        from sagaloom.cli.reloading import serve_reloading
+
+        raise typer.Exit(serve_reloading(_said_again(context), folder=Path.cwd()))
 
     settings = _settings(host=host, port=port, token=token)
     place = _place_for_dev(settings)
@@ -202,6 +209,23 @@ def _settings(*, host: str | None, port: int | None, token: str | None) -> DoorS
     from sagaloom.settings import load_settings
 
     return load_settings(host=host, port=port, token=token or None)
+
+
+def _said_again(context: typer.Context) -> list[str]:
+    """The arguments and options of this command line, for a process of their own."""
+    said: list[str] = []
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name or "")
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name == "reload" or value is None or source is None or source.name != "COMMANDLINE":
+            continue
+        if parameter.param_type_name == "argument":
+            said.append(str(value))
+        elif value is True:
+            said.append(parameter.opts[0])
+        else:
+            said += [parameter.opts[0], str(value)]
+    return said
 
 
 def _place_for_dev(settings: DoorSettings) -> StorePlace:

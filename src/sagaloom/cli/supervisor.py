@@ -34,11 +34,12 @@ from typing import Any, Final, TypeAlias
 
 import msgspec
 
-__all__ = ["Child", "ChildFailed", "on_supervisors_end", "supervise"]
+__all__ = ["SUPERVISED", "Child", "ChildFailed", "on_supervisors_end", "supervise"]
 
 _log = logging.getLogger("sagaloom.supervisor")
 
-_SUPERVISED: Final = "SAGALOOM_SUPERVISED"
+SUPERVISED: Final = "SAGALOOMSUPERVISED"
+"""Set for a child that reads a pipe, and is to stop at its end."""
 _BACKOFF_SECONDS: Final = 0.2
 _BACKOFF_SECONDS_MAX: Final = 5.0
 _LONG_LIFE_SECONDS: Final = 10.0
@@ -75,7 +76,7 @@ def supervise(children: Sequence[Child], *, announce: Callable[[Said], None]) ->
 
 def on_supervisors_end(stop: Callable[[], object]) -> None:
     """In a child: calls `stop`, from a thread, when the supervisor is gone. Does nothing in any other process."""
-    if os.environ.pop(_SUPERVISED, "") != "1":
+    if os.environ.pop(SUPERVISED, "") != "1":
         return
 
     def watch() -> None:
@@ -136,7 +137,7 @@ class _Keeper:
             *self.child.command,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            env={**os.environ, **self.child.env, _SUPERVISED: "1"},
+            env={**os.environ, **self.child.env, SUPERVISED: "1"},
             limit=_LINE_BYTES_MAX,
             process_group=None if sys.platform == "win32" else 0,
         )
@@ -179,6 +180,7 @@ async def _supervise(children: Sequence[Child], announce: Callable[[Said], None]
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
+    on_supervisors_end(lambda: loop.call_soon_threadsafe(on_signal, signal.SIGTERM))  # we may be a child ourselves
     try:
         kept = [asyncio.create_task(keeper.keep()) for keeper in keepers]
         telling = asyncio.create_task(_tell(keepers, announce))

@@ -202,9 +202,9 @@ def address(
         key, opens_run = key_if_none, False
     if definition.concurrency is not None:
         # Found at the door, like the key of the instance, and then final.
-        found = concurrency_key(definition, typed)
-        message = msgspec.structs.replace(message, concurrency_key=found)
-        typed = msgspec.structs.replace(typed, concurrency_key=found)
+        slot = concurrency_key(definition, typed)
+        message = msgspec.structs.replace(message, concurrency_key=slot)
+        typed = msgspec.structs.replace(typed, concurrency_key=slot)
     envelope = Envelope(
         definition.id,
         key,

@@ -294,12 +294,12 @@ class PostgresQueueBroker:
         listener, self._listener = self._listener, None
         if listener is not None:
             listener.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await listener
+            # Not for ever: a driver may take a cancellation for an error of its own.
+            await asyncio.wait([listener], timeout=1)
 
     async def _listen(self, on_arrival: Callable[[], None]) -> None:
         """Holds a connection that is called by NOTIFY, and makes another one when it breaks."""
-        while True:
+        while asyncio.current_task() is self._listener:
             with contextlib.suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError):
                 async with self._pool.acquire(timeout=_ANSWER_SECONDS) as connection:
                     await self._listen_on(connection, on_arrival)

@@ -174,12 +174,15 @@ class Dispatcher:
         """Lines committed effects up in their lanes."""
         lanes = self._lanes
         for ref, effect in rows:
-            keep = self._resident < _BODIES_RESIDENT_MAX
+            # One that waits for its next attempt is read again by then: many of those must not take the places of those
+            # that leave now, which would each be a question to the store.
+            leaves_now = effect.due_at is None and effect.dead_letter_id is None
+            keep = leaves_now and self._resident < _BODIES_RESIDENT_MAX
             self._resident += keep
             lane = lanes.get(effect.lane)
             if lane is None:
                 lanes[effect.lane] = lane = _Lane(effect.lane, ref, effect if keep else None)
-                if effect.due_at is None and effect.dead_letter_id is None:
+                if leaves_now:
                     self._ready.append(lane)  # as `_start` would, without asking the clock and nudging for each
                 else:
                     self._start(lane, effect)

@@ -31,6 +31,8 @@ How it works:
 - Runs are forgotten in the order of their ids, which is that of their triggers. A run that waits for years is looked at
   in each round until it is over.
 
+- Commits that are asked for at the same time go together (`job_commits`).
+
 What we dislike about it: the log and the history of a run are in its row, and written anew with each move.
 """
 
@@ -71,8 +73,8 @@ from sagaloom.ports.jobs import (
 )
 from sagaloom.ports.keyvalue import Check, Committed, Conflicted, Entry, Key, KeyValue
 from sagaloom.stores import job_moves
+from sagaloom.stores.job_commits import JobCommits
 from sagaloom.stores.job_rows import (
-    EVENT_COUNTER,
     ClaimRow,
     DedupeRow,
     canonical,
@@ -83,7 +85,6 @@ from sagaloom.stores.job_rows import (
     decode_later,
     decode_run,
     dedupe_key,
-    event_rows,
     index_key,
     later_row,
     moment_of,
@@ -178,6 +179,7 @@ class KvJobRunStore:
 
     def __init__(self, kv: KeyValue, *, presence: Presence | None = None) -> None:
         self._kv = kv
+        self._commits = JobCommits(kv)
         self._presence = presence
         self._is_open = False
         self._memory: _Memory | None = None
@@ -262,7 +264,7 @@ class KvJobRunStore:
             puts: list[tuple[Key, bytes]] = [(_PULSE_KEY, b"")]
             if run.job_id not in self._seen:
                 puts.append((("job_seen", run.job_id), b""))
-            done = await self._commit([job_moves.event_of(run, at=run.created_at)], inserts=inserts, puts=puts)
+            done = await self._commits.commit([job_moves.event_of(run, at=run.created_at)], inserts=inserts, puts=puts)
             if isinstance(done, Committed):
                 self._seen.add(run.job_id)
                 return Enqueued(run, duplicate=False)
@@ -287,24 +289,6 @@ class KvJobRunStore:
 
     def _ready_row(self, run: JobRun) -> tuple[Key, bytes]:
         return ready_key(run.job_id, run.priority, micros(run.due_at), run.run_id), b""
-
-    async def _commit(
-        self,
-        events: Sequence[JobEvent] = (),
-        *,
-        checks: Sequence[Check] = (),
-        inserts: Sequence[tuple[Key, bytes]] = (),
-        puts: Sequence[tuple[Key, bytes]] = (),
-        deletes: Sequence[Key] = (),
-    ) -> Committed | Conflicted:
-        """A commit, with what it shows to those who watch."""
-        return await self._kv.commit(
-            checks=checks,
-            inserts=[*inserts, *event_rows(events)],
-            puts=puts,
-            deletes=deletes,
-            reserve={EVENT_COUNTER: len(events)} if events else None,
-        )
 
     # -- claiming -------------------------------------------------------------------------------------------------
 
@@ -435,7 +419,7 @@ class KvJobRunStore:
                 inserts.append((ready_key(job_id, priority, number_at(row, 1), run_id), b""))
         if not checks:
             return ()
-        done = await self._commit(events, checks=checks, inserts=inserts, puts=puts, deletes=deletes)
+        done = await self._commits.commit(events, checks=checks, inserts=inserts, puts=puts, deletes=deletes)
         return None if isinstance(done, Conflicted) else tuple(runs)
 
     # -- holding --------------------------------------------------------------------------------------------------
@@ -468,7 +452,7 @@ class KvJobRunStore:
         for _ in range(_ROUNDS_MAX):
             run_row, claim_row, before = await self._held(claim)
             event = job_moves.progress_event(before, note)
-            done = await self._commit(
+            done = await self._commits.commit(
                 [event] if event is not None else [],
                 checks=[Check(row.key, row.versionstamp) for row in (run_row, claim_row)],
                 puts=[(run_row.key, encode(job_moves.noted(before, note)))],
@@ -491,7 +475,7 @@ class KvJobRunStore:
                 ]
             if after.reply is not None:
                 puts.append(reply_row(after))
-            done = await self._commit(
+            done = await self._commits.commit(
                 [job_moves.event_of(after, at=after.history[-1].ended_at)],
                 checks=[Check(row.key, row.versionstamp) for row in (run_row, claim_row)],
                 deletes=[claim_row.key, index_key(before)],
@@ -542,7 +526,7 @@ class KvJobRunStore:
                 checks.append(Check(claim_row.key, claim_row.versionstamp))
                 stored = decoded(self._kv, claim_row, decode_claim)
                 puts.append((claim_row.key, encode(stored._replace(is_cancelled=True))))
-            done = await self._commit(events, checks=checks, puts=puts, deletes=deletes)
+            done = await self._commits.commit(events, checks=checks, puts=puts, deletes=deletes)
             if isinstance(done, Committed):
                 return after
         raise self._too_many_rounds("cancelling")
@@ -563,7 +547,7 @@ class KvJobRunStore:
                 events = [job_moves.event_of(after, at=at)]
             else:
                 puts.append(reply_row(after))
-            done = await self._commit(
+            done = await self._commits.commit(
                 events, checks=[Check(run_row.key, run_row.versionstamp)], puts=puts, deletes=deletes
             )
             if isinstance(done, Committed):

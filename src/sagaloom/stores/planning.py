@@ -340,12 +340,6 @@ class Plan:
             for effect in unit.outbox_add:
                 inserts.append((("outbox", unit.part, slot("outbox", number)), encode(effect)))
                 number += 1
-        held: _Held = {}
-        if unit.slot is not None:
-            claimed = self._claim(unit.slot, beliefs, rows, inserts)
-            if isinstance(claimed, Conflict):
-                return claimed
-            held = claimed
         beside: _Beside | None = None
         if (
             done is not None
@@ -368,6 +362,12 @@ class Plan:
             checks += beside.checks
             rows += beside.rows
             inserts += beside.inserts
+        held: _Held = {}
+        if unit.slot is not None:
+            claimed = self._claim(unit.slot, beliefs, rows, inserts)
+            if isinstance(claimed, Conflict):
+                return claimed
+            held = claimed
         if self._is_careful:
             encode(unit.feed)
             _check_sizes(rows, inserts)

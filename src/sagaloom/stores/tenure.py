@@ -132,7 +132,9 @@ class Tenure:
         """Of each partition held: the versionstamp that its arrivals row had when its inbox was read."""
         self._own: dict[int, set[int]] = {}
         """Of each partition held: the inbox rows of our own commits above what is seen, while there are others."""
-        self._newest_own = 0
+        self._newest_own: dict[int, int] = {}
+        """Of each partition: the newest inbox row of ours. Within a partition numbers are in the order of the commits;
+        where commits run side by side they need not be so across partitions."""
         self._arrived: list[InboxRow] = []
         self._oldest_arrived: dict[tuple[str, str], int] = {}
         """The smallest number among them for each (saga, key)."""
@@ -320,7 +322,7 @@ class Tenure:
 
     def added(self, first: int, parts: Collection[int]) -> None:
         """Minds the inbox rows of a commit of ours: those are no arrivals."""
-        self._newest_own = first + len(parts) - 1
+        self._newest_own.update(zip(parts, range(first, first + len(parts)), strict=True))
         if self.is_shared:
             for n, part in enumerate(parts, first):
                 if part in self.parts:
@@ -409,6 +411,7 @@ class Tenure:
         self._seen.clear()
         self._stamps.clear()
         self._own.clear()
+        self._newest_own.clear()
         self._arrived.clear()
         self._oldest_arrived.clear()
 
@@ -421,7 +424,7 @@ class Tenure:
 
     def _know(self, part: int) -> None:
         """Nothing that others brought to `part` is unknown: whatever comes gets a number above all that we added."""
-        self._seen[part] = max(self._seen.get(part, 0), self._newest_own)
+        self._seen[part] = max(self._seen.get(part, 0), self._newest_own.get(part, 0))
         self._own.pop(part, None)
 
     def _mind(self, rows: Iterable[InboxRow]) -> None:
@@ -438,6 +441,7 @@ class Tenure:
             self._seen.pop(part, None)
             self._stamps.pop(part, None)
             self._own.pop(part, None)
+            self._newest_own.pop(part, None)
         if parts:
             self._arrived = [row for row in self._arrived if row.ref.part not in parts]
             self._oldest_arrived.clear()

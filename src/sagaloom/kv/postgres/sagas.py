@@ -545,86 +545,114 @@ def _batch_of(
 ) -> SagaBatch:
     batch = SagaBatch()
     parts: dict[int, int | None] = {}
-    key: Key
+    key: Any  # The first part says of what kind the others are; to match each of them costs twice as much.
     for key, stamp in checks:
-        match key:
-            case ("arrivals", int(part)):
+        match key[0]:
+            case "arrivals":
+                _, part = key
                 parts[part] = stamp or _NOBODY
-            case ("correlation", _, bytes(hashed)) if stamp is not None:
+            case "correlation" if stamp is not None:
+                _, _, hashed = key
                 batch.head_checks.append((hashed, stamp))
-            case ("dead_letter", str(letter)) if stamp is not None:
+            case "dead_letter" if stamp is not None:
+                _, letter = key
                 batch.letter_checks.append((letter, stamp))
-            case ("dedupe", int(pk), bytes(hashed)) if stamp is None:
+            case "dedupe" if stamp is None:
+                _, pk, hashed = key
                 batch.marks_absent.append((pk, hashed))
-            case ("member", str(holder)) if stamp is not None:
+            case "member" if stamp is not None:
+                _, holder = key
                 batch.member, batch.holder, batch.stamp = pack((holder,)), holder, stamp
             case _:
                 raise NotImplementedError(f"a commit of saga rows does not check {key!r}")
     for key, value in inserts:
-        match key:
-            case ("dedupe", int(pk), bytes(hashed)):
+        match key[0]:
+            case "dedupe":
+                _, pk, hashed = key
                 batch.marks.append((pk, hashed, value))
-            case ("transition", int(pk), int(run), int(number)):
+            case "transition":
+                _, pk, run, number = key
                 batch.entries.append(entry_row(pk, run, number, value))
-            case ("outbox", int(part), Slot()):
+            case "outbox":
+                _, part, _ = key
                 batch.outbox_new.append(outbox_row(part, value))
-            case ("state", int(pk), int(run)):
+            case "state":
+                _, pk, run = key
                 batch.runs_new[pk, run] = run_row(pk, run, value)
-            case ("correlation", _, bytes(hashed)):
+            case "correlation":
+                _, _, hashed = key
                 batch.heads_new[hashed] = head_row(hashed, value)
-            case ("inbox", int(part), Slot()):
+            case "inbox":
+                _, part, _ = key
                 batch.inbox_new.append(inbox_row(part, value))
                 parts.setdefault(part, None)
-            case ("slot", str(saga), str(concurrency), int(number)):
+            case "slot":
+                _, saga, concurrency, number = key
                 batch.slots.append(slot_row((saga, concurrency, number), value))
-            case ("feed", Slot()):
+            case "feed":
                 batch.feed, batch.feed_count = value, reserve["feed"]
             case _:
                 raise NotImplementedError(f"a commit of saga rows does not insert {key!r}")
     for key, value in puts:
-        match key:
-            case ("state", int(pk), int(run)):
+        match key[0]:
+            case "state":
+                _, pk, run = key
                 if (pk, run) in batch.runs_new:
                     batch.runs_new[pk, run] = run_row(pk, run, value)
                 else:
                     batch.runs.append(run_changes(pk, run, value))
-            case ("correlation", _, bytes(hashed)):
+            case "correlation":
+                _, _, hashed = key
                 if hashed in batch.heads_new:
                     batch.heads_new[hashed] = head_row(hashed, value)
                 else:
                     batch.heads.append(head_changes(hashed, value))
-            case ("timer", int(due), str(timer)):
+            case "timer":
+                _, due, timer = key
                 batch.timers.append(timer_row(due, timer, value))
-            case ("outbox", int(part), int(seq)):
+            case "outbox":
+                _, part, seq = key
                 batch.outbox.append(outbox_changes(part, seq, value))
-            case ("inbox", int(part), int(seq)):
+            case "inbox":
+                _, part, seq = key
                 batch.inbox.append(inbox_changes(part, seq, value))
-            case ("dead_letter", str(letter)):
+            case "dead_letter":
+                _, letter = key
                 batch.letters.append(letter_row(letter, value))
-            case ("child", int(pk), int(run), int(status), int(revision), int(position)):
+            case "child":
+                _, pk, run, status, revision, position = key
                 batch.children.append(child_row((pk, run, status, revision, position), value))
-            case ("arrivals", int(part)):
+            case "arrivals":
+                _, part = key
                 batch.part_puts.append((part,))
                 parts.setdefault(part, None)
-            case ("saga_seen", str(saga)):
+            case "saga_seen":
+                _, saga = key
                 batch.sagas_seen.append((pack((saga,)),))
             case _:
                 raise NotImplementedError(f"a commit of saga rows does not put {key!r}")
     for key in deletes:
-        match key:
-            case ("outbox", int(part), int(seq)):
+        match key[0]:
+            case "outbox":
+                _, part, seq = key
                 batch.outbox_gone.append((part, seq))
-            case ("inbox", int(part), int(seq)):
+            case "inbox":
+                _, part, seq = key
                 batch.inbox_gone.append((part, seq))
-            case ("timer", int(due), str(timer)):
+            case "timer":
+                _, due, timer = key
                 batch.timers_gone.append((due, timer))
-            case ("dedupe", int(pk), bytes(hashed)):
+            case "dedupe":
+                _, pk, hashed = key
                 batch.marks_gone.append((pk, hashed))
-            case ("slot", str(saga), str(concurrency), int(number)):
+            case "slot":
+                _, saga, concurrency, number = key
                 batch.slots_gone.append((saga, concurrency, number))
-            case ("child", *place):
+            case "child":
+                _, *place = key
                 batch.children_gone.append(tuple(place))
-            case ("dead_letter", str(letter)):
+            case "dead_letter":
+                _, letter = key
                 batch.letters_gone.append((letter,))
             case _:
                 raise NotImplementedError(f"a commit of saga rows does not delete {key!r}")

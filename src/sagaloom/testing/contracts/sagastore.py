@@ -17,8 +17,8 @@ Where the port leaves room, the contract decides:
 - units of a commit meet the store as if they were written one after the other; after a unit with a conflict, later
   units of the same instance in that commit conflict too, because they were decided on top of it;
 - what can never be written is `refused`, whatever else is in its way;
-- of several conflicts the first of `revision`, `mark`, `gone` is told: a message that comes twice is a duplicate, even
-  when the row it came from is gone;
+- of several conflicts the first of `revision`, `mark`, `gone`, `limit` is told: a message that comes twice is a
+  duplicate, even when the row it came from is gone;
 - a unit forgets (`unmark`) before it marks, and consumes before it adds;
 - `created_after` is inclusive, `created_before` is not, so that windows tile;
 - a base in a `CommitResult` is 0 when nothing of its kind was numbered.
