@@ -44,7 +44,7 @@ LINES: Final = {
     "10": "line10_queues",
     "11": "line11_jobs",
 }
-STORES: Final = {"kv": ("1", "3", "4", "6", "7", "8", "9"), "postgres": ("2", "3", "5", "6", "7", "8")}
+STORES: Final = {"kv": ("1", "3", "4", "6", "7", "8", "9", "10", "11"), "postgres": ("2", "3", "5", "6", "7", "8")}
 """Which lines are of which store."""
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ import pytest
 
 from sagaloom import SagaMessage, define_saga, saga_compensate, saga_complete, schedule, send, spawn
 from sagaloom.errors import DeliveryFailed
+from sagaloom.queue import Queue, QueueConnectionOptions, QueueProvider, QueueSettings
+from sagaloom.queue.providers import BrokerOptions, opener_of
 from sagaloom.telemetry import names
 from sagaloom.workers import JobContext, JobResult, create_success_result, define_job_handler
 from tests.runtime.conftest import Bench
@@ -92,6 +96,28 @@ class _Receiver:
         return None
 
 
+async def _use_a_queue(listener: Listener) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        connection = QueueConnectionOptions(kv=f"{directory}/queues.db")
+        queue = Queue[Any](
+            "mails",
+            opener_of(QueueProvider.KV, "mails", connection, BrokerOptions()),
+            settings=QueueSettings(retry_attempts=0),
+            telemetry=listener.providers,
+        )
+
+        async def fail(_: Any) -> None:
+            raise ConnectionError("no")
+
+        async with queue:
+            await queue.enqueue("mail")
+            listening = asyncio.create_task(queue.listen(fail))
+            while not await queue.dead_letters():  # noqa: ASYNC110 - the broker tells nobody
+                await asyncio.sleep(0.01)
+            await queue.stop()
+            await listening
+
+
 async def test_everything_that_is_recorded_is_promised_and_every_promise_is_kept(
     bench: Bench, listener: Listener
 ) -> None:
@@ -120,6 +146,8 @@ async def test_everything_that_is_recorded_is_promised_and_every_promise_is_kept
     async with open_room(greet, telemetry=listener.providers) as room:
         await room.run("greet", {}, correlation_id="c", idempotency_key="i")
         await room.runtime.stop()
+
+    await _use_a_queue(listener)
 
     spans = listener.spans()
     recorded = {name for span in spans for name in attributes_of(span)}

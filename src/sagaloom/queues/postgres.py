@@ -75,6 +75,14 @@ _LETTERS: Final = """
 """
 _DISCARD: Final = "DELETE FROM {}.queue_dead_letter WHERE queue_no = $1 AND id = ANY ($2::text[])"
 
+# A connection that breaks in the middle of something is, to the driver, an error of its own state now and then.
+_TROUBLE: Final = (
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    OSError,
+    TimeoutError,
+)
 _REFUSALS: Final = (
     asyncpg.InvalidAuthorizationSpecificationError,
     asyncpg.InvalidPasswordError,
@@ -294,13 +302,13 @@ class PostgresQueueBroker:
         listener, self._listener = self._listener, None
         if listener is not None:
             listener.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await listener
+            # Not for ever: a driver may take a cancellation for an error of its own.
+            await asyncio.wait([listener], timeout=1)
 
     async def _listen(self, on_arrival: Callable[[], None]) -> None:
         """Holds a connection that is called by NOTIFY, and makes another one when it breaks."""
-        while True:
-            with contextlib.suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError):
+        while asyncio.current_task() is self._listener:
+            with contextlib.suppress(*_TROUBLE):
                 async with self._pool.acquire(timeout=_ANSWER_SECONDS) as connection:
                     await self._listen_on(connection, on_arrival)
             await asyncio.sleep(0.5)
@@ -384,7 +392,7 @@ class PostgresQueueBroker:
 
     async def close(self) -> None:
         await self.end()
-        with contextlib.suppress(OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+        with contextlib.suppress(*_TROUBLE):
             async with asyncio.timeout(_ANSWER_SECONDS):
                 await self._pool.close()
         self._pool.terminate()
@@ -407,7 +415,7 @@ class PostgresQueueBroker:
         try:
             async with self._pool.acquire(timeout=_ANSWER_SECONDS) as connection:
                 return await run(connection)
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
+        except _TROUBLE as error:
             self._fail(error)
 
     def _fail(self, error: Exception) -> NoReturn:

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, Final, Generic, Literal, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, NamedTuple, Self, TypeVar
 
 import msgspec
 
@@ -46,7 +46,11 @@ from sagaloom.queues.handling import (
 )
 from sagaloom.queues.listening import Listener
 from sagaloom.queues.sending import Outgoing, Sender
+from sagaloom.telemetry.providers import TelemetryProviders, find_providers
 from sagaloom.telemetry.trace_context import CARRIED, Trace, current_trace
+
+if TYPE_CHECKING:
+    from sagaloom.telemetry.queues import QueueTelemetry
 
 __all__ = ["Queue", "QueueReceipt", "QueueSettings", "check_queue_name"]
 
@@ -56,6 +60,7 @@ _log = logging.getLogger("sagaloom.queue")
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _HEADERS_MAX: Final = 64
 _HEADER_BYTES_MAX: Final = 16 * 1024
+_HEADER_NAME_BYTES_MAX: Final = 200
 _MANY_MAX: Final = 1_000
 _DEAD_LETTERS_PAGE: Final = 100
 _TRACEPARENT: Final = "traceparent"
@@ -108,6 +113,7 @@ class Queue(Generic[T]):
         settings: QueueSettings | None = None,
         dead_letter_store: DeadLetterStorePort | None = None,
         clock: Clock | None = None,
+        telemetry: TelemetryProviders | None = None,
     ) -> None:
         self.name = check_queue_name(name)
         self.settings = settings if settings is not None else QueueSettings()
@@ -116,6 +122,8 @@ class Queue(Generic[T]):
         self._decode: Callable[[bytes], Any] = (self._codec or codec_for(Any)).decode
         self._dead_letter_store = dead_letter_store
         self._clock: Clock = clock if clock is not None else SystemClock()
+        self._telemetry = telemetry
+        self._reports: QueueTelemetry | None = None
         self._broker: QueueBroker | None = None
         self._opening: asyncio.Task[QueueBroker] | None = None
         self._sender: Sender | None = None
@@ -169,6 +177,11 @@ class Queue(Generic[T]):
     async def _open(self) -> QueueBroker:
         try:
             broker = await self._open_broker()
+            providers = (self._telemetry or find_providers()) if self.settings.traced else None
+            if providers is not None:
+                from sagaloom.telemetry.queues import QueueTelemetry
+
+                self._reports = QueueTelemetry(providers)
             self._sender = Sender(broker.send)
             self._broker = broker
             return broker
@@ -249,7 +262,12 @@ class Queue(Generic[T]):
             )
             for position, body in enumerate(bodies)
         ]
-        return await self._sent([(message, delay_ms) for message in messages])
+        if self._reports is None:
+            return await self._sent([(message, delay_ms) for message in messages])
+        with self._reports.enqueue(self.name, messages) as enqueueing:
+            receipts = await self._sent([(message, delay_ms) for message in enqueueing.messages])
+            enqueueing.took(sum(receipt.duplicate for receipt in receipts))
+            return receipts
 
     async def _sent(self, outgoing: Sequence[Outgoing]) -> list[QueueReceipt]:
         assert self._sender is not None
@@ -288,6 +306,11 @@ class Queue(Generic[T]):
                 raise MessageRejected(
                     f"header {name!r:.80} of a message for queue {self.name!r} is {value!r:.80}: no text"
                 )
+        if any(not 0 < len(name.encode(errors="replace")) <= _HEADER_NAME_BYTES_MAX for name in carried):
+            raise MessageRejected(
+                f"a header of a message for queue {self.name!r} has no name, or one of more than "
+                f"{_HEADER_NAME_BYTES_MAX} bytes"
+            )
         size = sum(len(name) + len(value) for name, value in carried.items())
         if len(carried) > _HEADERS_MAX or size > _HEADER_BYTES_MAX:
             raise MessageRejected(
@@ -426,7 +449,12 @@ class Queue(Generic[T]):
         headers = delivery.message.headers
         if self.settings.traced and (traceparent := headers.get(_TRACEPARENT)) is not None:
             CARRIED.set(Trace(traceparent, headers.get(_TRACESTATE)))  # for as long as this task lives
-        settlement = await self._settlement(call, delivery, settle, timeout)
+        if self._reports is None:
+            settlement = await self._settlement(call, delivery, settle, timeout)
+        else:
+            with self._reports.dequeue(self.name, delivery) as dequeueing:
+                settlement = await self._settlement(call, delivery, settle, timeout)
+                dequeueing.came_to(settlement)
         if isinstance(settlement, Buried) and self._dead_letter_store is not None:
             return await self._buried_elsewhere(settlement, self._dead_letter_store)
         return settlement

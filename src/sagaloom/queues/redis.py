@@ -30,6 +30,7 @@ from redis.exceptions import (
     AuthorizationError,
     NoPermissionError,
     NoScriptError,
+    OutOfMemoryError,
     RedisError,
     ResponseError,
 )
@@ -202,11 +203,11 @@ class RedisQueueBroker:
         waiter, self._waiter = self._waiter, None
         if waiter is not None:
             waiter.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await waiter
+            # Not for ever: a driver may take a cancellation for an error of its own.
+            await asyncio.wait([waiter], timeout=1)
 
     async def _wait(self, on_arrival: Callable[[], None]) -> None:
-        while True:
+        while asyncio.current_task() is self._waiter:
             # Only while there is nothing to do: a token that we took while we were busy would be missed elsewhere.
             await self._hungry.wait()
             try:
@@ -335,7 +336,7 @@ class RedisQueueBroker:
                 f"{self.name} is full: no more than max_length={self._max_length} messages; try again when some are "
                 "done, or let it hold more"
             ) from error
-        if isinstance(error, ResponseError) and "OOM" in text:
+        if isinstance(error, OutOfMemoryError):
             raise QueueFull(f"{self.name}: the server's memory is full ({text:.120}): try again later") from error
         if isinstance(error, TimeoutError) and not text:
             text = f"no answer within {_ANSWER_SECONDS:g} s"

@@ -84,6 +84,17 @@ class Instruments:
             description="One attempt of a job run.",
             explicit_bucket_boundaries_advisory=DURATION_BUCKETS_MS,
         )
+        self.queue_duration = meter.create_histogram(
+            names.QUEUE_DURATION,
+            unit=names.UNITS[names.QUEUE_DURATION],
+            description="One attempt at a message of a queue.",
+            explicit_bucket_boundaries_advisory=DURATION_BUCKETS_MS,
+        )
+        self.queue_dead_letters = meter.create_counter(
+            names.QUEUE_DEAD_LETTERS,
+            unit=names.UNITS[names.QUEUE_DEAD_LETTERS],
+            description="Messages of queues that were given up.",
+        )
         self.instances_active = meter.create_up_down_counter(
             names.INSTANCES_ACTIVE,
             unit=names.UNITS[names.INSTANCES_ACTIVE],

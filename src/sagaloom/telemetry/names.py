@@ -23,7 +23,9 @@ COMPENSATE: Final = "saga.cascade.compensate"
 COMPLETE: Final = "saga.cascade.complete"
 TRIGGER: Final = "job.trigger"
 RUN: Final = "job.run"
-SPANS: Final = (PUBLISH, HANDLE, SEND, SCHEDULE, SPAWN, COMPENSATE, COMPLETE, TRIGGER, RUN)
+ENQUEUE: Final = "queue.enqueue"
+DEQUEUE: Final = "queue.dequeue"
+SPANS: Final = (PUBLISH, HANDLE, SEND, SCHEDULE, SPAWN, COMPENSATE, COMPLETE, TRIGGER, RUN, ENQUEUE, DEQUEUE)
 
 STATE_BEFORE: Final = "state.before"
 STATE_AFTER: Final = "state.after"
@@ -61,12 +63,14 @@ CASCADE_SIZE: Final = "netscript.saga.compensation.cascade_size"
 JOB_ID: Final = "netscript.job.id"
 JOB_RUN_ID: Final = "netscript.job.run.id"
 JOB_ATTEMPT: Final = "netscript.job.attempt"
+QUEUE_ATTEMPT: Final = "netscript.queue.attempt"
+BATCH_SIZE: Final = "messaging.batch.message_count"
 CORRELATION_ID: Final = "netscript.correlation.id"
 ATTRIBUTES: Final = (
     *(SAGA_ID, INSTANCE_ID, EVENT_TYPE, ATTEMPT, TIER, CORRELATION_KEY, STATUS, DISPOSITION, OUTCOME, ERROR_TYPE),
     *(MESSAGE_ID, EFFECT_KEY, TARGET_KIND, TARGET_ID, TARGET_JOB_ID, DESTINATION, IDEMPOTENCY_KEY, CONCURRENCY_KEY),
     *(MAX_ATTEMPTS, HTTP_STATUS, SCHEDULED_FOR, DELAY_MS, CHILD_ID, CHILD_INSTANCE_ID, COMPENSATION_REASON),
-    *(CASCADE_SIZE, JOB_ID, JOB_RUN_ID, JOB_ATTEMPT, CORRELATION_ID),
+    *(CASCADE_SIZE, JOB_ID, JOB_RUN_ID, JOB_ATTEMPT, CORRELATION_ID, QUEUE_ATTEMPT, BATCH_SIZE),
 )
 
 SUCCESS: Final = "success"
@@ -91,6 +95,8 @@ OUTBOX: Final = "netscript.saga.outbox"
 STALLED_LANES: Final = "netscript.saga.stalled_lanes"
 PARTITIONS: Final = "netscript.saga.partitions"
 JOB_DURATION: Final = "netscript.job.run.duration_ms"
+QUEUE_DURATION: Final = "netscript.queue.handle.duration_ms"
+QUEUE_DEAD_LETTERS: Final = "netscript.queue.dlq.total"
 UNITS: Final = {
     HANDLE_DURATION: "ms",
     INSTANCES_ACTIVE: "{instance}",
@@ -106,6 +112,8 @@ UNITS: Final = {
     STALLED_LANES: "{lane}",
     PARTITIONS: "{partition}",
     JOB_DURATION: "ms",
+    QUEUE_DURATION: "ms",
+    QUEUE_DEAD_LETTERS: "{dead_letter}",
 }
 METRICS: Final = tuple(UNITS)
 
