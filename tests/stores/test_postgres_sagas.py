@@ -15,17 +15,17 @@ import pytest
 from sagaloom import SagaMessage, define_saga, saga_complete, schedule, send
 from sagaloom.composition import create_durable_saga_runtime
 from sagaloom.demo import sagas
-from sagaloom.engine.records import Head, OutboxEffect
+from sagaloom.engine.records import Head, Instance, OutboxEffect
 from sagaloom.errors import BackendUnavailable, ConfigurationError, DeliveryFailed, SagasError
 from sagaloom.kv.postgres import PostgresDatabase, PostgresSagaRows
 from sagaloom.kv.postgres.schema import Step, applied, steps, take, upgrade
-from sagaloom.ports.keyvalue import Check, Committed
+from sagaloom.ports.keyvalue import Check, Committed, Conflicted
 from sagaloom.ports.store import Lease, UnitOfWork
 from sagaloom.runtime import PublishReceipt, PublishRejected, SagaRuntime
 from sagaloom.stores import SqlSagaStore
 from sagaloom.stores.rows import encode, head_key
 from sagaloom.testing import ManualClock, MemoryStore
-from sagaloom.testing.contracts.sagastore import NOW, envelope_of, head_of, write
+from sagaloom.testing.contracts.sagastore import NOW, envelope_of, head_of, next_of, part_of, started, step_of, write
 from tests.schemas import Schema
 
 ORDER = {"type": "OrderPlaced", "payload": {"orderId": "o-1", "amount": 5}}
@@ -329,6 +329,86 @@ async def test_what_is_brought_while_its_holder_adds_rows_elsewhere_is_found(sch
     arrived = [row.envelope.id for row in await holder.arrivals(one)]
 
     assert arrived == ["brought"]
+    await other.close()
+    await holder.close()
+
+
+class Counting(PostgresSagaRows):
+    """The rows, and how their commits ended."""
+
+    def __init__(self, database: PostgresDatabase) -> None:
+        super().__init__(database)
+        self.ends: list[Committed | Conflicted] = []
+
+    async def commit(self, **batch: Any) -> Committed | Conflicted:
+        self.ends.append(await super().commit(**batch))
+        return self.ends[-1]
+
+
+async def two_started(schema: Schema) -> tuple[Counting, SqlSagaStore, Lease, list[Instance], SqlSagaStore, Lease]:
+    """A holder of everything with two instances in one partition, and somebody else who may bring messages."""
+    rows = Counting(schema.database())
+    holder, other = SqlSagaStore(rows), SqlSagaStore(PostgresSagaRows(schema.database()))
+    one = await holder.acquire("holder", now=NOW)
+    two = await other.join("other")
+    same = [key for key in (f"o-{n}" for n in range(10_000)) if part_of(key) == part_of("o-0")][:2]
+    instances = [await started(holder, one, key) for key in same]
+    await holder.arrivals(one)
+    rows.ends.clear()
+    return rows, holder, one, instances, other, two
+
+
+async def test_what_arrives_for_one_instance_is_not_in_the_way_of_another(schema: Schema) -> None:
+    rows, holder, one, (met, neighbour), other, two = await two_started(schema)
+    await write(other, two, UnitOfWork(part=part_of(met.key), inbox_add=(envelope_of(met.key, "m-1"),)))
+
+    alone = await holder.commit([step_of(neighbour, neighbour := next_of(neighbour))], lease=one)
+    tries_alone = len(rows.ends)
+    both = await holder.commit([step_of(each, next_of(each)) for each in (met, neighbour)], lease=one)
+
+    assert not alone.conflicts
+    assert tries_alone == 1
+    assert {number: conflict.kind for number, conflict in both.conflicts.items()} == {0: "behind"}
+    assert [type(end) for end in rows.ends[tries_alone:]] == [Conflicted, Committed]
+    await other.close()
+    await holder.close()
+
+
+async def test_what_is_decided_waits_for_nobody_who_brings(schema: Schema) -> None:
+    _, holder, one, (instance, _), other, two = await two_started(schema)
+    connection = await schema.connect()
+    lock = connection.transaction()
+    await lock.start()
+    # As if the commit of somebody who brings a message to this partition took its time.
+    await connection.execute("SELECT FROM saga_runtime_arrivals WHERE part = $1 FOR UPDATE", part_of(instance.key))
+    bringing = UnitOfWork(part=part_of(instance.key), inbox_add=(envelope_of(instance.key, "m-1"),))
+    brought = asyncio.create_task(other.commit([bringing], lease=two))
+
+    async with asyncio.timeout(2):
+        result = await holder.commit([step_of(instance, next_of(instance))], lease=one)
+
+    assert not result.conflicts
+    assert not brought.done()
+    await lock.rollback()
+    await connection.close()
+    await brought
+    assert [row.envelope.id for row in await holder.arrivals(one)] == ["m-1"]
+    await other.close()
+    await holder.close()
+
+
+async def test_rows_of_our_own_are_not_told_from_arrivals_without_end(
+    schema: Schema, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sagaloom.stores.tenure._OWN_MAX", 10)
+    _, holder, one, (instance, _), other, _ = await two_started(schema)
+
+    for n in range(30):
+        sending = UnitOfWork(part=part_of(instance.key), inbox_add=(envelope_of(instance.key, f"m-{n}"),))
+        await write(holder, one, sending)
+
+    assert 0 < holder._tenure._own_count <= 11
+    assert holder._tenure._own_count == sum(map(len, holder._tenure._own.values()))
     await other.close()
     await holder.close()
 

@@ -393,6 +393,28 @@ async def test_a_row_is_not_behind_what_has_arrived_after_it(hall: Hall) -> None
     assert [conflict.kind for conflict in of_a_door.conflicts.values()] == ["behind"]
 
 
+async def test_what_would_write_nothing_is_not_ignored_before_what_has_arrived(hall: Hall) -> None:
+    first, one, second, two = await shared(hall, all_to_first=True)
+    await first.arrivals(one)
+    head = head_of("o-1", await second.reserve_pks(1), run=0, awaits_start=True)
+    await write(second, two, replace(brought(head, "m-1"), head=head))
+
+    result = await first.commit([about(head)], lease=one)
+
+    assert [conflict.kind for conflict in result.conflicts.values()] == ["behind"]
+
+
+async def test_a_row_of_our_own_is_no_arrival(hall: Hall) -> None:
+    first, one, _, _ = await shared(hall, all_to_first=True)
+    await first.arrivals(one)
+    instance = await started(first, one, "o-1")
+    await write(first, one, brought(head_of("o-1", instance.pk), "m-own"))
+
+    result = await first.commit([step_of(instance, next_of(instance))], lease=one)
+
+    assert not result.conflicts
+
+
 async def test_our_own_row_is_behind_what_arrived_before_it(hall: Hall) -> None:
     first, one, second, two = await shared(hall, all_to_first=True)
     await first.arrivals(one)

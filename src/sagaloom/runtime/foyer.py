@@ -25,6 +25,8 @@ __all__ = ["Foyer"]
 _log = logging.getLogger("sagaloom.foyer")
 _AT_ONCE: Final = 1_000
 _PAUSE_SECONDS: Final = 0.5
+_REST_SECONDS: Final = 0.05
+"""How long it takes no notice after a look: others wake it with every commit, nearly always for something else."""
 
 
 class Foyer:
@@ -51,6 +53,7 @@ class Foyer:
             try:
                 while await self._take_in(self._store):
                     pass
+                await asyncio.sleep(_REST_SECONDS)
             except SagasError as error:
                 _log.debug("what was left cannot be taken in: %s", error.message)
                 await asyncio.sleep(_PAUSE_SECONDS)

@@ -22,6 +22,8 @@ _log = logging.getLogger("sagaloom.lifeline")
 
 _STANDING_SECONDS = 0.2
 """How often to look for the dead: a killed process is taken over within about this."""
+_SETTLING_SECONDS = 0.01
+"""How long after a nudge to look for who has come or gone: most nudges are about messages."""
 _NEWS_SECONDS = 0.02
 """How often to look for what others have written, where nobody tells us."""
 _HURRIED_SECONDS = 0.002
@@ -39,6 +41,7 @@ class Lifeline:
         self._on_nudge = on_nudge
         self._receiver = receiver
         self._hurrying: asyncio.Task[None] | None = None
+        self._settling: asyncio.TimerHandle | None = None
         self._hurried_pause = _HURRIED_SECONDS
         receiver.share.on_waiting = self._hurry
 
@@ -66,8 +69,15 @@ class Lifeline:
 
     def _nudged(self) -> None:
         self._on_nudge()
+        self._receiver.attend(standing=False)
+        if self._settling is None:
+            self._settling = asyncio.get_running_loop().call_later(_SETTLING_SECONDS, self._look_at_standing)
+
+    def _look_at_standing(self) -> None:
+        self._settling = None
         try:
-            self._receiver.attend(standing=not self._store.stands())
+            if not self._store.stands():
+                self._receiver.attend(standing=True)
         except SagasError as error:
             _log.debug("the store cannot be watched: %s", error.message)
 

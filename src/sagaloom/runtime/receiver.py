@@ -807,6 +807,8 @@ class Receiver:
 
     async def _read(self, keys: list[InstanceKey]) -> tuple[dict[InstanceKey, Loaded], dict[InstanceKey, StoreCorrupt]]:
         """What the store knows of `keys`, and why some of them cannot be read."""
+        if not keys:
+            return {}, {}
         try:
             return dict(zip(keys, await self._store.load(keys), strict=True)), {}
         except StoreCorrupt:

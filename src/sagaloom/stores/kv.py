@@ -31,8 +31,8 @@ How a commit works:
    all in one read, and the batch is planned once more.
 3. The rest is one key-value commit. It checks the member row of its writer, the versionstamp of each head that it
    replaces, and the absence of each mark, new head, new run and new history row; while there are others, also that
-   nothing has arrived in the partitions it applies messages of. A failed check is news: it is read, and the batch
-   planned again.
+   nothing has arrived in the partitions it applies messages of, or nothing older than these messages. A failed check is
+   news: it is read, and the batch planned again.
 
 What is believed without asking, and why that is sound:
 
@@ -369,12 +369,15 @@ class KvSagaStore:
         doubted: list[Key] = []
         self._beliefs.slots.clear()
         looked_twice = is_careful = False
+        older: dict[Key, bool] = {}  # what a commit has looked for among the arrivals, and whether it was there
+        await tenure.bound_own()
         for _ in range(_ROUNDS_MAX):
             if doubted:
                 await self._beliefs.look_up(doubted, marks_there, dead_letters)
             plan = Plan(indexes=self._keeps_indexes, is_careful=is_careful)
             plan.lost |= lost
             minded: set[int] = set()
+            looked_for: dict[Key, Check] = {}
             for index, unit in enumerate(units):
                 conflict: Conflict | None
                 try:
@@ -386,11 +389,18 @@ class KvSagaStore:
                             row = consumed_row(unit)
                             if tenure.is_behind(*decided, row):
                                 conflict = Conflict("behind", f"something older of {decided[1]!r:.80} has arrived")
-                            elif not tenure.is_settled(row):
-                                if arrived > _ARRIVALS_MAX:
-                                    conflict = Conflict("behind", f"messages keep arriving in partition {unit.part}")
-                                else:
-                                    minded.add(unit.part)
+                            elif tenure.is_settled(row):
+                                pass
+                            elif tenure.looks_for_older:
+                                check = tenure.older_check(unit.part, *decided, row)
+                                if check.key not in older:
+                                    looked_for[check.key] = check
+                                elif older[check.key]:
+                                    conflict = Conflict("behind", f"something older of {decided[1]!r:.80} has arrived")
+                            elif arrived > _ARRIVALS_MAX:
+                                conflict = Conflict("behind", f"messages keep arriving in partition {unit.part}")
+                            else:
+                                minded.add(unit.part)
                         if conflict is None:
                             conflict = plan.place(unit, self._beliefs, marks_there, dead_letters)
                     if conflict is not None:
@@ -413,6 +423,7 @@ class KvSagaStore:
                     raise
                 is_careful = True
                 continue
+            plan.checks += looked_for.values()
             plan.checks += tenure.arrival_checks(minded)
             done = await self._write(plan, events, member)
             if isinstance(done, Committed):
@@ -423,6 +434,10 @@ class KvSagaStore:
             if member in done.failed:
                 await tenure.look(lease)
             doubted = []
+            if any(key[0] == "older" for key in done.failed):
+                # The others were looked for as well: what arrives from now on may come after them.
+                older.update((key, key in done.failed) for key in looked_for)
+                continue
             if any(key[0] == "arrivals" for key in done.failed):
                 arrived += 1
                 await tenure.read_arrivals(_PAGE)
@@ -438,7 +453,7 @@ class KvSagaStore:
     async def _write(self, plan: Plan, events: int, member: Key) -> Committed | Conflicted:
         """One key-value commit for `plan`, and what is learnt from it."""
         tenure = self._tenure
-        if not plan.writes and not plan.inserts:
+        if not plan.writes and not plan.inserts and not plan.checks:
             row = await self._kv.get(member)
             if row is None or row.versionstamp != tenure.stamp:
                 return Conflicted((member,))
@@ -471,8 +486,9 @@ class KvSagaStore:
         )
         if isinstance(done, Committed):
             self._beliefs.learn(plan, done)
+            tenure.consumed(plan.consumed)
             if plan.inbox:
-                tenure.added(done.bases["inbox"], plan.inbox)
+                tenure.added(done.bases["inbox"], plan.inbox, plan.inbox_keys)
                 if not tenure.parts.issuperset(plan.inbox):
                     tenure.nudge()
         return done

@@ -209,6 +209,7 @@ class Plan:
         "feed",
         "heads",
         "inbox",
+        "inbox_keys",
         "indexes",
         "inserts",
         "lost",
@@ -245,6 +246,8 @@ class Plan:
         self.dead_letters: dict[str, DeadLetter] = {}
         self.inbox: list[int] = []
         """The partition of each new row, in the order of their numbers."""
+        self.inbox_keys: list[tuple[str, str]] = []
+        """The saga and the correlation key of each."""
         self.outbox: list[int] = []
         self.feed: list[FeedRecord] = []
         self.sagas: set[str] = set()
@@ -514,6 +517,7 @@ class Plan:
 
     def _learn(self, unit: UnitOfWork, beside: _Beside) -> None:
         self.inbox += beside.inbox_parts
+        self.inbox_keys += [(envelope.saga_id, envelope.key) for envelope in unit.inbox_add]
         self.consumed.update(beside.consumed)
         self.timers.difference_update(beside.consumed)
         self.timers.update(beside.timers_added)

@@ -24,6 +24,11 @@ The rules:
    brought has to be known first (I9). What it meets there is read at once, and of the same instances only messages with
    a smaller number than that are decided before it is handed out. A message that stands in the inbox below everything
    that is known of its partition needs no check: nothing older can come.
+6. Where commits run side by side (`ReadsTogether`) they look for the messages themselves instead: a check for each
+   message that is decided says that its partition has no row of the same saga and key above what is known, and below
+   its own row if it has one. Neither a lock nor a versionstamp is needed: what was acknowledged before our message was
+   offered is visible to a statement that begins later, and whatever comes afterwards may come later. Our own rows above
+   what is known are named in the check, for they are known, too.
 
 What we dislike about it: without `Presence` nobody can tell the dead, so the later one takes everything.
 """
@@ -46,8 +51,12 @@ __all__ = ["Presence", "Tenure", "Writer", "member_key"]
 _ROUNDS_MAX: Final = 16
 _FREE: Final = ""
 _JOINED_KEY: Final[Key] = ("joined", 0)
+_NO_ROW: Final = 2**63 - 1
+"""A number above those of all inbox rows."""
+_OWN_MAX: Final = 1_000
 _UNREAD: Final = -1
-"""A versionstamp that no row has."""
+"""A versionstamp that no row has, and a number below those of all inbox rows: of a partition of which nothing has been
+read. Unless somebody has ever brought something there, its rows are those that its holders have loaded."""
 
 _decode_member = msgspec.msgpack.Decoder(tuple[int, bool]).decode
 
@@ -95,7 +104,8 @@ class LooksAnew(Protocol):
 
 @runtime_checkable
 class ReadsTogether(Protocol):
-    """What a `KeyValue` can do whose every read is a round trip. Optional."""
+    """What a `KeyValue` can do whose every read is a round trip. Optional. Its commits can check besides that an inbox
+    has nothing older of a saga and key: see `Tenure.older_check`."""
 
     async def inbox_above(self, seen: Mapping[int, int], *, limit: int) -> list[Entry]:
         """Inbox rows above a number of each partition, in the order of their numbers, at most `limit` of each."""
@@ -116,6 +126,7 @@ class Tenure:
 
     def __init__(self, kv: KeyValue, presence: Presence | None) -> None:
         self._kv = kv
+        self._reads_together = kv if isinstance(kv, ReadsTogether) else None
         self._presence = presence
         self.lease: Lease | None = None
         self.stamp = 0
@@ -130,8 +141,10 @@ class Tenure:
         """Of each partition held: the number up to which its inbox rows are known."""
         self._stamps: dict[int, int | None] = {}
         """Of each partition held: the versionstamp that its arrivals row had when its inbox was read."""
-        self._own: dict[int, set[int]] = {}
-        """Of each partition held: the inbox rows of our own commits above what is seen, while there are others."""
+        self._own: dict[int, dict[int, tuple[str, str]]] = {}
+        """Of each partition held: the inbox rows of our own commits above what is seen, with the saga and key of each,
+        while there are others."""
+        self._own_count = 0
         self._newest_own: dict[int, int] = {}
         """Of each partition: the newest inbox row of ours. Within a partition numbers are in the order of the commits;
         where commits run side by side they need not be so across partitions."""
@@ -320,13 +333,14 @@ class Tenure:
 
     # -- arrivals -------------------------------------------------------------------------------------------------
 
-    def added(self, first: int, parts: Collection[int]) -> None:
-        """Minds the inbox rows of a commit of ours: those are no arrivals."""
+    def added(self, first: int, parts: Collection[int], keys: Collection[tuple[str, str]]) -> None:
+        """Minds the inbox rows of a commit of ours, with the saga and key of each: those are no arrivals."""
         self._newest_own.update(zip(parts, range(first, first + len(parts)), strict=True))
         if self.is_shared:
-            for n, part in enumerate(parts, first):
+            for n, (part, key) in enumerate(zip(parts, keys, strict=True), first):
                 if part in self.parts:
-                    self._own.setdefault(part, set()).add(n)
+                    self._own.setdefault(part, {})[n] = key
+                    self._own_count += 1
 
     def is_settled(self, ref: RowRef | None) -> bool:
         """Whether nothing older than inbox row `ref` can turn up in its partition any more."""
@@ -345,6 +359,30 @@ class Tenure:
     def listen(self, on_nudge: Callable[[], None]) -> bool:
         return self._presence is not None and self._presence.listen(on_nudge)
 
+    def consumed(self, keys: Iterable[Key]) -> None:
+        """Minds that these rows are gone."""
+        if self._own:
+            for ref in [RowRef(*key[1:]) for key in keys if key[0] == "inbox"]:  # type: ignore[arg-type]
+                if self._own.get(ref.part, {}).pop(ref.seq, None) is not None:
+                    self._own_count -= 1
+
+    @property
+    def looks_for_older(self) -> bool:
+        """Whether commits look for older messages themselves, instead of checking that nothing at all has arrived."""
+        return self._reads_together is not None
+
+    def older_check(self, part: int, saga_id: str, key: str, ref: RowRef | None) -> Check:
+        """The condition under which nothing older has arrived than a message of (saga_id, key), in inbox row `ref` or
+        in none yet."""
+        above, below = self._seen.get(part, _UNREAD), _NO_ROW if ref is None else ref.seq
+        own = [n for n, whose in self._own.get(part, {}).items() if whose == (saga_id, key)]
+        return Check(("older", part, saga_id, key, above, below, *own), None)
+
+    async def bound_own(self) -> None:
+        """Keeps the rows of our own that are to be told from arrivals few, by reading what has arrived."""
+        if self._own_count > _OWN_MAX and self._reads_together is not None:
+            await self._read_together(self._reads_together, _OWN_MAX)
+
     def arrival_checks(self, parts: Iterable[int]) -> list[Check]:
         """The conditions under which nothing has arrived in `parts` that is not known."""
         return [Check(("arrivals", part), self._stamps.get(part)) for part in parts]
@@ -359,40 +397,60 @@ class Tenure:
         """Reads what has arrived since, some `limit` messages at most, and keeps it for `take_arrivals`."""
         if not self.is_shared and all(part in self._stamps for part in self.parts):
             return
+        if self._reads_together is not None:
+            if len(self._arrived) < limit:
+                await self._read_together(self._reads_together, limit)
+            return
         stamps = {row.key[1]: row.versionstamp for row in await self._kv.scan(("arrivals",), limit=PARTITIONS)}
         enough = len(self._arrived) + limit
-        ahead: dict[int, list[Entry]] = {}
-        if isinstance(self._kv, ReadsTogether):
-            unread = [part for part in sorted(self.parts) if self._stamps.get(part, _UNREAD) != stamps.get(part)]
-            if unread:
-                for row in await self._kv.inbox_above({part: self._seen.get(part, 0) for part in unread}, limit=limit):
-                    ahead.setdefault(ref_of(row).part, []).append(row)
-                ahead = {part: ahead.get(part, []) for part in unread}
         for part in sorted(self.parts):
             stamp = stamps.get(part)
             is_read = self._stamps.get(part, _UNREAD) == stamp
             own = self._own.get(part, ())
             while not is_read and len(self._arrived) < enough:
                 after = ("inbox", part, self._seen.get(part, 0))
-                read = ahead.pop(part, None)
-                rows = await self._kv.scan(("inbox", part), after=after, limit=limit) if read is None else read
+                rows = await self._kv.scan(("inbox", part), after=after, limit=limit)
                 is_read = len(rows) < limit
                 for row in rows:
-                    number = number_of(row)
-                    self._seen[part] = number
-                    if number not in own:
-                        # At once: what is seen is not read again, should the next read fail.
-                        self._arrived.append(InboxRow(ref_of(row), decoded(self._kv, row, decode_envelope)))
-                        self._mind(self._arrived[-1:])
+                    # At once: what is seen is not read again, should the next read fail.
+                    self._take(row, own)
             if not is_read:
                 break  # The rest of this partition, and the others, another time.
             self._stamps[part] = stamp
             self._know(part)
         else:
-            if self._may_be_alone:
-                # Nobody is left who could bring anything, and what the last one brought has been read.
-                self.is_shared, self._may_be_alone = False, False
-                self._own.clear()
+            self._be_alone()
+
+    async def _read_together(self, kv: ReadsTogether, limit: int) -> None:
+        """The same in one read, `limit` messages of each partition at most. A partition of which it shows fewer has no
+        others: our own newest row was there before, and so were all below it."""
+        parts = sorted(self.parts)
+        unread = dict.fromkeys(parts, limit)
+        for row in await kv.inbox_above({part: self._seen.get(part, 0) for part in parts}, limit=limit):
+            part = ref_of(row).part
+            unread[part] -= 1
+            self._take(row, self._own.get(part, ()))
+        for part, more in unread.items():
+            if more:
+                self._stamps[part] = None
+                self._know(part)
+        if all(unread.values()):
+            self._be_alone()
+
+    def _take(self, row: Entry, own: Collection[int]) -> None:
+        """Minds that an inbox row of ours has been read, and keeps it unless we have brought it ourselves."""
+        ref = ref_of(row)
+        self._seen[ref.part] = ref.seq
+        if ref.seq not in own:
+            self._arrived.append(InboxRow(ref, decoded(self._kv, row, decode_envelope)))
+            self._mind(self._arrived[-1:])
+
+    def _be_alone(self) -> None:
+        if self._may_be_alone:
+            # Nobody is left who could bring anything, and what the last one brought has been read.
+            self.is_shared, self._may_be_alone = False, False
+            self._own.clear()
+            self._own_count = 0
 
     def take_arrivals(self, limit: int) -> list[InboxRow]:
         taken, self._arrived = self._arrived[:limit], self._arrived[limit:]
@@ -411,6 +469,7 @@ class Tenure:
         self._seen.clear()
         self._stamps.clear()
         self._own.clear()
+        self._own_count = 0
         self._newest_own.clear()
         self._arrived.clear()
         self._oldest_arrived.clear()
@@ -425,7 +484,7 @@ class Tenure:
     def _know(self, part: int) -> None:
         """Nothing that others brought to `part` is unknown: whatever comes gets a number above all that we added."""
         self._seen[part] = max(self._seen.get(part, 0), self._newest_own.get(part, 0))
-        self._own.pop(part, None)
+        self._own_count -= len(self._own.pop(part, ()))
 
     def _mind(self, rows: Iterable[InboxRow]) -> None:
         for row in rows:
@@ -440,7 +499,7 @@ class Tenure:
         for part in parts:
             self._seen.pop(part, None)
             self._stamps.pop(part, None)
-            self._own.pop(part, None)
+            self._own_count -= len(self._own.pop(part, ()))
             self._newest_own.pop(part, None)
         if parts:
             self._arrived = [row for row in self._arrived if row.ref.part not in parts]

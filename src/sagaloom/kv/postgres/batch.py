@@ -9,9 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Final
 
+from sagaloom.ports.keyvalue import Key
+
 __all__ = ["COMMIT", "SagaBatch"]
 
-_BEGIN: Final = {"parts": 2, "head_checks": 2, "letter_checks": 2, "marks_absent": 2, "marks_gone": 2, "marks": 3}
+_BEGIN: Final = {
+    "older": 5,
+    "own": 1,
+    "head_checks": 2,
+    "letter_checks": 2,
+    "marks_absent": 2,
+    "marks_gone": 2,
+    "marks": 3,
+}
 _INSTANCES: Final = {"heads_new": 9, "heads": 4, "runs_new": 15, "runs": 12, "entries": 11}
 _ROWS: Final = {
     "part_puts": 1,
@@ -38,7 +48,18 @@ _Row = tuple[object, ...]
 class SagaBatch:
     """The rows of one commit, by kind."""
 
-    __slots__ = (*_BEGIN, *_INSTANCES, *_ROWS, "feed", "feed_count", "holder", "is_replicated", "member", "stamp")
+    __slots__ = (
+        *_BEGIN,
+        *_INSTANCES,
+        *_ROWS,
+        "feed",
+        "feed_count",
+        "holder",
+        "is_replicated",
+        "member",
+        "older_keys",
+        "stamp",
+    )
 
     def __init__(self) -> None:
         self.member = b""
@@ -48,7 +69,10 @@ class SagaBatch:
         """Whether its commit waits for a synchronous standby."""
         self.feed = b""
         self.feed_count = 0
-        self.parts: list[_Row] = []
+        self.older: list[_Row] = []
+        self.older_keys: list[Key] = []
+        """What the rows of `older` are called outside."""
+        self.own: list[_Row] = []
         self.head_checks: list[_Row] = []
         self.letter_checks: list[_Row] = []
         self.marks_absent: list[_Row] = []
@@ -78,7 +102,10 @@ class SagaBatch:
 
     def arguments(self, commit_no: int) -> list[object]:
         """The arguments of `COMMIT`."""
-        begin = (self.parts, self.head_checks, self.letter_checks, self.marks_absent, self.marks_gone, self.marks)
+        begin = (
+            *(self.older, self.own, self.head_checks, self.letter_checks),
+            *(self.marks_absent, self.marks_gone, self.marks),
+        )
         instances = (self.heads_new.values(), self.heads, self.runs_new.values(), self.runs, self.entries)
         rows = (
             *(self.part_puts, self.sagas_seen, self.inbox_new, self.inbox, self.inbox_gone),
@@ -98,7 +125,7 @@ class SagaBatch:
 def _columns(arguments: list[object], groups: Sequence[Iterable[_Row]], widths: Iterable[int]) -> None:
     for group, width in zip(groups, widths, strict=True):
         columns = tuple(zip(*group, strict=True))
-        arguments.extend(columns or ((),) * width)
+        arguments.extend(columns or (None,) * width)  # Most kinds are not in a commit, and an empty array is work.
 
 
 def _commit_statement() -> str:
@@ -108,7 +135,7 @@ def _commit_statement() -> str:
         return ", ".join(f"${next(numbers)}" for _ in range(count))
 
     return f"""
-        SELECT b.outcome, b.failed_parts, b.stamp, r.inbox_base, r.outbox_base, r.feed_base
+        SELECT b.outcome, b.older, b.stamp, r.inbox_base, r.outbox_base, r.feed_base
         FROM (SELECT @schema@.saga_runtime_durability({some(1)})) AS d
         CROSS JOIN LATERAL @schema@.saga_runtime_begin({some(2 + sum(_BEGIN.values()))}) AS b
         CROSS JOIN LATERAL @schema@.saga_runtime_write_instances(b.stamp, {some(sum(_INSTANCES.values()))}) AS i(stamp)

@@ -141,8 +141,7 @@ class PostgresPresence:
     def nudge(self) -> None:
         if self._files is not None:
             self._files.nudge()
-        here = self._files.others() if self._files is not None else frozenset[str]()
-        if self._living.keys() - here and (self._notifying is None or self._notifying.done()):
+        if self._living.keys() - self._seen_here and (self._notifying is None or self._notifying.done()):
             self._notifying = asyncio.create_task(self._notify(), name="sagaloom-notify")
 
     def listen(self, on_nudge: Callable[[], None]) -> bool:

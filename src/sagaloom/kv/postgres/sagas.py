@@ -21,9 +21,10 @@ What a commit of theirs promises beyond the port:
 
 1. It is one statement, which first locks the row of its writer in `member`. Whoever takes that row away, or renews it,
    waits for it; whoever comes later finds it changed, and writes nothing (I7).
-2. Who adds inbox rows to a partition, its holder or somebody else, locks it first (all of them in their order), and
-   draws their numbers behind that lock: within a partition a smaller number never becomes visible after a larger one,
-   so who has read up to a number has read everything below it (I9).
+2. Who adds inbox rows to a partition, its holder or somebody else, locks it (all of them in their order), and draws
+   their numbers behind that lock: within a partition a smaller number never becomes visible after a larger one, so who
+   has read up to a number has read everything below it (I9). What is decided meanwhile takes no such lock: it only
+   looks whether the inbox has something older of the same key.
 3. The commits of the feed are numbered by whoever has the head of the feed at that moment. Who does not get it leaves
    its commit unnumbered, to the next commit or the next reader: no commit waits for another one, and there is no gap,
    for numbers are given only to what is visible (I8).
@@ -60,6 +61,7 @@ from sagaloom.kv.postgres.columns import (
     run_changes,
     run_row,
     slot_row,
+    text,
     timer_row,
 )
 from sagaloom.kv.postgres.connection import PostgresDatabase, RowsChanged, channel_of
@@ -89,7 +91,7 @@ _STAMP: Final = {"correlation": "s", "dead_letter": "s", "arrivals": "s"}
 _NOBODY: Final = 0
 """The versionstamp of a partition that nobody has ever brought anything to: to whoever reads, it has no row."""
 _IS_THERE: Final = {"arrivals": f"s <> {_NOBODY}"}
-_SAGA_TABLES: Final = frozenset({*_COLUMNS, "feed", "saga_seen"})
+_SAGA_TABLES: Final = frozenset({*_COLUMNS, "feed", "older", "saga_seen"})
 
 _RENEW_MEMBER: Final = """
     UPDATE @schema@.saga_runtime_row SET s = nextval('@schema@.saga_runtime_versionstamp')
@@ -435,8 +437,8 @@ class PostgresSagaRows(PostgresKeyValue):
     ) -> Committed | Conflicted:
         if self._doubt is not None and not self._is_sending:
             await self._end_doubt(self._doubt)
-        first = inserts[0][0] if inserts else puts[0][0] if puts else deletes[0] if deletes else ()
-        if not first or first[0] not in _SAGA_TABLES:
+        keys = [*(key for key, _ in (*inserts[:1], *puts[:1])), *deletes[:1], *(check.key for check in checks[-1:])]
+        if not keys or keys[0][0] not in _SAGA_TABLES:
             return await super().commit(checks=checks, inserts=inserts, puts=puts, deletes=deletes, reserve=reserve)
         self._refuse_if_closed()
         batch = _batch_of(checks, inserts, puts, deletes, reserve or {})
@@ -493,8 +495,9 @@ class PostgresSagaRows(PostgresKeyValue):
             return _committed(row)
         if outcome == "member":
             return Conflicted((member,))
-        if outcome == "arrivals":
-            return Conflicted(tuple(("arrivals", part) for part in row["failed_parts"]))
+        if outcome == "older":
+            found: list[int] = row["older"]
+            return Conflicted(tuple([batch.older_keys[number - 1] for number in found]))
         return None
 
     async def _settled(self, batch: SagaBatch) -> Committed | None:
@@ -519,6 +522,7 @@ class PostgresSagaRows(PostgresKeyValue):
         made = {*new, *(key for key, _ in inserts)}
         there = [key for key, _ in puts if key[0] in ("correlation", "state", "inbox", "outbox") and key not in made]
         there += [key for key in deletes if key[0] in ("inbox", "outbox")]
+        checks = [check for check in checks if check.key[0] != "older"]  # Those have held.
         keys = [*(check.key for check in checks), *new, *there]
         found = await self.get_many(keys)
         failed: list[Key] = []
@@ -544,13 +548,14 @@ def _batch_of(
     reserve: Mapping[str, int],
 ) -> SagaBatch:
     batch = SagaBatch()
-    parts: dict[int, int | None] = {}
     key: Any  # The first part says of what kind the others are; to match each of them costs twice as much.
     for key, stamp in checks:
         match key[0]:
-            case "arrivals":
-                _, part = key
-                parts[part] = stamp or _NOBODY
+            case "older":
+                _, part, saga, correlation, above, below, *own = key
+                batch.older.append((part, text(saga), text(correlation), above, below))
+                batch.older_keys.append(key)
+                batch.own += [(seq,) for seq in own]
             case "correlation" if stamp is not None:
                 _, _, hashed = key
                 batch.head_checks.append((hashed, stamp))
@@ -585,7 +590,6 @@ def _batch_of(
             case "inbox":
                 _, part, _ = key
                 batch.inbox_new.append(inbox_row(part, value))
-                parts.setdefault(part, None)
             case "slot":
                 _, saga, concurrency, number = key
                 batch.slots.append(slot_row((saga, concurrency, number), value))
@@ -625,7 +629,6 @@ def _batch_of(
             case "arrivals":
                 _, part = key
                 batch.part_puts.append((part,))
-                parts.setdefault(part, None)
             case "saga_seen":
                 _, saga = key
                 batch.sagas_seen.append((pack((saga,)),))
@@ -658,7 +661,6 @@ def _batch_of(
                 raise NotImplementedError(f"a commit of saga rows does not delete {key!r}")
     # In one order, so that no two commits that want the same rows wait for each other. Heads that will be changed are
     # locked together with those that are checked: the holder changes what somebody else, who brings, checks.
-    batch.parts = sorted(parts.items())
     checked = {hashed for hashed, _ in batch.head_checks}
     batch.head_checks += [(row[0], None) for row in batch.heads if row[0] not in checked]
     batch.head_checks.sort(key=_first)

@@ -365,14 +365,17 @@ END $$;
 -- unique_violation or no_data_found, and the caller looks what is there.
 CREATE FUNCTION @schema@.saga_runtime_begin(
     p_member bytea, p_member_stamp bigint,
-    p_part int[], p_part_stamp bigint[],
+    -- what is decided of messages that older ones may have been brought before: inbox rows of the same key between these
+    -- numbers, except those of the writer itself, are in its way
+    p_older_part int[], p_older_saga text[], p_older_key text[], p_older_above bigint[], p_older_below bigint[],
+    p_own_seq bigint[],
     p_head_check_hash bytea[], p_head_check_s bigint[],
     p_letter_check_id text[], p_letter_check_s bigint[],
     -- dedupe: must be absent, deletes, inserts
     p_mark_absent_pk bigint[], p_mark_absent_hash bytea[],
     p_mark_gone_pk bigint[], p_mark_gone_hash bytea[],
     p_mark_pk bigint[], p_mark_hash bytea[], p_mark_v bytea[],
-    OUT outcome text, OUT failed_parts int[], OUT stamp bigint
+    OUT outcome text, OUT older bigint[], OUT stamp bigint
 )
 LANGUAGE plpgsql
 SET enable_hashjoin = off SET enable_mergejoin = off SET enable_seqscan = off SET jit = off
@@ -387,16 +390,21 @@ BEGIN
         outcome := 'member';
         RETURN;
     END IF;
-    IF cardinality(p_part) > 0 THEN
-        -- All of them in one order and one strength, so that two commits cannot wait for each other. (The condition is
-        -- in the aggregate: in a WHERE it would keep those without a versionstamp from being locked.)
-        SELECT array_agg(c.part) FILTER (WHERE c.s IS NOT NULL AND c.s <> a.s) INTO failed_parts
-        FROM unnest(p_part, p_part_stamp) AS c(part, s)
+    IF cardinality(p_older_part) > 0 THEN
+        -- A plain look, without a lock: what was acknowledged before we were asked is visible by now.
+        SELECT array_agg(c.no ORDER BY c.no) INTO older
+        FROM unnest(p_older_part, p_older_saga, p_older_key, p_older_above, p_older_below)
+            WITH ORDINALITY AS c(part, saga, key, above, below, no)
         CROSS JOIN LATERAL (
-            SELECT a.s FROM @schema@.saga_runtime_arrivals a WHERE a.part = c.part FOR NO KEY UPDATE
-        ) a;
-        IF failed_parts IS NOT NULL THEN
-            outcome := 'arrivals';
+            SELECT FROM @schema@.saga_runtime_inbox i
+            WHERE i.part = c.part AND i.seq > c.above AND i.seq < c.below
+              AND i.correlation_key = c.key AND i.saga_id = c.saga AND i.seq <> ALL (coalesce(p_own_seq, '{}'))
+            LIMIT 1
+        ) i
+        WHERE c.above >= 0 -- or nothing has been read there, and there is something that others have brought
+           OR EXISTS (SELECT FROM @schema@.saga_runtime_arrivals a WHERE a.part = c.part AND a.s <> 0);
+        IF older IS NOT NULL THEN
+            outcome := 'older';
             RETURN;
         END IF;
     END IF;
@@ -711,9 +719,6 @@ BEGIN
         SET saga_id = excluded.saga_id, correlation_key = excluded.correlation_key, run = excluded.run,
             ended_at = excluded.ended_at, v = excluded.v;
     END IF;
-    IF cardinality(p_part_put) > 0 THEN
-        UPDATE @schema@.saga_runtime_arrivals a SET s = p_stamp FROM unnest(p_part_put) AS c(part) WHERE a.part = c.part;
-    END IF;
     IF cardinality(p_saga_seen) > 0 THEN
         INSERT INTO @schema@.saga_runtime_row SELECT 'saga_seen', k, '', p_stamp FROM unnest(p_saga_seen) AS k
         ON CONFLICT DO NOTHING;
@@ -721,6 +726,16 @@ BEGIN
 
     -- Numbers last: nothing is refused any more, so they have gaps only where a server has died.
     IF cardinality(p_inbox_new_part) > 0 THEN
+        -- Behind the lock of their partitions, so that they become visible in their order; as late as can be, for it is
+        -- held until the commit is on the disk. All locks in one order, so that two commits cannot wait for each other.
+        PERFORM FROM (SELECT DISTINCT part FROM unnest(p_inbox_new_part) AS part ORDER BY part) c
+        CROSS JOIN LATERAL (
+            SELECT FROM @schema@.saga_runtime_arrivals a WHERE a.part = c.part FOR NO KEY UPDATE
+        ) a;
+        IF cardinality(p_part_put) > 0 THEN
+            UPDATE @schema@.saga_runtime_arrivals a SET s = p_stamp
+            FROM unnest(p_part_put) AS c(part) WHERE a.part = c.part;
+        END IF;
         inbox_base := @schema@.saga_runtime_numbers('@schema@.saga_runtime_inbox_number', cardinality(p_inbox_new_part));
         INSERT INTO @schema@.saga_runtime_inbox
             (part, seq, saga_id, correlation_key, message_type, message_id, attempt, due_at, accepted_at, last_error, v)
