@@ -45,6 +45,7 @@ from sagaloom.runtime.payloads import payload_json
 from sagaloom.runtime.receipts import Outcome, QueryResult, SignalReceipt, UpdateReceipt
 from sagaloom.runtime.receiver import Receiver
 from sagaloom.runtime.repairs import in_time
+from sagaloom.runtime.retention import removed_instance
 from sagaloom.telemetry import current_trace
 
 __all__ = ["Signals"]
@@ -180,7 +181,7 @@ class Signals:
                     code="SAGA_INSTANCE_PENDING",
                     retryable=True,
                 )
-            raise _no_instance(saga_id, key, run)
+            raise removed_instance(loaded.head, run) or _no_instance(saga_id, key, run)
         name = _name(query)
         value, encoded = answer_query(definition, instance, name)
         result = QueryResult(
@@ -235,9 +236,9 @@ class Signals:
             envelope = msgspec.structs.replace(envelope, traceparent=trace.traceparent, tracestate=trace.tracestate)
         loaded = await self._load(saga_id, key)
         if loaded.head is None or (run is not None and run > loaded.head.run):
-            raise _no_instance(saga_id, key, run)
+            raise removed_instance(loaded.head, run) or _no_instance(saga_id, key, run)
         if loaded.instance is None and not loaded.head.awaits_start:
-            raise _no_instance(saga_id, key, run)
+            raise removed_instance(loaded.head, run) or _no_instance(saga_id, key, run)
         loop = asyncio.get_running_loop()
         delivery = Delivery(envelope, (saga_id, key), answered=loop.create_future(), settled=loop.create_future())
         self._receiver.offer(delivery)

@@ -249,7 +249,8 @@ def _add_one_instance(table: RouteTable, runtime: SagaRuntime) -> None:
     async def find(address: InstanceAddress, run: int | None) -> Instance:
         instance = await runtime.get_instance(address.saga_id, address.key, run=run)
         if instance is None:
-            raise no_instance(address, run)
+            gone = await runtime.why_no_instance(address.saga_id, address.key, run)
+            raise gone if gone.data.get("removed") else no_instance(address, run)
         return instance
 
     @table.add(
