@@ -107,7 +107,7 @@ def test_every_call_leaves_the_earlier_stage_as_it_was() -> None:
 @pytest.mark.parametrize("stage", [DRAFT, READY])
 def test_a_stage_is_frozen(stage: Any) -> None:
     with pytest.raises(FrozenInstanceError):
-        stage._data = None
+        stage._notes = None
 
 
 # --- the state ---

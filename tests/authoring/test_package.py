@@ -12,7 +12,8 @@ import pytest
 import sagaloom
 
 MODULES = (
-    *("sagaloom", "sagaloom.builder", "sagaloom.codec", "sagaloom.config", "sagaloom.definitions"),
+    *("sagaloom", "sagaloom.builder", "sagaloom.builder.settings", "sagaloom.builder.stages", "sagaloom.codec"),
+    *("sagaloom.config", "sagaloom.definitions"),
     *("sagaloom.describe", "sagaloom.durations", "sagaloom.effects", "sagaloom.errors", "sagaloom.fingerprint"),
     *("sagaloom.ids", "sagaloom.messages"),
 )
@@ -54,7 +55,7 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_the_examples_in_the_documentation_run(name: str) -> None:
-    failed, _ = doctest.testmod(importlib.import_module(name))
+    failed, _ = doctest.testmod(importlib.import_module(name), extraglobs={"define_saga": sagaloom.define_saga})
 
     assert failed == 0
 

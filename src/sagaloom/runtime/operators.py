@@ -8,53 +8,43 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 import msgspec
 
-from sagaloom.clock import Clock
 from sagaloom.engine.controls import CANCEL, MIGRATE, PAUSE, RESUME, SKIP, TERMINATE, ControlType, control
-from sagaloom.engine.correlation import DefinitionSet
 from sagaloom.engine.records import DeadLetter, Envelope, Instance
+from sagaloom.engine.timer_controls import timer_control
 from sagaloom.errors import (
     BackendUnavailable,
     DeadLetterNotFound,
-    InstanceNotFound,
     MessageRejected,
     SagaNotFound,
     SagasError,
+    TimerNotFound,
 )
 from sagaloom.ids import new_message_id
 from sagaloom.messages import RESERVED_PREFIX
-from sagaloom.ports.store import SagaStore
 from sagaloom.runtime.bulk import BulkResult, letters_named, oldest_letters, repair_each
 from sagaloom.runtime.deliveries import Delivery
 from sagaloom.runtime.evolution import MigrationPage, migrate_page
+from sagaloom.runtime.onlookers import Onlookers, no_instance
 from sagaloom.runtime.receipts import Outcome
-from sagaloom.runtime.receiver import Receiver
 from sagaloom.runtime.repairs import Repairs, in_time
 from sagaloom.runtime.standings import StandingChange, Standings, StandingVerb
 from sagaloom.telemetry import current_trace
 
-__all__ = ["Operators", "no_instance"]
+__all__ = ["Operators"]
 
 
-class Operators(ABC):
+class Operators(Onlookers):
     """The part of `SagaRuntime` that operators use."""
 
-    store: SagaStore
-    clock: Clock
-    definitions: DefinitionSet
-    _receiver: Receiver
     _repairs: Repairs
     _standings: Standings
-    _state: str
-
-    @abstractmethod
-    async def get_instance(self, saga_id: str, key: str, *, run: int | None = None) -> Instance | None: ...
 
     async def cancel(
         self, saga_id: str, key: str, *, run: int | None = None, reason: str | None = None, compensate: bool = True
@@ -248,10 +238,24 @@ class Operators(ABC):
         self._refuse_if_not_running()
         return await self._repairs.discard(await self._repairs.find(dead_letter_id))
 
-    def _refuse_if_not_running(self) -> None:
-        if self._state != "running":
-            raise BackendUnavailable(f"the runtime is {self._state}", code="SAGA_NOT_STARTED")
+    async def cancel_timer(self, timer_id: str) -> Outcome:
+        """Takes a timer back, as the run's own `cancel_scheduled` would; it stands in the run's history. Returns when
+        that is committed; raises `TimerNotFound` for one that does not wait (any more)."""
+        return await self._control_timer(timer_id, None)
 
+    async def move_timer(self, timer_id: str, due_at: datetime) -> Outcome:
+        """Has a timer fire at `due_at` instead; at once when that is in the past. It keeps its id and its message.
+        Raises what `cancel_timer` raises, and `MessageRejected` for a moment without a time zone."""
+        return await self._control_timer(timer_id, due_at)
 
-def no_instance(saga_id: str, key: str, run: int | None) -> InstanceNotFound:
-    return InstanceNotFound(f"Saga instance not found: {saga_id}:{key}" + (f" run {run}" if run is not None else ""))
+    async def _control_timer(self, timer_id: str, due_at: datetime | None) -> Outcome:
+        self._refuse_if_not_running()
+        timer = await self.store.timer(timer_id)
+        if timer is None:
+            raise TimerNotFound(f"no timer {timer_id!r:.80} waits: it has fired, was taken back, or never was")
+        now = self.clock.now()
+        envelope = timer_control(timer, message_id=new_message_id(now), accepted_at=now, due_at=due_at)
+        outcome = await self._steered(envelope)
+        if outcome.disposition != "applied":
+            raise TimerNotFound(f"timer {timer_id} has just fired, or was taken back: {outcome.reason}")
+        return outcome

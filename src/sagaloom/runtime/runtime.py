@@ -1,4 +1,4 @@
-"""`SagaRuntime`: registers definitions, takes messages in, and runs the roles that move them.
+"""`SagaRuntime`: registers definitions, and runs the roles that move messages.
 
     publish ──► receiver ──(commit)──► dispatcher ──► targets
                    ▲                        │ replies
@@ -8,6 +8,8 @@
 Everything that changes an instance goes through the receiver, and everything the receiver does is one atomic commit of
 the store. Several processes may run on one store: each holds some of its partitions, and the lifeline notices when
 others come and go. The runtime owns its tasks and its lease while it runs; it never closes a store that it was given.
+
+What it does for others is in `senders.py`, `onlookers.py` and `operators.py`.
 """
 
 from __future__ import annotations
@@ -20,84 +22,42 @@ import secrets
 import socket
 from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
-
-import msgspec
+from typing import TYPE_CHECKING, Any, cast
 
 from sagaloom.clock import Clock, SystemClock
-from sagaloom.codec import encode_any
-from sagaloom.definitions import QueryDefinition, SagaDefinition, SignalDefinition
+from sagaloom.definitions import SagaDefinition
 from sagaloom.describe import describe
-from sagaloom.engine.correlation import DefinitionSet, address
-from sagaloom.engine.records import (
-    Child,
-    ChildStatus,
-    DeadLetter,
-    HistoryEntry,
-    Instance,
-    OutboxEffect,
-    Timer,
-)
-from sagaloom.engine.schedules import tick_message
-from sagaloom.engine.timer_controls import timer_control
-from sagaloom.errors import (
-    BackendUnavailable,
-    DefinitionError,
-    MessageRejected,
-    SagaNotFound,
-    SagasError,
-    ScheduleNotFound,
-    TimerNotFound,
-)
-from sagaloom.ids import check_key, key_hash, new_message_id, new_traceparent, partition_of
-from sagaloom.messages import RESERVED_PREFIX, SagaMessage, as_message
-from sagaloom.ports.store import (
-    InstanceFilter,
-    JoinsTransactions,
-    RegisteredDefinition,
-    RowRef,
-    SagaStore,
-    UnitOfWork,
-)
+from sagaloom.engine.correlation import DefinitionSet
+from sagaloom.engine.records import DeadLetter, OutboxEffect, Timer
+from sagaloom.errors import BackendUnavailable, DefinitionError, SagasError
+from sagaloom.ids import key_hash, partition_of
+from sagaloom.ports.store import RegisteredDefinition, RowRef, SagaStore, UnitOfWork
 from sagaloom.ports.targets import EffectTarget
 from sagaloom.runtime.counters import Counters
 from sagaloom.runtime.deliveries import Delivery
 from sagaloom.runtime.dispatcher import Dispatcher
 from sagaloom.runtime.evolution import oldest_readable, refuse_unreadable
-from sagaloom.runtime.feed import FeedHub, FeedWatch
+from sagaloom.runtime.feed import FeedHub
 from sagaloom.runtime.foyer import Foyer
 from sagaloom.runtime.lifeline import Lifeline
-from sagaloom.runtime.operators import Operators, no_instance
+from sagaloom.runtime.operators import Operators
 from sagaloom.runtime.options import RuntimeOptions
-from sagaloom.runtime.outcomes import outcome_of_left
 from sagaloom.runtime.pruner import Pruner
-from sagaloom.runtime.receipts import (
-    Outcome,
-    PublishReceipt,
-    PublishRejected,
-    QueryResult,
-    SignalReceipt,
-    UpdateReceipt,
-)
 from sagaloom.runtime.receiver import Receiver
 from sagaloom.runtime.repairs import Repairs
-from sagaloom.runtime.replies import reply_envelope, reply_unwanted
-from sagaloom.runtime.scheduler import Scheduler, ScheduleStatus
+from sagaloom.runtime.scheduler import Scheduler
+from sagaloom.runtime.senders import Senders
 from sagaloom.runtime.signals import Signals
 from sagaloom.runtime.standings import Standings
 from sagaloom.runtime.timekeeper import Timekeeper
-from sagaloom.runtime.timers import WaitingTimer, waiting_timers
-from sagaloom.telemetry import TelemetryProviders, carried_trace, find_providers
+from sagaloom.telemetry import TelemetryProviders, find_providers
 
 if TYPE_CHECKING:
-    from sagaloom.telemetry.sagas import Publishing, SagaTelemetry
+    from sagaloom.telemetry.sagas import SagaTelemetry
 
 __all__ = ["RuntimeHealth", "SagaRuntime"]
 
 _log = logging.getLogger("sagaloom.runtime")
-_T = TypeVar("_T")
-_P = TypeVar("_P")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +72,7 @@ class RuntimeHealth:
     oldest_waiting_seconds: float = 0.0
 
 
-class SagaRuntime(Operators):
+class SagaRuntime(Senders, Operators):
     """Runs sagas on one store.
 
     Start it with `async with runtime:` or `start()` and `stop()`. `publish` is safe from any task of the loop.
@@ -135,7 +95,6 @@ class SagaRuntime(Operators):
         self.options = options if options is not None else RuntimeOptions()
         self.definitions = DefinitionSet()
         """The registered definitions, as their sagas stand: enabled or not, paused or not."""
-        self._registry_ids: frozenset[str] = frozenset()
         self._registry_types: frozenset[str] = frozenset()
         self.counters = Counters()
         self.telemetry: SagaTelemetry | None = None
@@ -316,512 +275,7 @@ class SagaRuntime(Operators):
             oldest_waiting_seconds=max(0.0, (self.clock.now() - oldest).total_seconds()) if oldest else 0.0,
         )
 
-    # ---------------------------------------------------------------- messages
-
-    async def publish(
-        self,
-        message: object,
-        options: Mapping[str, Any] | None = None,
-        *,
-        wait: float | timedelta | None = None,
-        within: object | None = None,
-        **overrides: Any,
-    ) -> PublishReceipt | PublishRejected:
-        """Takes a message in and answers once it is durable.
-
-        `message` is a `SagaMessage`, a mapping with `type` and `payload`, or an instance of a message class; `options`
-        or keywords override its `correlation_key`, `idempotency_key`, `concurrency_key`, `id`, `traceparent` and
-        `tracestate`. Without a `traceparent` it goes on in the trace that is going on. With `wait` (seconds) the answer
-        also waits, at most that long, until each saga is done with the message; its outcomes then show state, effects
-        and result. A refusal is returned, never raised.
-
-        `within` is the asyncpg connection of a transaction of yours, on the database of the store: the message is part
-        of it, and is taken in when it has committed. Its receipt says `pending`, and there is nothing to wait for yet.
-        """
-        message_type: str | None = None
-        publishing: Publishing | None = None
-        try:
-            received = as_message(message)
-            message_type = received.type
-            if options or overrides:
-                received = _changed(received, {**(options or {}), **overrides})
-            if received.traceparent is None and (trace := carried_trace()) is not None:
-                received = msgspec.structs.replace(received, traceparent=trace.traceparent, tracestate=trace.tracestate)
-            if self.telemetry is not None:
-                publishing = self.telemetry.publish(received)
-                received = publishing.message
-            if within is not None:
-                return await self._leave(received, within, waits=wait is not None)
-            deliveries = self._address(received, waits=wait is not None)
-            outcomes: list[Outcome] = []
-            for delivery in deliveries:
-                assert delivery.answered is not None
-                outcomes.append(await delivery.answered)
-            if wait is not None:
-                await self._await_ends(deliveries, outcomes, wait)
-            receipt = _receipt(received.type, outcomes)
-            if publishing is not None:
-                publishing.took(receipt)
-            return receipt
-        except SagasError as error:
-            if publishing is not None:
-                publishing.failed(error)
-            return PublishRejected(message_type=message_type, error=error)
-        finally:
-            if publishing is not None:
-                publishing.end()
-
-    async def publish_many(self, messages: Sequence[object]) -> list[PublishReceipt | PublishRejected]:
-        """Takes many messages in together, in their order, and answers each alone."""
-        limit = self.options.limits.batch_messages_max
-        if len(messages) > limit:
-            error = MessageRejected(f"{len(messages)} messages in one batch: at most {limit} are allowed, split it")
-            return [PublishRejected(message_type=None, error=error) for _ in messages]
-        # Gathered coroutines run in order up to their first wait, which is after the message was queued.
-        return list(await asyncio.gather(*(self.publish(message) for message in messages)))
-
-    async def reply(
-        self, saga_id: str, key: str, message: object, *, run: int, causation_id: str | None = None, hops: int = 0
-    ) -> Outcome:
-        """Hands the very run that has asked for it an answer, such as the end of a job, and returns once it is durable.
-
-        `message` is what `publish` takes, with an `id`: under that one it is applied once. `causation_id` is the key of
-        the effect that is answered, and `hops` its place in a cascade. What the saga has no handler for changes
-        nothing, and so does an answer to a run that is over: the outcome says `ignored`.
-
-        Raises `SagaNotFound`, `MessageRejected`, and `BackendUnavailable`, also while no process here knows the saga.
-        """
-        self._refuse_if_not_running()
-        if self._receiver.problem is not None:
-            raise self._receiver.problem
-        received = as_message(message)
-        definition = self.definitions.get(saga_id)
-        if definition is None:
-            raise await self._unknown_saga(saga_id)
-        if received.type not in definition.handlers:
-            return reply_unwanted(saga_id, key, received, run=run)
-        envelope = reply_envelope(
-            saga_id,
-            key,
-            received,
-            self._payload(received),
-            run=run,
-            now=self.clock.now(),
-            causation_id=causation_id,
-            hops=hops,
-        )
-        answered: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self._receiver.offer(Delivery(envelope, (saga_id, key), answered=answered))
-        return await answered
-
-    async def _unknown_saga(self, saga_id: str) -> SagasError:
-        if any(each.saga_id == saga_id for each in await self.store.definitions()):
-            return BackendUnavailable(
-                f"saga {saga_id!r:.80} is known to this store, but not loaded here: load its module, or try again "
-                "where it is loaded",
-                code="SAGA_NOT_LOADED",
-            )
-        return SagaNotFound(f"there is no saga {saga_id!r:.80} here, and the store has never seen one")
-
-    async def _leave(self, message: SagaMessage[Any], connection: object, *, waits: bool) -> PublishReceipt:
-        """Leaves a message in somebody's own transaction."""
-        if not isinstance(self.store, JoinsTransactions):
-            raise MessageRejected(
-                f"the store {self.store.id} has no transactions to join: publish without within=, or use the sql store"
-            )
-        if waits:
-            raise MessageRejected("within= and wait= contradict each other: nothing happens before your commit")
-        envelopes = [delivery.envelope for delivery in self._addressed(message, waits=False, only=None)]
-        await self.store.leave(connection, envelopes)
-        return _receipt(message.type, [outcome_of_left(envelope) for envelope in envelopes])
-
-    def _address(
-        self, message: SagaMessage[Any], *, waits: bool, only: SagaDefinition[Any] | None = None
-    ) -> list[Delivery]:
-        """Queues the message for every saga that handles its type, or for `only` one, or raises why not; nothing was
-        queued then."""
-        deliveries = self._addressed(message, waits=waits, only=only)
-        for delivery in deliveries:
-            self._receiver.offer(delivery)
-        return deliveries
-
-    def _addressed(self, message: SagaMessage[Any], *, waits: bool, only: SagaDefinition[Any] | None) -> list[Delivery]:
-        """The message for every saga that handles its type, or for `only` one."""
-        if self._state != "running":
-            raise BackendUnavailable(
-                f"the runtime is {self._state}: publish between start() and stop()", code="SAGA_NOT_STARTED"
-            )
-        if self._receiver.problem is not None:
-            raise self._receiver.problem
-        waiting = self._receiver.waiting
-        if waiting >= self.options.backlog_max:
-            raise BackendUnavailable(f"{waiting} messages are waiting already: try again later", code="SAGA_OVERLOADED")
-        receivers = (only,) if only is not None else self.definitions.handling(message.type)
-        if not receivers:
-            raise self._unknown(message.type)
-        payload = self._payload(message)
-        now = self.clock.now()
-        if message.idempotency_key is not None:
-            check_key(message.idempotency_key, what="idempotency key")
-        message_id = check_key(message.id, what="message id") if message.id is not None else new_message_id(now)
-        loop = self._loop
-        assert loop is not None
-        deliveries: list[Delivery] = []
-        for definition in receivers:
-            found = address(definition, message, payload_json=payload, accepted_at=now, message_id=message_id)
-            envelope = found.envelope
-            deliveries.append(
-                Delivery(
-                    envelope,
-                    (envelope.saga_id, envelope.key),
-                    typed=found.message,
-                    answered=loop.create_future(),
-                    settled=loop.create_future() if waits else None,
-                )
-            )
-        return deliveries
-
-    async def _await_ends(self, deliveries: list[Delivery], outcomes: list[Outcome], wait: float | timedelta) -> None:
-        """Puts how the messages ended in the place of how they were accepted, for those that end in time."""
-        if not any(outcome.disposition in ("pending", "deferred") for outcome in outcomes):
-            return
-        seconds = wait.total_seconds() if isinstance(wait, timedelta) else wait
-        waiting = [delivery.settled for delivery in deliveries if delivery.settled is not None]
-        await asyncio.wait(waiting, timeout=min(max(seconds, 0.0), self.options.wait_seconds_max))
-        for number, delivery in enumerate(deliveries):
-            if delivery.settled is None:
-                continue
-            if not delivery.settled.done():
-                delivery.settled.cancel()  # Nobody waits for it any more, so nobody need look for it.
-            elif not delivery.settled.exception():
-                outcomes[number] = delivery.settled.result()
-
-    def _payload(self, message: SagaMessage[Any]) -> bytes:
-        payload = message.payload
-        if isinstance(payload, msgspec.Raw):
-            encoded = bytes(payload)
-        else:
-            try:
-                encoded = encode_any(payload)
-            except SagasError as error:
-                raise MessageRejected(f"message {message.type!r}: its payload is not JSON: {error.message}") from error
-        limit = self.options.limits.payload_bytes_max
-        if len(encoded) > limit:
-            raise MessageRejected(
-                f"message {message.type!r}: its payload has {len(encoded)} bytes, at most {limit} are allowed; store "
-                "large things elsewhere and send a reference",
-                code="PAYLOAD_TOO_LARGE",
-            )
-        return encoded
-
-    def _unknown(self, message_type: str) -> SagasError:
-        if message_type.startswith(RESERVED_PREFIX):
-            return MessageRejected(
-                f"message type {message_type!r:.80} belongs to the engine: use cancel, pause or resume for what an "
-                "operator does, and another name for a message of yours",
-                code="MESSAGE_TYPE_RESERVED",
-            )
-        if disabled := self.definitions.disabled_for(message_type):
-            names = ", ".join(repr(each.id) for each in disabled)
-            said = next((f" ({each.about.said})" for each in disabled if each.about.said), "")
-            return BackendUnavailable(
-                f"message type {message_type!r:.80} is handled by {names} alone, which is disabled{said}: try again "
-                "when it is enabled, by an operator or in its configuration",
-                code="SAGA_DISABLED",
-            )
-        if message_type in self._registry_types:
-            return BackendUnavailable(
-                f"message type {message_type!r} is known to this store, but no definition that is loaded here handles "
-                "it: load its module, or try again where it is loaded",
-                code="SAGA_NOT_LOADED",
-            )
-        known = sorted({name for definition in self.definitions for name in definition.handlers})
-        return SagaNotFound(
-            f"no saga handles message type {message_type!r:.80}: known types are {', '.join(known[:20]) or 'none'}"
-        )
-
-    # ---------------------------------------------------------------- speaking to one instance
-
-    @overload
-    async def signal(
-        self,
-        saga_id: str,
-        key: str,
-        signal: SignalDefinition[_P],
-        payload: _P,
-        *,
-        id: str | None = None,
-        run: int | None = None,
-    ) -> SignalReceipt: ...
-    @overload
-    async def signal(
-        self,
-        saga_id: str,
-        key: str,
-        signal: SignalDefinition[Any] | str,
-        payload: object = None,
-        *,
-        id: str | None = None,
-        run: int | None = None,
-    ) -> SignalReceipt: ...
-    async def signal(
-        self,
-        saga_id: str,
-        key: str,
-        signal: SignalDefinition[Any] | str,
-        payload: object = None,
-        *,
-        id: str | None = None,
-        run: int | None = None,
-    ) -> SignalReceipt:
-        """Says something to an instance, and answers once that is durable. It is applied in its turn, once however
-        often it comes under one `id`; a paused run gets it when it is resumed.
-
-        Without `run` it goes to the newest one. Raises `SagaNotFound`, `SignalNotFound`, `InstanceNotFound`,
-        `InstanceEnded` when the run is over, `MessageRejected` for a payload that its handler cannot take,
-        `IdempotencyKeyReused`, and `BackendUnavailable`.
-        """
-        self._refuse_if_not_running()
-        return await self._signals.signal(saga_id, key, signal, payload, id=id, run=run)
-
-    @overload
-    async def update(
-        self,
-        saga_id: str,
-        key: str,
-        update: SignalDefinition[_P],
-        payload: _P,
-        *,
-        id: str | None = None,
-        run: int | None = None,
-        wait: float | timedelta | None = None,
-    ) -> UpdateReceipt: ...
-    @overload
-    async def update(
-        self,
-        saga_id: str,
-        key: str,
-        update: SignalDefinition[Any] | str,
-        payload: object = None,
-        *,
-        id: str | None = None,
-        run: int | None = None,
-        wait: float | timedelta | None = None,
-    ) -> UpdateReceipt: ...
-    async def update(
-        self,
-        saga_id: str,
-        key: str,
-        update: SignalDefinition[Any] | str,
-        payload: object = None,
-        *,
-        id: str | None = None,
-        run: int | None = None,
-        wait: float | timedelta | None = None,
-    ) -> UpdateReceipt:
-        """Says something to an instance, and answers with what its handler has to say, when that is committed.
-
-        The answer is kept with the history: the same update under the same `id` gets the same one, from whatever
-        process. A wait that ends before (`wait` seconds, at most and by default those of the options) is answered with
-        `pending`, and the update goes on. Raises what `signal` raises, `UpdateRefused` when the handler says no, and
-        `UpdateFailed` when it was given up.
-        """
-        self._refuse_if_not_running()
-        return await self._signals.update(saga_id, key, update, payload, id=id, run=run, wait=wait)
-
-    @overload
-    async def query(self, saga_id: str, key: str, query: QueryDefinition[_P], *, run: int | None = None) -> _P: ...
-    @overload
-    async def query(self, saga_id: str, key: str, query: str, *, run: int | None = None) -> Any: ...
-    async def query(self, saga_id: str, key: str, query: QueryDefinition[Any] | str, *, run: int | None = None) -> Any:
-        """Asks an instance: what its query says of the newest committed state, of a run that is paused or over too.
-        Any process may answer, started or not.
-
-        Raises `SagaNotFound`, `QueryNotFound`, `InstanceNotFound`, `QueryFailed`, and `MessageRejected`
-        (`SAGA_INSTANCE_PENDING`) when the first message of the key has not been applied yet.
-        """
-        value, _ = await self._signals.query(saga_id, key, query, run=run)
-        return value
-
-    async def query_result(self, saga_id: str, key: str, query: str, *, run: int | None = None) -> QueryResult:
-        """What `query` says, as JSON, with the run and the revision that it says it of."""
-        _, result = await self._signals.query(saga_id, key, query, run=run)
-        return result
-
-    # ---------------------------------------------------------------- looking
-
-    async def get_instance(self, saga_id: str, key: str, *, run: int | None = None) -> Instance | None:
-        """The newest run of a key, or run number `run`. Run 0 with status `pending` stands for a first message that
-        is accepted and not applied yet."""
-        if run is not None:
-            return await self.store.load_run(saga_id, key, run)
-        (loaded,) = await self.store.load([(saga_id, key)])
-        head = loaded.head
-        if loaded.instance is None and head is not None and head.awaits_start:
-            definition = self.definitions.get(saga_id)
-            return Instance(
-                saga_id=saga_id,
-                key=key,
-                pk=head.pk,
-                run=0,
-                status="pending",
-                revision=0,
-                state=definition.state_codec.encode(definition.initial_state) if definition else b"{}",
-                def_version=definition.version if definition else 1,
-                tier=definition.durability if definition else "t1",
-                created_at=head.created_at,
-                updated_at=head.created_at,
-            )
-        return loaded.instance
-
-    async def list_instances(
-        self, wanted: InstanceFilter, *, limit: int = 50, offset: int = 0, cursor: str | None = None
-    ) -> tuple[list[Instance], str | None]:
-        """Runs, newest first, and the cursor of the next page."""
-        return await self.store.instances(wanted, limit=limit, offset=offset, cursor=cursor)
-
-    async def history(
-        self, saga_id: str, key: str, *, run: int | None = None, after_entry: int = 0, limit: int = 50
-    ) -> list[HistoryEntry]:
-        """What happened to a run, oldest first; raises `InstanceNotFound`."""
-        instance = await self.get_instance(saga_id, key, run=run)
-        if instance is None:
-            raise no_instance(saga_id, key, run)
-        if instance.run == 0:
-            return []
-        return await self.store.history(instance, after_entry=after_entry, limit=limit)
-
-    async def children(
-        self,
-        saga_id: str,
-        key: str,
-        *,
-        run: int | None = None,
-        status: ChildStatus = "live",
-        after: tuple[int, int] | None = None,
-        limit: int = 50,
-    ) -> list[Child]:
-        """The children that a run has spawned, of one status, in the order of their spawning; `after` is the revision
-        and the position of the last one of the page before. Raises `InstanceNotFound`."""
-        instance = await self.get_instance(saga_id, key, run=run)
-        if instance is None:
-            raise no_instance(saga_id, key, run)
-        return await self.store.children(instance.pk, instance.run, status=status, after=after, limit=limit)
-
-    async def count_children(self, saga_id: str, key: str, *, run: int | None = None) -> Mapping[ChildStatus, int]:
-        """How many children of each status a run has. Raises `InstanceNotFound`."""
-        instance = await self.get_instance(saga_id, key, run=run)
-        if instance is None:
-            raise no_instance(saga_id, key, run)
-        return await self.store.count_children(instance.pk, instance.run)
-
-    async def dead_letters(
-        self, *, saga_id: str | None = None, key: str | None = None, after: str | None = None, limit: int = 50
-    ) -> list[DeadLetter]:
-        """What was given up, newest first."""
-        return await self.store.dead_letters(saga_id=saga_id, key=key, after=after, limit=limit)
-
-    def watch(
-        self,
-        *,
-        after: int | str | None = None,
-        saga_id: str | Iterable[str] | None = None,
-        key: str | None = None,
-        types: Iterable[str] = (),
-    ) -> FeedWatch:
-        """What happens, as it happens: an iterator over (cursor, event) without a gap and without a repeat (I8).
-
-            async with runtime.watch(saga_id="order", types=["saga:completed"]) as events:
-                async for cursor, event in events:
-                    ...
-
-        It begins behind `after`, the cursor of an event or 0 for all that is kept; without it, now. A filter leaves
-        events out, and `FeedWatch.cursor` passes over them. A cursor that this store cannot go on from is answered by
-        one `FeedReset` (type `reset`), and then by everything that is kept. Works before `start` too; ends with `stop`.
-
-        Raises `MessageRejected` for what is no cursor or no type of event.
-        """
-        return self._feed.watch(after=after, saga_ids=saga_id, key=key, types=types)
-
-    def end_watches(self) -> None:
-        """Ends every watch, and starts no other: for a server that is about to stop, and would wait for those who
-        watch. `stop` does it too."""
-        self._feed.close("stopping")
-
-    # ---------------------------------------------------------------- time
-
-    async def schedules(self) -> list[ScheduleStatus]:
-        """The schedules of the registered sagas and how far they have come, by saga id."""
-        return await self._scheduler.statuses()
-
-    async def trigger_schedule(self, saga_id: str) -> PublishReceipt | PublishRejected:
-        """Gives a scheduled saga a tick of its own, now: its payload says `{"scheduledFor": <now>, "manual": true}`.
-        The schedule goes on as it would have. Answers like `publish`; raises `ScheduleNotFound`."""
-        definition = self.definitions.get(saga_id)
-        if definition is None or definition.schedule is None or not definition.about.enabled:
-            scheduled = ", ".join(
-                each.id for each in self.definitions if each.schedule is not None and each.about.enabled
-            )
-            what = "is not registered here"
-            if definition is not None:
-                what = "has no schedule" if definition.schedule is None else "is disabled"
-            raise ScheduleNotFound(f"saga {saga_id!r:.80} {what}: scheduled sagas are {scheduled or 'none'}")
-        now = self.clock.now()
-        tick = tick_message(definition, now, by_hand=new_message_id(now))
-        try:
-            return _receipt(tick.type, [await self._accept_tick(definition, tick)])
-        except SagasError as error:
-            return PublishRejected(message_type=tick.type, error=error)
-
-    async def timers(
-        self, saga_id: str | None = None, key: str | None = None, *, after: str | None = None, limit: int = 50
-    ) -> list[WaitingTimer]:
-        """The timers that wait, by due time: of one saga, of one correlation key, or all. `after` is the `cursor` of
-        the last one of the page before."""
-        return await waiting_timers(self.store, saga_id=saga_id, key=key, after=after, limit=limit)
-
-    async def cancel_timer(self, timer_id: str) -> Outcome:
-        """Takes a timer back, as the run's own `cancel_scheduled` would; it stands in the run's history. Returns when
-        that is committed; raises `TimerNotFound` for one that does not wait (any more)."""
-        return await self._control_timer(timer_id, None)
-
-    async def move_timer(self, timer_id: str, due_at: datetime) -> Outcome:
-        """Has a timer fire at `due_at` instead; at once when that is in the past. It keeps its id and its message.
-        Raises what `cancel_timer` raises, and `MessageRejected` for a moment without a time zone."""
-        return await self._control_timer(timer_id, due_at)
-
-    async def _control_timer(self, timer_id: str, due_at: datetime | None) -> Outcome:
-        self._refuse_if_not_running()
-        timer = await self.store.timer(timer_id)
-        if timer is None:
-            raise TimerNotFound(f"no timer {timer_id!r:.80} waits: it has fired, was taken back, or never was")
-        now = self.clock.now()
-        envelope = timer_control(timer, message_id=new_message_id(now), accepted_at=now, due_at=due_at)
-        outcome = await self._steered(envelope)
-        if outcome.disposition != "applied":
-            raise TimerNotFound(f"timer {timer_id} has just fired, or was taken back: {outcome.reason}")
-        return outcome
-
-    async def _accept_tick(self, definition: SagaDefinition[Any], tick: SagaMessage[Any]) -> Outcome:
-        """Takes a tick in, for the saga whose it is alone: another one that handles the type has its own. It begins a
-        trace: time has none to go on with."""
-        if self.telemetry is None or not self.telemetry.makes_spans:
-            return await self._take_tick(definition, msgspec.structs.replace(tick, traceparent=new_traceparent()))
-        publishing = self.telemetry.publish_tick(tick)
-        try:
-            outcome = await self._take_tick(definition, publishing.message)
-            publishing.took(_receipt(tick.type, [outcome]))
-            return outcome
-        except SagasError as error:
-            publishing.failed(error)
-            raise
-        finally:
-            publishing.end()
-
-    async def _take_tick(self, definition: SagaDefinition[Any], tick: SagaMessage[Any]) -> Outcome:
-        (delivery,) = self._address(tick, waits=False, only=definition)
-        assert delivery.answered is not None
-        return await delivery.answered
+    # ---------------------------------------------------------------- inside
 
     async def _give_up_tick(self, letter: DeadLetter) -> None:
         # The partition of the schedule, which is ours; the tick never found one of its own.
@@ -831,8 +285,6 @@ class SagaRuntime(Operators):
     def holds(self, part: int) -> bool:
         """Whether partition `part` is ours to work on right now."""
         return part in self._receiver.share.parts
-
-    # ---------------------------------------------------------------- inside
 
     def _carry_out(self, delivery: Delivery) -> None:
         self._repairs.carry_out(delivery)
@@ -944,24 +396,6 @@ class SagaRuntime(Operators):
             # The others find out, and take over; that we could not say goodbye is no matter.
             _log.warning("the lease could not be released: %s", error.message)
         self._state = state
-
-
-def _receipt(message_type: str, outcomes: list[Outcome]) -> PublishReceipt:
-    first = outcomes[0]
-    return PublishReceipt(
-        message_id=first.message_id,
-        message_type=message_type,
-        correlation_key=first.correlation_key,
-        outcomes=tuple(outcomes),
-        # The first one is asked before a generator is made: it is nearly always the only one, and no duplicate.
-        duplicate=first.disposition == "duplicate" and all(each.disposition == "duplicate" for each in outcomes),
-    )
-
-
-def _changed(message: SagaMessage[Any], changes: Mapping[str, Any]) -> SagaMessage[Any]:
-    fields = msgspec.structs.asdict(message)
-    fields.update({name: value for name, value in changes.items() if value is not None})
-    return as_message(fields)
 
 
 def _types_of(document: Mapping[str, object]) -> list[str]:

@@ -21,7 +21,7 @@ from typing import Any, Final, Generic, Literal, Protocol, TypeAlias, TypeGuard,
 
 import msgspec
 
-from sagaloom.builder import check_retry
+from sagaloom.builder.rules import check_retry
 from sagaloom.codec import Codec, codec_for, encode_any, type_name
 from sagaloom.cron import parse_cron
 from sagaloom.definitions import CatchUp, RetryPolicy, SchedulePolicy
