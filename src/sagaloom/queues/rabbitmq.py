@@ -34,6 +34,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import aiormq
 import msgspec
+from aiormq.connection import TCPTransportFactory, TLSTransportFactory, TransportFactory
 from aiormq.exceptions import (
     AMQPError,
     AuthenticationError,
@@ -68,6 +69,7 @@ from sagaloom.queues.rows import micros, moment
 
 if TYPE_CHECKING:
     from aiormq.abc import AbstractChannel, AbstractConnection, DeliveredMessage
+    from yarl import URL
 
 __all__ = ["RabbitMQQueueBroker"]
 
@@ -133,6 +135,7 @@ class RabbitMQQueueBroker:
         self._max_length = max_length
         self._connecting = asyncio.Lock()
         self._connection: AbstractConnection | None = None
+        self._wire: _Wire | None = None
         self._channel: AbstractChannel | None = None
         self._delays: dict[int, float] = {}
         """Delay queues, and when they were last declared."""
@@ -184,7 +187,8 @@ class RabbitMQQueueBroker:
             if channel is not None and not channel.is_closed:
                 return channel
             if self._connection is None or self._connection.is_closed:
-                self._connection = await aiormq.connect(self._url)
+                self._wire = _Wire(TLSTransportFactory() if self._url.startswith("amqps:") else TCPTransportFactory())
+                self._connection = await aiormq.connect(self._url, transport_factory=self._wire)
                 _when_closed(self._connection, self._call)
                 self._delays.clear()
             channel = await self._connection.channel(publisher_confirms=True)
@@ -204,6 +208,7 @@ class RabbitMQQueueBroker:
         if connection is not None:
             with contextlib.suppress(*_TROUBLE):
                 await within(_GOODBYE_SECONDS, connection.close())
+        self._cut()
 
     async def delete(self) -> None:
         """Removes the queue, with everything that is in it and its dead letters."""
@@ -504,6 +509,13 @@ class RabbitMQQueueBroker:
         if connection is not None:
             with contextlib.suppress(*_TROUBLE):
                 await within(0.5, connection.close())
+        self._cut()
+
+    def _cut(self) -> None:
+        """Ends the connection under the driver, whose tasks end with it and otherwise wait for the server's goodbye."""
+        wire, self._wire = self._wire, None
+        if wire is not None and wire.writer is not None:
+            wire.writer.transport.abort()
 
     def _fail(self, error: BaseException) -> NoReturn:
         cause: BaseException | None = error
@@ -528,6 +540,18 @@ class RabbitMQQueueBroker:
             ) from error
         text = str(error) or f"no answer within {_ANSWER_SECONDS:g} s"
         raise BackendUnavailable(f"{self.name} does not answer: {type(error).__name__}: {text:.300}") from error
+
+
+class _Wire(TransportFactory):
+    """Makes a connection, and knows it."""
+
+    def __init__(self, factory: TransportFactory) -> None:
+        self._factory = factory
+        self.writer: asyncio.StreamWriter | None = None
+
+    async def create(self, url: URL, **options: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, self.writer = await self._factory.create(url, **options)
+        return reader, self.writer
 
 
 class _Closing(Protocol):
