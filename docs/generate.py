@@ -176,6 +176,7 @@ _OPTIONS: Final = {
     "lease_seconds": "after how long others take over from a process that neither runs nor dies",
     "wait_seconds_max": "how long a `wait=` may last",
     "feed_retention_hours": "how long an event of the feed is kept",
+    "idempotency_days": "for how long a message that comes again is a duplicate",
     "feed_retention_events": "events that the feed keeps",
 }
 _NO_NUMBERS: Final = {"effect_retry", "limits", "on_step", "works"}

@@ -8,7 +8,7 @@ brings the saga of its entrypoint along. What it says goes before what the defin
     enabled                                    a disabled saga takes nothing in; what was accepted for it waits
     retry                                      in place of the definition's policy
     timeout                                    a run that is still live after that long is cancelled
-    retention                                  shown; nothing is removed by it yet
+    retention                                  finished runs go after `completed_days`; live ones are only counted
 """
 
 from __future__ import annotations
@@ -180,8 +180,8 @@ class SagaConfigBuilder:
         )
 
     def retention(self, *, completed_days: float | None = None, active_days: float | None = None) -> SagaConfigBuilder:
-        """How many days finished runs are to be kept, and after how many a live one is worth an alert. It is shown by
-        the API; nothing is removed by it yet."""
+        """How many days finished runs are kept, and after how many a live one is worth an alert: that one is counted,
+        never removed."""
         return self._with(retention=_retention(completed_days, active_days, f"Saga {self._entry.id!r}"))
 
     def enabled(self, enabled: bool = True) -> SagaConfigBuilder:  # noqa: FBT001, FBT002  # reads as a sentence

@@ -352,8 +352,7 @@ _NOTHING: Mapping[Any, Any] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetentionPolicy:
-    """How many days a finished run is to be kept, and after how many a live one is worth a look. None: for ever, never.
-    It is shown; nothing is removed by it yet."""
+    """How many days a finished run is kept, and after how many a live one is worth a look. None: for ever, never."""
 
     completed_days: float | None = None
     active_days: float | None = None

@@ -12,6 +12,7 @@ import pytest
 from sagaloom import Saga, SagaContext, SagaMessage, SagasError, define_saga, schedule, send
 from sagaloom.cli.doctor import examine
 from sagaloom.cli.store_checks import Finding, look_into
+from sagaloom.config import configured, define_saga_config
 from sagaloom.definitions import RetryPolicy
 from sagaloom.kv.postgres import PostgresPresence, PostgresSagaRows
 from sagaloom.kv.presence import FilePresence
@@ -209,3 +210,14 @@ def test_a_database_that_cannot_be_reached_is_broken_and_says_how_to_look(
     assert "127.0.0.1:9/sagas" in findings["store"].detail
     assert "secret" not in findings["store"].detail
     assert "psql" in (findings["store"].repair or "")
+
+
+async def test_instances_that_live_longer_than_their_saga_says_are_named(open_store: OpenStore) -> None:
+    store = await open_store()
+    orders = configured(ORDERS, define_saga_config("orders", "shop/orders.py").retention(active_days=3).build())
+    async with SagaRuntime(store, definitions=[orders], clock=ManualClock()) as runtime:
+        await runtime.publish({"type": "Begun", "payload": {"id": "o-1"}})
+
+    age = next(each for each in await look_into(store, is_running=False) if each.check == "age")
+
+    assert (age.status, "1 of orders for more than 3 days" in age.detail) == ("note", True)

@@ -46,6 +46,20 @@ async def test_a_saga_is_shown_with_what_its_configuration_says(door: Door) -> N
     assert (shown["metadata"], shown["retention"]) == ({"owner": "shop"}, {"completedDays": 7, "activeDays": None})
 
 
+async def test_an_instance_that_was_removed_is_said_to_have_been_there(door: Door) -> None:
+    await door.publish("OrderPaid", {}, correlationId="o-1", wait="5s")
+    door.clock.advance("8d")
+    async with asyncio.timeout(10):
+        while (answer := await door.get("/instances/order/o-1")).status_code == 200:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+    assert (answer.status_code, answer.json()["code"]) == (404, "SAGA_INSTANCE_NOT_FOUND")
+    assert answer.json()["message"] == (
+        "run 1 of order:o-1 has ended (completed), and was removed when its saga's retention was over"
+    )
+    assert (await door.get("/instances/order/o-1/history")).status_code == 404
+
+
 @pytest.mark.parametrize(
     ("query", "ids"),
     [

@@ -124,7 +124,7 @@ async def test_an_idle_runtime_never_looks_at_its_feed() -> None:
             clock.advance("1h")
             await rounds()
 
-        assert store.calls == []
+        assert {call.method for call in store.calls} == {"remove_tombstones", "prune_marks"}
 
 
 async def test_a_busy_runtime_looks_at_its_feed_seldom() -> None:

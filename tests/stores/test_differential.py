@@ -16,6 +16,7 @@ import pytest
 from msgspec.structs import replace
 
 from sagaloom.definitions import SAGA_INSTANCE_STATUSES
+from sagaloom.engine.lifecycle import is_terminal
 from sagaloom.engine.records import Instance, SagaStanding
 from sagaloom.errors import BackendUnavailable, Fenced, MessageRejected
 from sagaloom.kv import MemoryKeyValue, SqliteKeyValue
@@ -43,7 +44,7 @@ from tests.schemas import Schema
 
 SEEDS = int(os.environ.get("SAGALOOM_SEEDS", "6"))
 STEPS_MIN = 60
-STEPS_MAX = 1_000
+STEPS_MAX = 2_000
 
 SAGAS = ("orders", "refunds", "mail")
 KEYS = tuple(f"{region}/{n}" for region in ("eu", "us") for n in range(4))
@@ -157,6 +158,9 @@ class Run:
             "read timers": self.read_timers,
             "read children": self.read_children,
             "say something of a saga": self.say_something,
+            "remove runs": self.remove_runs,
+            "remove tombstones": self.remove_tombstones,
+            "prune marks": self.prune_marks,
         }
         self.wanted = {(name, outcome) for name in self.generators for outcome in (True, False)}
         self.wanted |= {(name, outcome) for name in self.operations for outcome in (True, False)}
@@ -387,6 +391,43 @@ class Run:
             await store.put_standing(standing)
         assert await self.store.standings() == await self.model.standings()
         return True
+
+    async def remove_runs(self) -> bool:
+        known = [*self.model.instances_by_run.values()]
+        runs = self.dice.sample(known, min(len(known), self.dice.randint(1, 2)))
+        over = {run.pk for run in known} - {run.pk for run in known if not is_terminal(run.status)}
+        if over and self.dice.random() < 0.6:
+            pk = self.dice.choice(sorted(over))
+            runs = [run for run in known if run.pk == pk]
+        if self.dice.random() < 0.2:
+            runs = [replace(run, entries=run.entries + 1) for run in runs]
+        until = at(self.dice.randint(0, 20))
+
+        removed = await self.model.remove_runs(runs, tombstone_until=until, lease=self.lease)
+
+        assert await self.store.remove_runs(runs, tombstone_until=until, lease=self.lease) == removed
+        return removed > 0
+
+    async def remove_tombstones(self) -> bool:
+        named: dict[str, Any] = {"due_by": at(self.dice.choice((0, 20))), "limit": self.dice.randint(1, 3)}
+
+        gone = await self.model.remove_tombstones(**named, lease=self.lease)
+
+        assert await self.store.remove_tombstones(**named, lease=self.lease) == gone
+        return bool(gone)
+
+    async def prune_marks(self) -> bool:
+        """Walks over all marks. How many a page holds is the store's own."""
+        before = at(self.dice.choice((-1, 0, 1)))
+        removed: list[int] = []
+        for store in (self.model, self.store):
+            count, cursor = await store.prune_marks(before=before, limit=7)
+            while cursor is not None:
+                more, cursor = await store.prune_marks(before=before, after=cursor, limit=7)
+                count += more
+            removed.append(count)
+        assert removed[0] == removed[1]
+        return removed[0] > 0
 
     async def compare_everything(self) -> None:
         """What is in the model is in the store, and nothing else. A fresh object reads, so memory cannot help."""

@@ -8,10 +8,9 @@ from datetime import timedelta
 from typing import Any, get_args
 
 from sagaloom.builder.notes import Notes
-from sagaloom.builder.rules import one_of
+from sagaloom.builder.rules import checked_length, one_of
 from sagaloom.codec import Codec, codec_for, is_declared_class
 from sagaloom.definitions import ANY_TYPE, HandlerBinding, JoinBinding, OnMissing
-from sagaloom.durations import parse_duration
 from sagaloom.errors import DefinitionError, SagasError
 from sagaloom.messages import RESERVED_PREFIX, message_type_of
 
@@ -69,13 +68,7 @@ def checked_missing(notes: Notes, name: str, starts: object, on_missing: object,
     if not isinstance(starts, bool):
         raise DefinitionError(f"{notes.where}: starts of {name!r} must be True or False, got {starts!r:.80}")
     one_of(on_missing, get_args(OnMissing), f"{notes.where}: on_missing of {name!r}")
-    try:
-        length = parse_duration(patience)
-    except DefinitionError as error:
-        raise DefinitionError(f"{notes.where}: patience of {name!r}: {error.message}") from error
-    if not length:
-        raise DefinitionError(f"{notes.where}: patience of {name!r} must be longer than nothing, got {patience!r:.80}")
-    return length
+    return checked_length(f"{notes.where}: patience of {name!r}", patience)
 
 
 def check_codecs(notes: Notes, name: str, codec: Codec[Any], joins: Sequence[JoinBinding]) -> None:

@@ -6,10 +6,12 @@ import functools
 import inspect
 import math
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any, cast
 
 from sagaloom.codec import type_name
 from sagaloom.definitions import RetryPolicy
+from sagaloom.durations import parse_duration
 from sagaloom.errors import DefinitionError, SagasError
 from sagaloom.ids import check_key
 
@@ -63,6 +65,17 @@ def check_retry(where: str, policy: object) -> None:
     names: object = policy.non_retryable_error_types
     if not isinstance(names, (tuple, list)) or not all(isinstance(one, str) for one in cast("list[object]", names)):
         raise DefinitionError(f"{where}: retry non_retryable_error_types must be a tuple of class names, got {names!r}")
+
+
+def checked_length(where: str, delay: Any) -> timedelta:
+    """How long `delay` is, which is not nothing."""
+    try:
+        length = parse_duration(delay)
+    except DefinitionError as error:
+        raise DefinitionError(f"{where}: {error.message}") from error
+    if not length:
+        raise DefinitionError(f"{where} must be longer than nothing, got {delay!r:.80}")
+    return length
 
 
 def checked_key(where: str, what: str, value: str) -> None:

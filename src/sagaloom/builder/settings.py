@@ -10,7 +10,16 @@ from typing import Any, Literal, Self, TypeVar, get_args, overload
 
 from sagaloom.builder.bindings import wire_type
 from sagaloom.builder.notes import Notes
-from sagaloom.builder.rules import check_function, check_retry, checked_key, is_int, listed, one_of, shown
+from sagaloom.builder.rules import (
+    check_function,
+    check_retry,
+    checked_key,
+    checked_length,
+    is_int,
+    listed,
+    one_of,
+    shown,
+)
 from sagaloom.codec import encode_any
 from sagaloom.cron import parse_cron
 from sagaloom.definitions import (
@@ -25,7 +34,6 @@ from sagaloom.definitions import (
     SchedulePolicy,
     TimeoutPolicy,
 )
-from sagaloom.durations import parse_duration
 from sagaloom.errors import DefinitionError, SagasError
 from sagaloom.messages import SagaMessage, as_message
 
@@ -213,12 +221,7 @@ class Stage:
         """
         notes = self._notes
         where = notes.where
-        try:
-            length = parse_duration(delay)
-        except DefinitionError as error:
-            raise DefinitionError(f"{where}: timeout: {error.message}") from error
-        if not length:
-            raise DefinitionError(f"{where}: timeout must be longer than nothing, got {delay!r:.80}")
+        length = checked_length(f"{where}: timeout", delay)
         if not isinstance(name, str) or not name.strip():
             raise DefinitionError(f"{where}: timeout name must be a non-empty string, got {name!r:.80}")
         if any(one.name == name for one in notes.timeouts):

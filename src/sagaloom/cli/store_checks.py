@@ -4,11 +4,14 @@ repairs each. It reads what the store shows, and writes nothing."""
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, cast
 
 import msgspec
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sagaloom.definitions import SagaInstanceStatus
     from sagaloom.engine.records import Instance, OutboxEffect
     from sagaloom.ports.store import RowRef
     from sagaloom.stores import KvSagaStore
@@ -18,6 +21,8 @@ __all__ = ["Finding", "look_into"]
 _SHOWN_MAX: Final = 5
 _LOOKED_AT_MAX: Final = 10_000
 _LATE: Final = timedelta(minutes=1)
+_DAYS_MAX: Final = 300_000
+_LIVE: Final[tuple[SagaInstanceStatus, ...]] = ("pending", "running", "compensating")
 _SILENT: Final = timedelta(days=1)
 """After how long an instance that waits for nothing of ours is worth a look."""
 
@@ -41,6 +46,7 @@ async def look_into(store: KvSagaStore, *, is_running: bool) -> list[Finding]:
         await _waiting(store, is_running=is_running),
         await _timers(store, is_running=is_running),
         await _instances(store),
+        await _overdue(store),
     ]
 
 
@@ -209,4 +215,28 @@ async def _instances(store: KvSagaStore) -> Finding:
         repair=f"sagaloom instances resume {where}"
         if first_silent.is_paused
         else f"send what it waits for, or: sagaloom instances cancel {where}",
+    )
+
+
+async def _overdue(store: KvSagaStore) -> Finding:
+    """Live instances that are older than their saga's `active_days`."""
+    from sagaloom.ports.store import InstanceFilter
+
+    found: list[str] = []
+    for definition in await store.definitions():
+        retention = cast("Mapping[str, object]", definition.document.get("retention") or {})
+        days = retention.get("activeDays")
+        if not isinstance(days, int | float):
+            continue
+        before = datetime.now(UTC) - timedelta(days=min(days, _DAYS_MAX))
+        old = InstanceFilter(saga_ids=(definition.saga_id,), statuses=_LIVE, created_before=before)
+        if count := await store.count_instances(old, limit=_LOOKED_AT_MAX):
+            found.append(f"{count} of {definition.saga_id} for more than {days:g} days")
+    if not found:
+        return Finding(check="age", status="ok", detail="no instance is live for longer than its saga's active days")
+    return Finding(
+        check="age",
+        status="note",
+        detail=f"live instances that should be over by now: {'; '.join(found)}",
+        repair="sagaloom instances list --status running: the oldest are last",
     )

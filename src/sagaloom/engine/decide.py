@@ -22,6 +22,8 @@ answer was lost. Somebody else writes the Decision down, all of it or nothing.
    the newest is terminal and the saga says `.reuse("new_run")`. A bound envelope (timer, reply, end of a child) never
    opens a run. A terminal run takes nothing (I1): the message is ignored, and recorded in that run's history while
    fewer than `bystander_rows_max` such rows are there, then counted. Timers of a finished run end without a trace.
+   A key whose newest run was removed after its time (a *tombstone*) takes what that run would have taken, which is a
+   starting message that opens the next one, or nothing.
    A paused run defers whatever comes, except what operators ask for themselves (`controls.py`).
 2. *State.* Decoded from bytes anew for each step, so that no handler sees an object that another one, or an attempt
    that failed, has changed. State of an older definition is brought up to date first, version by version.
@@ -140,6 +142,8 @@ def decide(
             return _refuse_child(instance, message, context, message.parent)
         elif instance.is_paused and message.origin not in _PASSES_PAUSE:
             return Decision("deferred", f"run {instance.run} of {definition.id}:{message.key} is paused")
+    elif context.head.ended_as is not None and (definition.reuse != "new_run" or binding is None or not binding.starts):
+        return _ignore_removed(message, context)
     if message.hops > context.limits.hops_max:
         return _give_up(
             definition,
@@ -658,6 +662,18 @@ def _ignore_terminal(instance: Instance, message: Envelope, context: DecideConte
     if message.origin in ("timer", "undo"):
         return Decision("ignored", reason)
     return _ignore(instance, message, context, reason)
+
+
+def _ignore_removed(message: Envelope, context: DecideContext) -> Decision:
+    """A message to a run that has ended, and was removed since: the key takes no more than it did before."""
+    head = context.head
+    reason = f"run {head.run} is {head.ended_as} and takes no more messages; it was removed when its retention was over"
+    if message.parent is None or message.origin == "parent":
+        return Decision("ignored", reason)
+    name = instance_id(message.saga_id, message.key, head.run)
+    reason = f"{name} was there before, and is not this child: spawn it under a key of its own"
+    ended, told = refused_child(message.parent, message, reason=reason, now=context.now, run=head.run)
+    return Decision("ignored", reason, outgoing=(told,), child_end=ended)
 
 
 def _ignore(instance: Instance, message: Envelope, context: DecideContext, reason: str) -> Decision:

@@ -27,6 +27,8 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any, Final, cast
 
+import msgspec
+
 from sagaloom.definitions import Gathered, HandlerBinding, JoinBinding, SagaDefinition, SagaHandler
 from sagaloom.engine.ledger import LIMIT_EXCEEDED
 from sagaloom.engine.records import GatheredMessage
@@ -106,7 +108,7 @@ def gather(transition: Transition, binding: HandlerBinding, message: SagaMessage
             GatheredMessage(join.name, _RAN, envelope.id, b""),
         )
         payload = _read(transition, join, own)
-        asked = transition.step("handle", join.handler, _with_payload(message, payload))
+        asked = transition.step("handle", join.handler, msgspec.structs.replace(message, payload=payload))
     return asked
 
 
@@ -136,17 +138,3 @@ def _read(transition: Transition, join: JoinBinding, own: list[GatheredMessage])
             )
     # In the order of the declaration, whatever order they came in.
     return Gathered({name: payloads[name] for name in join.codecs})
-
-
-def _with_payload(message: SagaMessage[Any], payload: Gathered) -> SagaMessage[Any]:
-    return SagaMessage(
-        message.type,
-        payload,
-        message.correlation_key,
-        message.idempotency_key,
-        message.concurrency_key,
-        message.occurred_at,
-        message.id,
-        message.traceparent,
-        message.tracestate,
-    )

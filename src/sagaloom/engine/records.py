@@ -164,7 +164,8 @@ class HeldSlot(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 class Head(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One correlation key of one saga. `run` is the newest run, 0 before the first one. `awaits_start`: a message
-    that will open the first run has been accepted, and is not applied yet."""
+    that will open the first run has been accepted, and is not applied yet. A head whose newest run was removed is a
+    tombstone: `ended_as` is how that run ended, and `tombstone_until` how long the key remembers it."""
 
     saga_id: str
     key: str
@@ -174,6 +175,7 @@ class Head(msgspec.Struct, frozen=True, array_like=True, gc=False):
     created_at: datetime
     awaits_start: bool = False
     tombstone_until: datetime | None = None
+    ended_as: SagaInstanceStatus | None = None
 
 
 class AppliedStep(msgspec.Struct, frozen=True, array_like=True, gc=False):

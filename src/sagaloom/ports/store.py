@@ -64,6 +64,7 @@ __all__ = [
     "RowRef",
     "SagaStore",
     "SlotClaim",
+    "Swept",
     "UnitOfWork",
 ]
 
@@ -216,6 +217,13 @@ class RegisteredDefinition(msgspec.Struct, frozen=True):
     fingerprint: str
     document: Mapping[str, object]
     registered_at: datetime
+
+
+class Swept(NamedTuple):
+    """How many rows were removed, and where the walk goes on: None when it has come to its end."""
+
+    removed: int
+    cursor: str | None
 
 
 @runtime_checkable
@@ -417,6 +425,24 @@ class SagaStore(Protocol):
         """Forgets the oldest commits of the feed whose events are all numbered below `before`, at most `limit` of them
         in one commit, and returns how many that were. The newest one stays, so that its number is known. Needs no
         lease."""
+        ...
+
+    async def remove_runs(self, runs: Sequence[Instance], *, tombstone_until: datetime, lease: Lease) -> int:
+        """Removes finished runs with their histories and the rows of their children, in one commit, and returns how
+        many that were. Left out are those that are not stored exactly as given, are not finished, have live children,
+        or lie in partitions that are not held. Where the newest run of a key goes, its head stays as a tombstone until
+        `tombstone_until`. Dead letters, effects that have yet to leave, and marks stay."""
+        ...
+
+    async def remove_tombstones(self, *, due_by: datetime, limit: int, lease: Lease) -> list[tuple[str, str]]:
+        """Removes the heads whose time as tombstones is over by `due_by`, of partitions held, at most `limit` in one
+        commit, and returns the saga ids and keys that it has dealt with; fewer than `limit` were all. A key that has
+        opened another run since, or has older runs left, keeps its head. A removed key has never been seen."""
+        ...
+
+    async def prune_marks(self, *, before: datetime, after: str | None = None, limit: int = 1_000) -> Swept:
+        """Looks at `limit` marks behind the cursor `after` and forgets those of messages accepted before `before`, in
+        one commit. From the beginning to the end, a walk looks at all of them. Needs no lease."""
         ...
 
     async def put_standing(self, standing: SagaStanding) -> None:

@@ -15,6 +15,7 @@ from sagaloom.ports.store import InstanceFilter
 from sagaloom.runtime.feed import FeedHub, FeedWatch
 from sagaloom.runtime.part import Part
 from sagaloom.runtime.receipts import QueryResult
+from sagaloom.runtime.retention import removed_instance
 from sagaloom.runtime.scheduler import Scheduler, ScheduleStatus
 from sagaloom.runtime.timers import WaitingTimer, waiting_timers
 
@@ -53,6 +54,11 @@ class Onlookers(Part):
             )
         return loaded.instance
 
+    async def why_no_instance(self, saga_id: str, key: str, run: int | None = None) -> InstanceNotFound:
+        """The error about a run that `get_instance` did not find: it was never there, or has been removed."""
+        (loaded,) = await self.store.load([(saga_id, key)])
+        return removed_instance(loaded.head, run) or no_instance(saga_id, key, run)
+
     async def list_instances(
         self, wanted: InstanceFilter, *, limit: int = 50, offset: int = 0, cursor: str | None = None
     ) -> tuple[list[Instance], str | None]:
@@ -65,7 +71,7 @@ class Onlookers(Part):
         """What happened to a run, oldest first; raises `InstanceNotFound`."""
         instance = await self.get_instance(saga_id, key, run=run)
         if instance is None:
-            raise no_instance(saga_id, key, run)
+            raise await self.why_no_instance(saga_id, key, run)
         if instance.run == 0:
             return []
         return await self.store.history(instance, after_entry=after_entry, limit=limit)
@@ -84,14 +90,14 @@ class Onlookers(Part):
         and the position of the last one of the page before. Raises `InstanceNotFound`."""
         instance = await self.get_instance(saga_id, key, run=run)
         if instance is None:
-            raise no_instance(saga_id, key, run)
+            raise await self.why_no_instance(saga_id, key, run)
         return await self.store.children(instance.pk, instance.run, status=status, after=after, limit=limit)
 
     async def count_children(self, saga_id: str, key: str, *, run: int | None = None) -> Mapping[ChildStatus, int]:
         """How many children of each status a run has. Raises `InstanceNotFound`."""
         instance = await self.get_instance(saga_id, key, run=run)
         if instance is None:
-            raise no_instance(saga_id, key, run)
+            raise await self.why_no_instance(saga_id, key, run)
         return await self.store.count_children(instance.pk, instance.run)
 
     async def dead_letters(

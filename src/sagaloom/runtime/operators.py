@@ -115,7 +115,7 @@ class Operators(Onlookers):
         )
         instance = await self.get_instance(saga_id, key, run=run)
         if instance is None:
-            raise no_instance(saga_id, key, run)
+            raise await self.why_no_instance(saga_id, key, run)
         if instance.run == 0:
             raise MessageRejected(
                 f"{saga_id}:{key} has not begun: its first message waits for its next attempt, so there is no run to "

@@ -21,12 +21,13 @@ class RuntimeOptions:
     for at most `dispatch_timeout_seconds`. `effect_retry` is for effects that bring no policy of their own. More than
     `backlog_max` messages waiting in memory refuse further ones (`SAGA_OVERLOADED`, retryable).
 
-    The feed keeps `feed_retention_events` events, and none for longer than `feed_retention_hours`.
+    The feed keeps `feed_retention_events` events, and none for longer than `feed_retention_hours`. A message that comes
+    again within `idempotency_days` is a duplicate; later it is taken for a new one.
     `works=False` takes messages in and leaves them to other processes on the same store. A process that neither dies
     nor runs (stopped, or starved) loses what it holds to others after `lease_seconds`; one that dies, at once.
 
     `on_step` is called with the name of every step of the walk a process can be cut at:
-    `accepted claimed decided committed compensated dispatched settled timer_due`; tests stop the process there.
+    `accepted claimed decided committed compensated dispatched settled timer_due pruned`; tests stop the process there.
     """
 
     batch_max: int = 256
@@ -40,6 +41,7 @@ class RuntimeOptions:
     wait_seconds_max: float = 30.0
     feed_retention_hours: float = 24.0
     feed_retention_events: int = 1_000_000
+    idempotency_days: float = 7.0
     limits: Limits = field(default_factory=Limits)
     effect_retry: RetryPolicy = field(default_factory=lambda: RetryPolicy(maximum_attempts=10))
     on_step: Callable[[str], None] = no_step

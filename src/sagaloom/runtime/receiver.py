@@ -36,7 +36,7 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import partial
 from itertools import islice
@@ -190,6 +190,9 @@ class Receiver:
         """What was taken for this turn and is left for the next, in order."""
         self._wake: asyncio.Future[None] | None = None
         self._is_turning = False
+        self.turning = asyncio.Lock()
+        """Is held during a turn. Whoever else holds it may change what is stored under our lease, and then has us
+        `forget` it."""
         self._failures = 0
         self.problem: SagasError | None = None
         """Why nothing can be committed right now."""
@@ -212,6 +215,15 @@ class Receiver:
         """Queues a unit for the next commit."""
         self._work.append(work)
         self._rouse()
+
+    def forget(self, keys: Iterable[InstanceKey]) -> None:
+        """What is stored of these keys has changed, while `turning` was held."""
+        for key in keys:
+            self._hot.drop(key)
+
+    def forget_marks(self, before: datetime) -> None:
+        """The store has forgotten the marks of messages that were accepted before `before`."""
+        self._marks = {where: mark for where, mark in self._marks.items() if mark.at >= before}
 
     def hot(self, key: InstanceKey) -> Hot | None:
         return self._hot.get(key)
@@ -262,7 +274,8 @@ class Receiver:
                 self._wake = None
             self._is_turning = True
             try:
-                await self._turn()
+                async with self.turning:
+                    await self._turn()
             finally:
                 self._is_turning = False
             # Publishers that were just answered get to offer their next message before the next batch is taken. And of
@@ -493,7 +506,9 @@ class Receiver:
         waits = decision.disposition == "pending"
         if instance is not None and instance.run > head.run:
             before = None
-            head = msgspec.structs.replace(head, run=instance.run, awaits_start=False)
+            head = msgspec.structs.replace(
+                head, run=instance.run, awaits_start=False, tombstone_until=None, ended_as=None
+            )
         elif head.run == 0 and head.awaits_start != waits:
             head = msgspec.structs.replace(head, awaits_start=waits)
         cascaded: list[Envelope] = list(decision.follow_ups)

@@ -45,6 +45,7 @@ from sagaloom.runtime.options import RuntimeOptions
 from sagaloom.runtime.pruner import Pruner
 from sagaloom.runtime.receiver import Receiver
 from sagaloom.runtime.repairs import Repairs
+from sagaloom.runtime.retention import Retention
 from sagaloom.runtime.scheduler import Scheduler
 from sagaloom.runtime.senders import Senders
 from sagaloom.runtime.signals import Signals
@@ -141,6 +142,9 @@ class SagaRuntime(Senders, Operators):
         )
         self._feed = FeedHub(store, self.clock)
         self._pruner = Pruner(store, self.clock, self.options)
+        self._retention = Retention(
+            store, self.clock, self.options, self._receiver, definitions=lambda: self.definitions
+        )
         self._foyer = Foyer(store, parts=lambda: self._receiver.share.parts, offer=self._receiver.offer)
         self._lifeline = Lifeline(store, self._receiver, on_nudge=self._foyer.wake)
         self._repairs = Repairs(
@@ -229,6 +233,7 @@ class SagaRuntime(Senders, Operators):
         self._spawn("timekeeper", self._timekeeper.run())
         self._spawn("scheduler", self._scheduler.run())
         self._spawn("pruner", self._pruner.run())
+        self._spawn("retention", self._retention.run())
         self._spawn("dispatcher-watch", self._dispatcher.watch())
         for number in range(self.options.dispatch_concurrency):
             self._spawn(f"dispatcher-{number}", self._dispatcher.run())
@@ -258,7 +263,13 @@ class SagaRuntime(Senders, Operators):
 
     async def settled(self, timeout: float = 10.0) -> None:
         """Returns when nothing is left that could be done now; raises `TimeoutError` after `timeout` seconds."""
-        await self._wait_until(lambda: self._is_drained() and self._pruner.is_idle, timeout)
+        prune = (self._pruner, self._retention)
+        await self._wait_until(lambda: self._is_drained() and all(role.is_idle for role in prune), timeout)
+
+    @property
+    def overdue(self) -> Mapping[str, int]:
+        """How many live runs of a saga are older than its `active_days`, as of the last hour; 10,000 are the most."""
+        return self._retention.overdue
 
     def health(self) -> RuntimeHealth:
         """What works right now; looks only at memory, so that it can be asked often."""
@@ -385,6 +396,7 @@ class SagaRuntime(Senders, Operators):
         self._timekeeper.close()
         self._scheduler.close()
         self._pruner.close()
+        self._retention.close()
         self._feed.close(state)
         self._repairs.close()
         self._dispatcher.close()

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import msgspec
 
-from sagaloom.codec import encode_any
 from sagaloom.definitions import SagaDefinition, SignalDefinition
 from sagaloom.engine.correlation import address
 from sagaloom.engine.schedules import tick_message
@@ -24,6 +23,7 @@ from sagaloom.ports.store import JoinsTransactions
 from sagaloom.runtime.deliveries import Delivery
 from sagaloom.runtime.outcomes import outcome_of_left
 from sagaloom.runtime.part import Part
+from sagaloom.runtime.payloads import payload_json
 from sagaloom.runtime.receipts import Outcome, PublishReceipt, PublishRejected, SignalReceipt, UpdateReceipt
 from sagaloom.runtime.replies import reply_envelope, reply_unwanted
 from sagaloom.telemetry import carried_trace
@@ -339,22 +339,8 @@ class Senders(Part):
                 outcomes[number] = delivery.settled.result()
 
     def _payload(self, message: SagaMessage[Any]) -> bytes:
-        payload = message.payload
-        if isinstance(payload, msgspec.Raw):
-            encoded = bytes(payload)
-        else:
-            try:
-                encoded = encode_any(payload)
-            except SagasError as error:
-                raise MessageRejected(f"message {message.type!r}: its payload is not JSON: {error.message}") from error
         limit = self.options.limits.payload_bytes_max
-        if len(encoded) > limit:
-            raise MessageRejected(
-                f"message {message.type!r}: its payload has {len(encoded)} bytes, at most {limit} are allowed; store "
-                "large things elsewhere and send a reference",
-                code="PAYLOAD_TOO_LARGE",
-            )
-        return encoded
+        return payload_json(message.payload, bytes_max=limit, what=f"message {message.type!r}")
 
     async def _unknown_saga(self, saga_id: str) -> SagasError:
         if any(each.saga_id == saga_id for each in await self.store.definitions()):

@@ -21,7 +21,6 @@ from typing import Any, Final
 import msgspec
 
 from sagaloom.clock import Clock
-from sagaloom.codec import encode_any
 from sagaloom.definitions import QueryDefinition, SagaDefinition, SignalDefinition
 from sagaloom.engine.correlation import DefinitionSet
 from sagaloom.engine.lifecycle import is_terminal
@@ -34,7 +33,6 @@ from sagaloom.errors import (
     InstanceNotFound,
     MessageRejected,
     SagaNotFound,
-    SagasError,
     UpdateFailed,
     UpdateRefused,
 )
@@ -43,9 +41,11 @@ from sagaloom.ports.store import Loaded, SagaStore
 from sagaloom.runtime.deliveries import Delivery
 from sagaloom.runtime.feed import FeedWatch
 from sagaloom.runtime.options import RuntimeOptions
+from sagaloom.runtime.payloads import payload_json
 from sagaloom.runtime.receipts import Outcome, QueryResult, SignalReceipt, UpdateReceipt
 from sagaloom.runtime.receiver import Receiver
 from sagaloom.runtime.repairs import in_time
+from sagaloom.runtime.retention import removed_instance
 from sagaloom.telemetry import current_trace
 
 __all__ = ["Signals"]
@@ -181,7 +181,7 @@ class Signals:
                     code="SAGA_INSTANCE_PENDING",
                     retryable=True,
                 )
-            raise _no_instance(saga_id, key, run)
+            raise removed_instance(loaded.head, run) or _no_instance(saga_id, key, run)
         name = _name(query)
         value, encoded = answer_query(definition, instance, name)
         result = QueryResult(
@@ -225,7 +225,9 @@ class Signals:
             kind,
             _name(signal),
             key=check_key(key),
-            payload_json=self._payload(kind, _name(signal), payload),
+            payload_json=payload_json(
+                payload, bytes_max=self._options.limits.payload_bytes_max, what=f"{kind} {_name(signal)!r}"
+            ),
             message_id=new_message_id(now) if id is None else check_key(id, what=f"{kind} id"),
             accepted_at=now,
             run=run,
@@ -234,9 +236,9 @@ class Signals:
             envelope = msgspec.structs.replace(envelope, traceparent=trace.traceparent, tracestate=trace.tracestate)
         loaded = await self._load(saga_id, key)
         if loaded.head is None or (run is not None and run > loaded.head.run):
-            raise _no_instance(saga_id, key, run)
+            raise removed_instance(loaded.head, run) or _no_instance(saga_id, key, run)
         if loaded.instance is None and not loaded.head.awaits_start:
-            raise _no_instance(saga_id, key, run)
+            raise removed_instance(loaded.head, run) or _no_instance(saga_id, key, run)
         loop = asyncio.get_running_loop()
         delivery = Delivery(envelope, (saga_id, key), answered=loop.create_future(), settled=loop.create_future())
         self._receiver.offer(delivery)
@@ -249,23 +251,6 @@ class Signals:
             known = ", ".join(sorted(definitions.by_id)[:20])
             raise SagaNotFound(f"no saga {saga_id!r:.80} is loaded here: loaded are {known or 'none'}")
         return definition
-
-    def _payload(self, kind: SignalKind, name: str, payload: object) -> bytes:
-        if isinstance(payload, msgspec.Raw):
-            encoded = bytes(payload)
-        else:
-            try:
-                encoded = encode_any(payload)
-            except SagasError as error:
-                raise MessageRejected(f"{kind} {name!r}: its payload is not JSON: {error.message}") from error
-        limit = self._options.limits.payload_bytes_max
-        if len(encoded) > limit:
-            raise MessageRejected(
-                f"{kind} {name!r}: its payload has {len(encoded)} bytes, at most {limit} are allowed; store large "
-                "things elsewhere and send a reference",
-                code="PAYLOAD_TOO_LARGE",
-            )
-        return encoded
 
     async def _load(self, saga_id: str, key: str) -> Loaded:
         (loaded,) = await self._store.load([(saga_id, key)])

@@ -88,6 +88,12 @@ def _families(runtime: SagaRuntime) -> list[_Family]:
             [({}, health.stalled_lanes)],
         ),
         _Family(
+            "sagaloom_overdue_instances",
+            "gauge",
+            "Live instances older than their saga's active days, in the whole store, as of the last hour.",
+            [({"saga": saga}, count) for saga, count in sorted(runtime.overdue.items())],
+        ),
+        _Family(
             "sagaloom_messages_accepted_total",
             "counter",
             "Messages that were new and became durable.",

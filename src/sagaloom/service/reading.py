@@ -32,7 +32,17 @@ from sagaloom.service.addressing import (
 )
 from sagaloom.web.bodies import invalid
 from sagaloom.web.health import HealthRoutes
-from sagaloom.web.routes import Limit, RouteTable, Text, WebQuery, drop_blank, drop_blanks, json_response, wire_time
+from sagaloom.web.routes import (
+    Limit,
+    RouteTable,
+    Text,
+    Texts,
+    WebQuery,
+    drop_blank,
+    drop_blanks,
+    json_response,
+    wire_time,
+)
 
 if TYPE_CHECKING:
     from sagaloom.engine.records import Instance
@@ -66,7 +76,6 @@ def _no_number(value: object) -> object:
 
 
 _Offset = Annotated[int, Field(ge=0, le=_OFFSET_MAX, description="For small steps; follow `cursor` for long ones.")]
-_Texts = Annotated[list[str], BeforeValidator(drop_blanks)]
 _Statuses = Annotated[list[SagaInstanceStatus], BeforeValidator(drop_blanks)]
 _Time = Annotated[Annotated[AwareDatetime, AfterValidator(_in_utc)] | None, BeforeValidator(_no_number)]
 _DeadLetterId = Annotated[str, Path(alias="id", max_length=200)]
@@ -77,15 +86,15 @@ class SagasQuery(WebQuery):
     offset: _Offset = 0
     topic: Text = None
     enabled: bool | None = None
-    tags: _Texts = Field(default_factory=list)
+    tags: Texts = Field(default_factory=list)
 
 
 class InstancesQuery(WebQuery):
     limit: Limit = 50
     offset: _Offset = 0
     cursor: Annotated[Text, Field(description="The `cursor` of the page before; `offset` counts from there.")] = None
-    saga_name: _Texts = Field(default_factory=list, description="May be repeated, as may `sagaId` and `status`.")
-    saga_id: _Texts = Field(default_factory=list, description="Another spelling of `sagaName`.")
+    saga_name: Texts = Field(default_factory=list, description="May be repeated, as may `sagaId` and `status`.")
+    saga_id: Texts = Field(default_factory=list, description="Another spelling of `sagaName`.")
     status: _Statuses = Field(default_factory=list[SagaInstanceStatus])
     topic: Text = None
     q: Annotated[str, Field(description="What the correlation key begins with.")] = ""
@@ -240,7 +249,8 @@ def _add_one_instance(table: RouteTable, runtime: SagaRuntime) -> None:
     async def find(address: InstanceAddress, run: int | None) -> Instance:
         instance = await runtime.get_instance(address.saga_id, address.key, run=run)
         if instance is None:
-            raise no_instance(address, run)
+            gone = await runtime.why_no_instance(address.saga_id, address.key, run)
+            raise gone if gone.data.get("removed") else no_instance(address, run)
         return instance
 
     @table.add(

@@ -14,6 +14,7 @@ The rows (the first part of a key names its table; times are microseconds since 
     slot            saga id, concurrency key, no.   HeldSlot: which message holds it
     child           parent's pk, run, status, place     Child; moved when it ends
     standing        saga id                             SagaStanding
+    tombstone       until, saga id, hash                the key whose head is one
     dead_letter     id                                  DeadLetter; found by saga and by key through dead_letter_index
     feed            number of its first event           the FeedRecords of one commit, unit by unit
     member, lease, arrivals                             who may write what: see `sagaloom.stores.tenure`
@@ -45,6 +46,7 @@ What is believed without asking, and why that is sound:
 - Messages that others bring add heads, marks and inbox rows, which the commit checks or does not believe in.
 - No row can carry a surrogate number (pk) that this object reserved and has not used: there is nothing to check.
 - A conflict found by memory alone is never reported: the rows are read, and the unit looked at once more.
+- Runs and tombstones are removed by this object alone, too, and between two commits: see `sagaloom.stores.removing`.
 
 What we dislike about it: a state is written whole at each transition, and a listing over many sagas merges as many
 scans as there are sagas times statuses.
@@ -54,7 +56,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from datetime import datetime
 from itertools import pairwise
 from typing import Final, TypeVar
@@ -89,6 +91,7 @@ from sagaloom.ports.store import (
     OutboxRow,
     RegisteredDefinition,
     RowRef,
+    Swept,
     UnitOfWork,
 )
 from sagaloom.stores.listing import Listing
@@ -103,6 +106,7 @@ from sagaloom.stores.planning import (
     pk_of,
     refused,
 )
+from sagaloom.stores.removing import Remover, mark_cursor, mark_place
 from sagaloom.stores.rows import (
     CHILD_STATUSES,
     children_key,
@@ -182,6 +186,9 @@ class KvSagaStore:
         self._version_seen: int | None = None
         self._beliefs = Beliefs(kv)
         self._listing = Listing(kv)
+        self._remover = Remover(
+            kv, self._beliefs, self._tenure, commit=self._commit_removal, keeps_indexes=self._keeps_indexes
+        )
 
     @property
     def id(self) -> str:
@@ -493,6 +500,46 @@ class KvSagaStore:
             raise
         self._problem = None
         return done
+
+    # -- removing -------------------------------------------------------------------------------------------------
+
+    async def remove_runs(self, runs: Sequence[Instance], *, tombstone_until: datetime, lease: Lease) -> int:
+        return await self._removed(lease, lambda: self._remover.remove_runs(runs, tombstone_until, lease))
+
+    async def remove_tombstones(self, *, due_by: datetime, limit: int, lease: Lease) -> list[tuple[str, str]]:
+        return await self._removed(lease, lambda: self._remover.remove_tombstones(due_by, limit, lease))
+
+    async def _removed(self, lease: Lease, remove: Callable[[], Awaitable[_R]]) -> _R:
+        await self.open()
+        async with self._writing:
+            try:
+                if lease != self._tenure.lease:
+                    self._beliefs.forget()
+                    await self._tenure.look(lease)
+                return await remove()
+            except BaseException:
+                self._beliefs.forget()
+                raise
+
+    async def _commit_removal(
+        self, checks: Sequence[Check], puts: Sequence[tuple[Key, bytes]], deletes: Sequence[Key]
+    ) -> Committed | Conflicted:
+        return await self._commit_kv(checks=checks, puts=puts, deletes=deletes)
+
+    async def prune_marks(self, *, before: datetime, after: str | None = None, limit: int = 1_000) -> Swept:
+        await self.open()
+        rows = await self._kv.scan(("dedupe",), after=None if after is None else mark_place(after), limit=limit)
+        old = [row for row in rows if decoded(self._kv, row, decode_mark).at < before]
+        if old and not await self._forget_marks(old):
+            return Swept(
+                0, mark_cursor(rows[-1].key)
+            )  # One of them was freed and given anew: the next walk looks again.
+        return Swept(len(old), mark_cursor(rows[-1].key) if len(rows) == limit else None)
+
+    async def _forget_marks(self, rows: Sequence[Entry]) -> bool:
+        """Deletes rows of marks that are still what they were when they were read."""
+        checks = [Check(row.key, row.versionstamp) for row in rows]
+        return isinstance(await self._commit_kv(checks=checks, deletes=[row.key for row in rows]), Committed)
 
     # -- what the runtime reads -----------------------------------------------------------------------------------
 

@@ -233,8 +233,8 @@ class Plan:
         self.writes: dict[Key, bytes | None] = {}
         """The last word on each key; None deletes."""
         self.inserts: list[tuple[Key, bytes]] = []
-        """Rows that must be new: first states of runs, history, marks, and those whose number the commit gives. Only a
-        mark is ever deleted by the commit that inserts it."""
+        """Rows that must be new: first states of runs, history, marks, slots, and those whose number the commit gives.
+        Only a mark or a slot is ever deleted by the commit that would insert it."""
         self.runs: dict[_RunKey, _RunFacts] = {}
         self.heads: dict[Key, Head] = {}
         self.marks: dict[Key, bool] = {}
@@ -375,6 +375,10 @@ class Plan:
         # From here on nothing is refused.
         if unit.slot is not None:
             self.slots[unit.slot.saga_id, unit.slot.key] = held
+            if unit.slot.use == "free":
+                # The deletes come before the inserts: a slot that this batch has taken would stay.
+                freed = {key for key, value in rows if key[0] == "slot" and value is None}
+                self.inserts = [insert for insert in self.inserts if insert[0] not in freed]
         self.writes.update(rows)
         if unmarked_row:
             self._unmark(unmarked_row)
@@ -498,7 +502,7 @@ class Plan:
             return Conflict("limit", f"the slots of {claim.key!r:.80} have not been read")  # Which makes us read them.
         held = dict(known)
         if claim.use == "free":
-            number = next((number for number, holder in held.items() if holder == owner), None)
+            number = min((number for number, holder in held.items() if holder == owner), default=None)
             if number is not None:
                 rows.append((("slot", *where, number), None))
                 del held[number]

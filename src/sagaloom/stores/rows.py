@@ -109,6 +109,12 @@ def child_key(child: Child, status: ChildStatus) -> Key:
     return *children_key(child.pk, child.parent_run, status), child.revision, child.position
 
 
+def tombstone_key(head: Head) -> Key:
+    """The row that finds a tombstone when its time is over."""
+    assert head.tombstone_until is not None
+    return "tombstone", micros(head.tombstone_until), head.saga_id, placed(head.saga_id, head.key)[0]
+
+
 def pending_key(head: Head) -> Key:
     return "instance_index", head.saga_id, "pending", micros(head.created_at), head.pk, 0
 

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from sagaloom.definitions import SAGA_DURABILITY_TIERS, SAGA_INSTANCE_STATUSES, SagaDurabilityTier
 from sagaloom.engine.records import DeadLetter, Envelope, FeedEvent, Instance, Mark, Timer
-from sagaloom.ports.keyvalue import Entry, Key, KeyValue
+from sagaloom.ports.keyvalue import Check, Committed, Conflicted, Entry, Key, KeyValue
 from sagaloom.ports.store import (
     CommitResult,
     Holding,
@@ -121,6 +121,12 @@ class SqlRows(KeyValue, Protocol):
     async def feed_bounds(self) -> tuple[int, int]: ...
 
     async def prune_feed(self, *, before: int, limit: int) -> int: ...
+
+    async def commit_removal(
+        self, checks: Sequence[Check], puts: Sequence[tuple[Key, bytes]], deletes: Sequence[Key]
+    ) -> Committed | Conflicted: ...
+
+    async def forget_marks(self, rows: Sequence[Entry]) -> None: ...
 
     async def leave(self, connection: object, messages: Sequence[tuple[int, bytes]]) -> None: ...
 
@@ -359,6 +365,15 @@ class SqlSagaStore(KvSagaStore):
     async def prune_feed(self, *, before: int, limit: int) -> int:
         await self.open()
         return await self._rows.prune_feed(before=before, limit=limit)
+
+    async def _commit_removal(
+        self, checks: Sequence[Check], puts: Sequence[tuple[Key, bytes]], deletes: Sequence[Key]
+    ) -> Committed | Conflicted:
+        return await self._rows.commit_removal(checks, puts, deletes)
+
+    async def _forget_marks(self, rows: Sequence[Entry]) -> bool:
+        await self._rows.forget_marks(rows)
+        return True
 
     async def _sagas_of(self, wanted: InstanceFilter) -> list[str]:
         if wanted.saga_ids:

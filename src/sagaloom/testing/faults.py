@@ -32,6 +32,7 @@ __all__ = ["ENV_FAULT", "KV_STEPS", "STEPS", "WALK_STEPS", "Cut", "Faults"]
 ENV_FAULT: Final = "SAGALOOM_FAULT"
 WALK_STEPS: Final = (
     "accepted", "claimed", "decided", "committed", "compensated", "dispatched", "settled", "timer_due",
+    "pruned",
 )  # fmt: skip
 """What `RuntimeOptions.on_step` reports."""
 KV_STEPS: Final = ("kv:checked", "kv:half_written", "kv:written", "kv:committed")

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 import msgspec
 
 from sagaloom.definitions import SagaDurabilityTier
+from sagaloom.engine.lifecycle import is_terminal
 from sagaloom.engine.records import (
     Child,
     ChildStatus,
@@ -44,6 +45,7 @@ from sagaloom.ports.store import (
     RegisteredDefinition,
     RowRef,
     SlotClaim,
+    Swept,
     UnitOfWork,
 )
 
@@ -241,9 +243,10 @@ class MemoryStore:
             slot = HeldSlot(claim.saga_id, claim.key, number, *owner, claim.at)
             self.slots_by_place[claim.saga_id, claim.key, number] = slot
         elif claim.use == "free":
-            for number, slot in held.items():
+            for number, slot in sorted(held.items()):
                 if (slot.correlation_key, slot.message_id) == owner:
                     del self.slots_by_place[claim.saga_id, claim.key, number]
+                    break
 
     def _write(self, unit: UnitOfWork) -> None:
         if unit.slot is not None:
@@ -422,6 +425,59 @@ class MemoryStore:
         ends = [number for number in self._feed_commits if self.feed_start < number <= before][:limit]
         self.feed_start = max(ends, default=self.feed_start)
         return len(ends)
+
+    async def remove_runs(self, runs: Sequence[Instance], *, tombstone_until: datetime, lease: Lease) -> int:
+        self._refuse_if_closed()
+        if lease != self.lease:
+            raise Fenced(f"the lease of {lease.holder!r} (epoch {lease.epoch}) is over, now: {self.lease}")
+        removed = 0
+        for run in runs:
+            place = (run.pk, run.run)
+            children = {at: child for at, child in self.children_by_place.items() if at[:2] == place}
+            if (
+                self.instances_by_run.get(place) != run
+                or not is_terminal(run.status)
+                or (run.children and any(child.status == "live" for child in children.values()))
+            ):
+                continue
+            del self.instances_by_run[place]
+            self.entries.pop(place, None)
+            for at in children if run.children else ():
+                del self.children_by_place[at]
+            head = self.heads[run.saga_id, run.key]
+            if head.run == run.run:
+                tombstone = msgspec.structs.replace(head, tombstone_until=tombstone_until, ended_as=run.status)
+                self.heads[run.saga_id, run.key] = tombstone
+            removed += 1
+        return removed
+
+    async def remove_tombstones(self, *, due_by: datetime, limit: int, lease: Lease) -> list[tuple[str, str]]:
+        self._refuse_if_closed()
+        if lease != self.lease:
+            raise Fenced(f"the lease of {lease.holder!r} (epoch {lease.epoch}) is over, now: {self.lease}")
+        with_runs = {pk for pk, _ in self.instances_by_run}
+        over = [
+            (head.saga_id, head.key)
+            for until, _, _, head in sorted(
+                (head.tombstone_until, head.saga_id, key_hash(head.saga_id, head.key), head)
+                for head in self.heads.values()
+                if head.tombstone_until is not None
+            )
+            if until <= due_by and head.pk not in with_runs
+        ]
+        for key in over[:limit]:
+            del self.heads[key]
+        return over[:limit]
+
+    async def prune_marks(self, *, before: datetime, after: str | None = None, limit: int = 1_000) -> Swept:
+        self._refuse_if_closed()
+        places = sorted(place for place in self.marks_by_key if after is None or f"{place[0]:020}.{place[1]}" > after)
+        looked_at = places[:limit]
+        old = [place for place in looked_at if self.marks_by_key[place].at < before]
+        for place in old:
+            del self.marks_by_key[place]
+        has_more = len(places) > len(looked_at)
+        return Swept(len(old), f"{looked_at[-1][0]:020}.{looked_at[-1][1]}" if has_more and looked_at else None)
 
     def others_version(self) -> int | None:
         return 0  # Nobody else can reach it.

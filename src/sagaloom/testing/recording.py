@@ -35,6 +35,7 @@ from sagaloom.ports.store import (
     RegisteredDefinition,
     RowRef,
     SagaStore,
+    Swept,
     UnitOfWork,
 )
 from sagaloom.testing.memory_store import MemoryStore
@@ -253,6 +254,18 @@ class RecordingStore:
     async def prune_feed(self, *, before: int, limit: int) -> int:
         work = self.inner.prune_feed(before=before, limit=limit)
         return await self._recorded("prune_feed", work, before=before, limit=limit)
+
+    async def remove_runs(self, runs: Sequence[Instance], *, tombstone_until: datetime, lease: Lease) -> int:
+        work = self.inner.remove_runs(runs, tombstone_until=tombstone_until, lease=lease)
+        return await self._recorded("remove_runs", work, runs=runs, tombstone_until=tombstone_until, lease=lease)
+
+    async def remove_tombstones(self, *, due_by: datetime, limit: int, lease: Lease) -> list[tuple[str, str]]:
+        work = self.inner.remove_tombstones(due_by=due_by, limit=limit, lease=lease)
+        return await self._recorded("remove_tombstones", work, due_by=due_by, limit=limit, lease=lease)
+
+    async def prune_marks(self, *, before: datetime, after: str | None = None, limit: int = 1_000) -> Swept:
+        work = self.inner.prune_marks(before=before, after=after, limit=limit)
+        return await self._recorded("prune_marks", work, before=before, after=after, limit=limit)
 
     def others_version(self) -> int | None:
         return self.inner.others_version() if isinstance(self.inner, SeesOthers) else None

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Protocol
 import msgspec
 from fastapi import Header, Query, Response
 from msgspec import UNSET, Meta, UnsetType
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from sagaloom.definitions import SagaInstanceStatus
 from sagaloom.engine.records import FeedEvent
@@ -38,8 +38,8 @@ from sagaloom.ids import instance_id
 from sagaloom.runtime.feed import FEED_EVENT_TYPES, FeedPage, FeedReset, FeedWatch, cursor_of
 from sagaloom.web.bodies import invalid, one_of_two
 from sagaloom.web.limits import StreamLimit
-from sagaloom.web.routes import RouteTable, Text, WebQuery, drop_blanks, wire_time
-from sagaloom.web.sse import ChunkSource, EventStreams, event_frame
+from sagaloom.web.routes import RouteTable, Text, Texts, WebQuery, wire_time
+from sagaloom.web.sse import After, ChunkSource, EventStreams, EventTypes, event_frame
 
 if TYPE_CHECKING:
     from sagaloom.runtime import SagaRuntime
@@ -96,29 +96,14 @@ def _view_of(event: FeedEvent) -> FeedEventView:
     )
 
 
-def _by_comma(values: list[str]) -> list[str]:
-    return [one for value in drop_blanks(values) for one in value.split(",") if one]
-
-
-_Texts = Annotated[list[str], BeforeValidator(drop_blanks)]
-
-
 class SubscribeQuery(WebQuery):
-    after: Annotated[
-        Text,
-        Field(
-            description="Go on behind this id; 0 is the oldest event that is kept. `Last-Event-ID` says the same, and "
-            "wins. Without either the stream begins now."
-        ),
-    ] = None
-    saga_name: _Texts = Field(default_factory=list, description="May be repeated, as may `sagaId` and `type`.")
-    saga_id: _Texts = Field(default_factory=list, description="Another spelling of `sagaName`.")
+    after: After = None
+    saga_name: Texts = Field(default_factory=list, description="May be repeated, as may `sagaId` and `type`.")
+    saga_id: Texts = Field(default_factory=list, description="Another spelling of `sagaName`.")
     correlation_id: Text = None
     correlation_key: Annotated[Text, Field(description="Another spelling of `correlationId`.")] = None
     topic: Text = None
-    type: Annotated[list[str], BeforeValidator(_by_comma)] = Field(
-        default_factory=list, description="Types of events, also parted by commas. Heartbeats and resets always come."
-    )
+    type: EventTypes = Field(default_factory=list)
     streaming: Annotated[bool | None, Field(description="Taken for compatibility; this route always streams.")] = None
 
 

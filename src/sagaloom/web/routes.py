@@ -17,6 +17,7 @@ __all__ = [
     "Route",
     "RouteTable",
     "Text",
+    "Texts",
     "WebQuery",
     "drop_blank",
     "drop_blanks",
@@ -131,6 +132,7 @@ def drop_blanks(values: list[str]) -> list[str]:
 
 Limit = Annotated[int, Field(ge=1, le=1000)]
 Text = Annotated[str | None, BeforeValidator(drop_blank)]
+Texts = Annotated[list[str], BeforeValidator(drop_blanks)]
 
 
 class WebQuery(BaseModel):

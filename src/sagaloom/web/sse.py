@@ -19,14 +19,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any, Final, Protocol
+from typing import Annotated, Any, Final, Protocol
 
+from pydantic import BeforeValidator, Field
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from sagaloom.web.limits import StreamLimit
+from sagaloom.web.routes import Text, drop_blanks
 
-__all__ = ["HEAD_MARK", "ChunkSource", "EventStreams", "event_frame"]
+__all__ = ["HEAD_MARK", "After", "ChunkSource", "EventStreams", "EventTypes", "event_frame"]
 
 _log = logging.getLogger("sagaloom.streams")
 
@@ -38,6 +40,24 @@ _HEADERS: Final = {
     "cache-control": "no-cache, no-store",
     "x-accel-buffering": "no",  # A proxy that gathers events before it passes them on makes them late.
 }
+
+
+def _by_comma(values: list[str]) -> list[str]:
+    return [one for value in drop_blanks(values) for one in value.split(",") if one]
+
+
+After = Annotated[
+    Text,
+    Field(
+        description="Go on behind this id; 0 is the oldest event that is kept. `Last-Event-ID` says the same, and "
+        "wins. Without either the stream begins now."
+    ),
+]
+EventTypes = Annotated[
+    list[str],
+    BeforeValidator(_by_comma),
+    Field(description="Types of events, also parted by commas. Heartbeats and resets always come."),
+]
 
 
 def event_frame(event: str, data: bytes, *, id: str | None = None, retry_ms: int | None = None) -> bytes:

@@ -33,7 +33,7 @@ from sagaloom.web.gate import Gate
 from sagaloom.web.health import HealthRoutes, LiveView, ReadyView
 from sagaloom.web.limits import RateLimit, StreamLimit
 from sagaloom.web.openapi import ShapeBook, make_document
-from sagaloom.web.routes import Limit, Route, RouteTable, Text, WebQuery, drop_blanks, json_response, wire_time
+from sagaloom.web.routes import Limit, Route, RouteTable, Text, Texts, WebQuery, drop_blanks, json_response, wire_time
 from sagaloom.workers import shapes
 from sagaloom.workers.registry import ModuleTrouble
 from sagaloom.workers.streaming import RunEventView, add_run_streaming
@@ -133,9 +133,7 @@ EXAMPLES: Final[Mapping[type, Any]] = {
 class RunsQuery(WebQuery):
     limit: Limit = 50
     cursor: Annotated[Text, Field(description="The `cursor` of the page before.")] = None
-    job_id: Annotated[list[str], BeforeValidator(drop_blanks)] = Field(
-        default_factory=list[str], description="May be repeated, as may `status`."
-    )
+    job_id: Texts = Field(default_factory=list[str], description="May be repeated, as may `status`.")
     status: Annotated[list[JobRunStatus], BeforeValidator(drop_blanks)] = Field(default_factory=list[JobRunStatus])
 
 

@@ -22,14 +22,14 @@ from typing import Annotated, Final, Literal
 import msgspec
 from fastapi import Header, Query, Response
 from msgspec import UNSET, Meta, UnsetType
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from sagaloom.errors import SagasError
 from sagaloom.ports.jobs import JOB_EVENT_TYPES, JobEvent
 from sagaloom.web.bodies import invalid
 from sagaloom.web.limits import StreamLimit
-from sagaloom.web.routes import RouteTable, Text, WebQuery, drop_blanks, wire_time
-from sagaloom.web.sse import EventStreams, event_frame
+from sagaloom.web.routes import RouteTable, Text, Texts, WebQuery, wire_time
+from sagaloom.web.sse import After, EventStreams, EventTypes, event_frame
 from sagaloom.workers.feed import JobFeed, JobWatch
 
 __all__ = ["RunEventView", "RunsSubscribeQuery", "add_run_streaming"]
@@ -76,27 +76,12 @@ def _view_of(event: JobEvent) -> RunEventView:
     )
 
 
-def _by_comma(values: list[str]) -> list[str]:
-    return [one for value in drop_blanks(values) for one in value.split(",") if one]
-
-
-_Texts = Annotated[list[str], BeforeValidator(drop_blanks)]
-
-
 class RunsSubscribeQuery(WebQuery):
-    after: Annotated[
-        Text,
-        Field(
-            description="Go on behind this id; 0 is the oldest event that is kept. `Last-Event-ID` says the same, and "
-            "wins. Without either the stream begins now."
-        ),
-    ] = None
-    job_id: _Texts = Field(default_factory=list, description="May be repeated, as may `runId` and `type`.")
-    run_id: _Texts = Field(default_factory=list)
+    after: After = None
+    job_id: Texts = Field(default_factory=list, description="May be repeated, as may `runId` and `type`.")
+    run_id: Texts = Field(default_factory=list)
     correlation_id: Text = None
-    type: Annotated[list[str], BeforeValidator(_by_comma)] = Field(
-        default_factory=list, description="Types of events, also parted by commas. Heartbeats and resets always come."
-    )
+    type: EventTypes = Field(default_factory=list)
 
     def wants(self, event: JobEvent) -> bool:
         """Whether the reader asked for such events."""

@@ -63,7 +63,7 @@ from sagaloom.kv.postgres.columns import (
     timer_row,
 )
 from sagaloom.kv.postgres.connection import PostgresDatabase, RowsChanged, channel_of
-from sagaloom.kv.postgres.driver import Row
+from sagaloom.kv.postgres.driver import Connection, Row
 from sagaloom.kv.postgres.rows import PostgresKeyValue
 from sagaloom.ports.keyvalue import Check, Committed, Conflicted, Entry, Key, Slot
 
@@ -183,6 +183,15 @@ _FEED_PRUNE: Final = """
         SELECT base FROM @schema@.saga_runtime_feed
         WHERE base + n <= $1 AND base < (SELECT max(base) FROM @schema@.saga_runtime_feed) ORDER BY base LIMIT $2
     ) RETURNING base
+"""
+
+_FORGET_MARKS: Final = """
+    DELETE FROM @schema@.saga_runtime_dedupe d USING unnest($1::bigint[], $2::bytea[], $3::bytea[]) AS gone(pk, hash, v)
+    WHERE d.pk = gone.pk AND d.hash = gone.hash AND d.v = gone.v
+"""
+_BURY: Final = """
+    UPDATE @schema@.saga_runtime_correlation h SET v = buried.v, s = $3
+    FROM unnest($1::bytea[], $2::bytea[]) AS buried(hash, v) WHERE h.key_hash = buried.hash
 """
 
 _LEAVE: Final = """
@@ -391,6 +400,78 @@ class PostgresSagaRows(PostgresKeyValue):
 
     async def prune_feed(self, *, before: int, limit: int) -> int:
         return len(await self._write(_FEED_PRUNE, before, limit))
+
+    async def forget_marks(self, rows: Sequence[Entry]) -> None:
+        """Deletes marks, unless another one has come in their place since they were read."""
+        places = [row.key[1:] for row in rows]
+        await self._write(_FORGET_MARKS, [pk for pk, _ in places], [h for _, h in places], [row.value for row in rows])
+
+    async def commit_removal(
+        self, checks: Sequence[Check], puts: Sequence[tuple[Key, bytes]], deletes: Sequence[Key]
+    ) -> Committed | Conflicted:
+        """Removes runs, or tombstones, as `sagaloom.stores.removing` asks for it: one transaction, behind the locks of
+        its writer's row and of the heads it checks, which whoever else would change what it removes takes, too."""
+        self._refuse_if_closed()
+        if self._doubt is not None:
+            await self._end_doubt(self._doubt)
+        return await self.database.run(lambda connection: self._removed(connection, checks, puts, deletes))
+
+    async def _removed(
+        self,
+        connection: Connection,
+        checks: Sequence[Check],
+        puts: Sequence[tuple[Key, bytes]],
+        deletes: Sequence[Key],
+    ) -> Committed | Conflicted:
+        async with connection.transaction():
+            failed: list[Key] = []
+            for check in sorted(checks, key=_member_first):
+                if check.key[0] == "member":
+                    locked = "SELECT s FROM @schema@.saga_runtime_row WHERE tbl = 'member' AND k = $1 FOR UPDATE"
+                    where: object = pack(check.key[1:])
+                else:
+                    locked = "SELECT s FROM @schema@.saga_runtime_correlation WHERE key_hash = $1 FOR UPDATE"
+                    where = check.key[-1]
+                rows = await connection.fetch(self._sql(locked), where)
+                if (rows[0]["s"] if rows else None) != check.versionstamp:
+                    failed.append(check.key)
+            if failed:
+                return Conflicted(tuple(failed))
+            stamp = (await connection.fetch(self._sql("SELECT nextval('@schema@.saga_runtime_versionstamp') AS s")))[0][
+                "s"
+            ]
+            heads = [(key[-1], value) for key, value in puts if key[0] == "correlation"]
+            if heads:
+                hashes, values = zip(*heads, strict=True)
+                await connection.fetch(self._sql(_BURY), hashes, values, stamp)
+            others = [(key, value) for key, value in puts if key[0] != "correlation"]
+            for key, value in others:
+                await connection.fetch(
+                    self._sql("""
+                        INSERT INTO @schema@.saga_runtime_row VALUES ($1, $2, $3, $4)
+                        ON CONFLICT (tbl, k) DO UPDATE SET v = excluded.v, s = excluded.s
+                    """),
+                    *(key[0], pack(key[1:]), value, stamp),
+                )
+            by_table: dict[str, list[Key]] = {}
+            for key in deletes:
+                by_table.setdefault(table_of(key), []).append(key)
+            for table, keys in by_table.items():
+                await self._delete(connection, table, keys)
+        return Committed(stamp, {})
+
+    async def _delete(self, connection: Connection, table: str, keys: Sequence[Key]) -> None:
+        columns = _COLUMNS.get(table)
+        if columns is None:
+            gone = "DELETE FROM @schema@.saga_runtime_row WHERE tbl = $1 AND k = ANY ($2::bytea[])"
+            await connection.fetch(self._sql(gone), table, [pack(key[1:]) for key in keys])
+            return
+        arrays = ", ".join(f"${n}::{kind}[]" for n, (_, kind) in enumerate(columns, 1))
+        names = ", ".join(name for name, _ in columns)
+        same = " AND ".join(f"t.{name} = gone.{name}" for name, _ in columns)
+        statement = f"DELETE FROM @schema@.saga_runtime_{table} t USING unnest({arrays}) AS gone({names}) WHERE {same}"
+        places = zip(*(_typed(key, len(columns)) for key in keys), strict=True)
+        await connection.fetch(self._sql(statement), *places)
 
     async def leave(self, connection: object, messages: Sequence[tuple[int, bytes]]) -> None:
         """Leaves messages in the transaction of somebody else's `connection`, and wakes us when it commits."""
@@ -669,6 +750,11 @@ def _batch_of(
     batch.heads_new = dict(sorted(batch.heads_new.items()))
     batch.sagas_seen.sort()
     return batch
+
+
+def _member_first(check: Check) -> tuple[bool, Any]:
+    """The order in which a commit locks: its writer, then the heads by their hashes."""
+    return check.key[0] != "member", check.key[-1]
 
 
 def _first(row: tuple[object, ...]) -> Any:
