@@ -71,23 +71,24 @@ class _Keeper:
             case unknown:
                 raise ValueError(f"a keeper does not know how to {unknown}")
 
-    def reap(self) -> None:
-        """Takes leave of every child that has ended."""
+    def reap(self) -> bool:
+        """Takes leave of every child that has ended, and says whether any are left."""
         with contextlib.suppress(ChildProcessError):
             while True:
                 pid, status = os.waitpid(-1, os.WNOHANG)
                 if pid == 0:
-                    return
+                    return True
                 if pid == self._main:
                     self._status = os.waitstatus_to_exitcode(status)
+        return False
 
     def kill(self) -> None:
-        """Kills everything, and returns when it is gone: a child that is killed may leave children to us."""
-        while pids := _descendants():
-            for pid in pids:
+        """Kills everything, and returns when it is gone: a child that is killed may leave children to us, and one that
+        looks dead may have threads that still hold its port. Only the kernel knows when the last of them has ended."""
+        while self.reap():
+            for pid in _descendants():
                 _send(pid, signal.SIGKILL)
             time.sleep(_LOOK_SECONDS)
-            self.reap()
 
     def end(self) -> None:
         """Asks the server to go at once, kills what stays, and removes the directory."""
