@@ -77,6 +77,8 @@ clean:  ## Remove the environment, the caches and what the demo wrote
 
 .venv/.installed-peers: .venv/.installed-dev
 	$(BIN)/uv sync --frozen --all-extras --all-groups
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv/arq
+	$(BIN)/uv pip install --quiet --python .venv/arq/bin/python 'arq==0.28.0' 'redis==5.3.1'
 	@touch .venv/.installed .venv/.installed-dev $@
 
 $(BIN)/uv:

@@ -29,6 +29,7 @@ _PEERS: Final[Mapping[str, Mapping[str, Measure]]] = {
     "redis": {
         "taskiq": queue_peers.taskiq_on_redis,
         "saq": queue_peers.saq_on_redis,
+        "arq": queue_peers.arq_on_redis,
         "faststream": queue_peers.faststream_on_redis,
     },
     "postgres": {"pgqueuer": queue_peers.pgqueuer_on_postgres},

@@ -1,8 +1,9 @@
 """The queues that line 10 compares ours with, each as its own documentation runs it: no-op handlers, 64 in flight, each
 message acknowledged after its own handler and recovered after the death of its consumer.
 
-They come with the dependency group `peers`, which `make bench` installs. Each function fills a queue with `count`
-messages, then works on them, and returns how many seconds that took.
+They come with the dependency group `peers`, which `make bench` installs; arq comes with an environment of its own, for
+it wants an older driver of Redis, and is measured in a process of its own there. Each function fills a queue with
+`count` messages, then works on them, and returns how many seconds that took.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ import asyncio
 import contextlib
 import importlib
 import logging
+import sys
 import time
 import uuid
+from pathlib import Path
 from typing import Any
 
-__all__ = ["faststream_on_redis", "pgqueuer_on_postgres", "saq_on_redis", "taskiq_on_redis"]
+__all__ = ["arq_on_redis", "faststream_on_redis", "pgqueuer_on_postgres", "saq_on_redis", "taskiq_on_redis"]
 
 AT_ONCE = 64
+_ARQ_PYTHON = Path(sys.prefix) / "arq" / "bin" / "python"
 
 
 class Countdown:
@@ -99,6 +103,25 @@ async def saq_on_redis(url: str, count: int) -> float:
         await working
     await queue.disconnect()
     return seconds
+
+
+async def arq_on_redis(url: str, count: int) -> float:
+    """arq; what its consumer left behind is taken again when its time is over."""
+    if not _ARQ_PYTHON.exists():
+        raise ImportError(f"no {_ARQ_PYTHON}")
+    child = await asyncio.create_subprocess_exec(
+        *(_ARQ_PYTHON, Path(__file__).with_name("arq_peer.py"), url, str(count)),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        said, complained = await child.communicate()
+    finally:
+        if child.returncode is None:
+            child.kill()
+    if child.returncode:
+        raise RuntimeError(f"arq ended with {child.returncode}: {complained.decode(errors='replace')[-500:]}")
+    return float(said)
 
 
 async def faststream_on_redis(url: str, count: int) -> float:

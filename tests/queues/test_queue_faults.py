@@ -10,7 +10,7 @@ import shutil
 import ssl
 import subprocess
 import uuid
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -24,42 +24,12 @@ from sagaloom.ports.queue import QueueDeadLetter, QueueMessage
 from sagaloom.queue import Queue, QueueConnectionOptions, QueueContext, create_queue, create_typed_queue
 from sagaloom.queues.kv import KvQueueBroker
 from tests.servers.finding import own
-from tests.servers.others import RabbitMQ, Redis
-from tests.servers.postgres import Postgres
+from tests.servers.others import Redis
 from tests.servers.server import Server, free_port
 
 pytestmark = pytest.mark.anyio
 
 _PATIENCE_SECONDS = 40.0
-
-
-@pytest.fixture(scope="module")
-def own_redis() -> Iterator[Server]:
-    with own(Redis) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def own_postgres() -> Iterator[Server]:
-    with own(Postgres) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def own_rabbitmq() -> Iterator[Server]:
-    with own(RabbitMQ) as server:
-        yield server
-
-
-@pytest.fixture(
-    params=[pytest.param(name, marks=pytest.mark.server(name)) for name in ("redis", "postgres", "rabbitmq")]
-)
-def server(request: pytest.FixtureRequest) -> Server:
-    """A server that the test may stop."""
-    server: Server = request.getfixturevalue(f"own_{request.param}")
-    if not server.is_running:
-        server.start()
-    return server
 
 
 def queue_at(server: Server, **options: Any) -> Queue[Any]:

@@ -13,7 +13,8 @@ second task renews the leases of whatever is in flight, three times as often as 
 anyway is somebody else's, and its handler is cancelled.
 
     running ──stop()──▶ draining: takes nothing, waits for its handlers ──▶ ended
-                           └──grace over──▶ cancels them, gives back ─────────▶
+                           ├──grace over──▶ cancels them, gives back ─────────▶
+                           └──all are done, and the broker is away for 2 s─────▶
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ from typing import Any, Final
 
 from sagaloom.errors import BackendUnavailable, SagasError
 from sagaloom.ports.queue import Delivery, Exchange, QueueBroker, Released, Settlement, Token
+from sagaloom.queues.patience import within
 
 __all__ = ["Listener"]
 
 _log = logging.getLogger("sagaloom.queue")
 _AGAIN_SECONDS_MAX: Final = 2.0
+_END_SECONDS: Final = 5.0
 _LOOK_SECONDS: Final = 5.0
 """How long we believe a broker that says nothing: a call for an arrival may get lost."""
 
@@ -71,6 +74,8 @@ class Listener:
         self._may_be_more = True
         self._is_stopping = False
         self._grace_is_over = False
+        self._quiet_since = 0.0
+        """When the last handler ended, or we were told to stop, whatever came later."""
         self.problem: str | None = None
         """What keeps us from the broker, if anything does."""
 
@@ -95,14 +100,15 @@ class Listener:
                     flight.task.cancel()
             for said in self._said.values():
                 said.cancel()
-            with contextlib.suppress(SagasError):
-                await self._broker.end()
+            with contextlib.suppress(SagasError, OSError, TimeoutError):
+                await within(_END_SECONDS, self._broker.end())
 
     def stop(self) -> None:
         """Takes no more messages; those in flight may end in their own time, and at the end of the grace they must."""
         if not self._is_stopping:
             self._is_stopping = True
             loop = asyncio.get_running_loop()
+            self._quiet_since = loop.time()
             loop.call_later(self._grace_seconds, self._release_all)
             # A handler that does not let itself be cancelled either is left alone: its lease ends by itself.
             loop.call_later(self._grace_seconds + _AGAIN_SECONDS_MAX, self._end_grace)
@@ -142,7 +148,7 @@ class Listener:
             except BackendUnavailable as error:
                 self._to_say = saying + self._to_say
                 self._may_be_more = True
-                if self._grace_is_over:
+                if self._grace_is_over or self._has_tried_enough():
                     return
                 wait_seconds = await self._wait_for_broker(error, wait_seconds)
                 continue
@@ -181,6 +187,16 @@ class Listener:
     def _is_over(self, settlement: Settlement) -> bool:
         flight = self._flights.get(settlement.token)
         return flight is not None and flight.is_over
+
+    def _has_tried_enough(self) -> bool:
+        """Whether all that is left is to say something to a broker that does not answer. What it is not told it hands
+        out again, as it does when a consumer died."""
+        waited_seconds = asyncio.get_running_loop().time() - self._quiet_since
+        return (
+            self._is_stopping
+            and waited_seconds >= _AGAIN_SECONDS_MAX
+            and all(flight.is_over for flight in self._flights.values())
+        )
 
     async def _wait_for_broker(self, error: BackendUnavailable, wait_seconds: float) -> float:
         if self.problem is None:
@@ -234,6 +250,7 @@ class Listener:
             elif not flight.is_lost:
                 raise
         flight.is_over = True
+        self._quiet_since = asyncio.get_running_loop().time()
         if flight.is_lost or flight.is_said:
             self._flights.pop(token, None)
         elif settlement is not None and not flight.is_settled:
@@ -282,6 +299,5 @@ class Listener:
             await asyncio.wait(tasks, timeout=_AGAIN_SECONDS_MAX)
         if self._to_say:
             saying, self._to_say = self._to_say, []
-            with contextlib.suppress(SagasError, TimeoutError):
-                async with asyncio.timeout(_AGAIN_SECONDS_MAX):
-                    await self._broker.exchange(saying, limit=0)
+            with contextlib.suppress(SagasError, OSError, TimeoutError):
+                await within(_AGAIN_SECONDS_MAX, self._broker.exchange(saying, limit=0))

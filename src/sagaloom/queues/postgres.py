@@ -18,7 +18,7 @@ import hashlib
 import logging
 import re
 import ssl
-from collections.abc import Awaitable, Callable, Generator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
 from contextlib import AbstractAsyncContextManager
 from datetime import timedelta
 from typing import Any, Final, NamedTuple, NoReturn, Protocol, TypeVar, cast
@@ -44,6 +44,7 @@ from sagaloom.ports.queue import (
     Settlement,
     Token,
 )
+from sagaloom.queues.patience import end, within
 from sagaloom.queues.postgres_schema import MIGRATIONS
 
 __all__ = ["PostgresQueueBroker"]
@@ -51,6 +52,9 @@ __all__ = ["PostgresQueueBroker"]
 T = TypeVar("T")
 _log = logging.getLogger("sagaloom.queue")
 _ANSWER_SECONDS: Final = 5.0
+_MIGRATION_SECONDS: Final = 60.0
+"""Whoever comes first makes the tables, and the others wait for him."""
+_GOODBYE_SECONDS: Final = 2.0
 _CONNECTIONS: Final = 4
 _SCHEMA: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_-]{0,47}")
 _to_json: Final = msgspec.json.encode
@@ -113,7 +117,7 @@ class _Connection(Protocol):
 
     def add_termination_listener(self, callback: Callable[[object], None]) -> None: ...
 
-    async def close(self) -> None: ...
+    def terminate(self) -> None: ...
 
 
 class _Pool(Protocol):
@@ -121,7 +125,7 @@ class _Pool(Protocol):
 
     def acquire(self, *, timeout: float) -> AbstractAsyncContextManager[_Connection]: ...
 
-    async def close(self) -> None: ...
+    def close(self) -> Coroutine[Any, Any, None]: ...
 
     def terminate(self) -> None: ...
 
@@ -225,7 +229,7 @@ class PostgresQueueBroker:
                     await connection.execute(step.format(schema=self._schema))
                     await connection.execute("INSERT INTO queue_migration (version) VALUES ($1)", number)
 
-        await self._with_connection(run)
+        await self._with_connection(run, seconds=_MIGRATION_SECONDS)
 
     async def _version(self, connection: _Connection) -> int:
         found = await connection.fetchval(f"SELECT max(version) FROM {self._schema}.queue_migration")
@@ -301,9 +305,7 @@ class PostgresQueueBroker:
     async def end(self) -> None:
         listener, self._listener = self._listener, None
         if listener is not None:
-            listener.cancel()
-            # Not for ever: a driver may take a cancellation for an error of its own.
-            await asyncio.wait([listener], timeout=1)
+            await end(listener)
 
     async def _listen(self, on_arrival: Callable[[], None]) -> None:
         """Holds a connection that is called by NOTIFY, and makes another one when it breaks."""
@@ -321,7 +323,8 @@ class PostgresQueueBroker:
         try:
             await broken.wait()
         finally:
-            await connection.close()  # with what it listens to
+            # With what it listens to; and without a goodbye, for which a server that is gone would be waited for.
+            connection.terminate()
 
     async def exchange(self, settlements: Sequence[Settlement], *, limit: int) -> Exchange:
         if self._listener is None:
@@ -393,8 +396,7 @@ class PostgresQueueBroker:
     async def close(self) -> None:
         await self.end()
         with contextlib.suppress(*_TROUBLE):
-            async with asyncio.timeout(_ANSWER_SECONDS):
-                await self._pool.close()
+            await within(_GOODBYE_SECONDS, self._pool.close())
         self._pool.terminate()
 
     # -- the wire -------------------------------------------------------------------------------------------------
@@ -411,10 +413,14 @@ class PostgresQueueBroker:
 
         return await self._with_connection(run)
 
-    async def _with_connection(self, run: Callable[[_Connection], Awaitable[T]]) -> T:
-        try:
+    async def _with_connection(self, run: Callable[[_Connection], Awaitable[T]], *, seconds: float | None = None) -> T:
+        async def acquired() -> T:
             async with self._pool.acquire(timeout=_ANSWER_SECONDS) as connection:
                 return await run(connection)
+
+        try:
+            # The driver has a bound of its own, and asks the server then to cancel the statement, as long once more.
+            return await within(seconds or _ANSWER_SECONDS, acquired())
         except _TROUBLE as error:
             self._fail(error)
 

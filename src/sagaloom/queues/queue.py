@@ -20,7 +20,14 @@ from sagaloom.clock import Clock, SystemClock
 from sagaloom.codec import Codec, codec_for, encode_any
 from sagaloom.durations import parse_duration
 from sagaloom.engine.retrying import USER_ERRORS
-from sagaloom.errors import ConfigurationError, DecodeError, DefinitionError, MessageRejected, SagasError
+from sagaloom.errors import (
+    BackendUnavailable,
+    ConfigurationError,
+    DecodeError,
+    DefinitionError,
+    MessageRejected,
+    SagasError,
+)
 from sagaloom.ids import check_key, new_message_id
 from sagaloom.ports.queue import (
     PRIORITY_DEFAULT,
@@ -45,6 +52,7 @@ from sagaloom.queues.handling import (
     died_too_often,
 )
 from sagaloom.queues.listening import Listener
+from sagaloom.queues.patience import end, within
 from sagaloom.queues.sending import Outgoing, Sender
 from sagaloom.telemetry.providers import TelemetryProviders, find_providers
 from sagaloom.telemetry.trace_context import CARRIED, Trace, current_trace
@@ -62,6 +70,7 @@ _HEADERS_MAX: Final = 64
 _HEADER_BYTES_MAX: Final = 16 * 1024
 _HEADER_NAME_BYTES_MAX: Final = 200
 _MANY_MAX: Final = 1_000
+_CLOSE_SECONDS: Final = 5.0
 _DEAD_LETTERS_PAGE: Final = 100
 _TRACEPARENT: Final = "traceparent"
 _TRACESTATE: Final = "tracestate"
@@ -129,6 +138,8 @@ class Queue(Generic[T]):
         self._sender: Sender | None = None
         self._listener: Listener | None = None
         self._ended: asyncio.Event | None = None
+        self._reaching: asyncio.Task[QueueBroker] | None = None
+        self._is_stopping = False
         self._is_closed = False
         self._outcome: Outcome[T] = Outcome(
             name,
@@ -147,14 +158,20 @@ class Queue(Generic[T]):
         return (await self._opened()).capabilities
 
     async def close(self) -> None:
-        """Stops listening, sends what is under way, and lets go of the broker. Closing twice is no error."""
+        """Stops listening, sends what is under way, and lets go of the broker, which has a few seconds for that.
+        Closing twice is no error."""
         await self.stop()
         self._is_closed = True
+        if self._opening is not None:
+            await end(self._opening)
         if self._sender is not None:
-            await self._sender.drain()
+            await self._sender.drain(_CLOSE_SECONDS)
         broker, self._broker = self._broker, None
         if broker is not None:
-            await broker.close()
+            try:
+                await within(_CLOSE_SECONDS, broker.close())
+            except (OSError, TimeoutError) as error:
+                _log.warning("queue %s: %s did not let go of us in good order: %r", self.name, broker.name, error)
 
     async def __aenter__(self) -> Self:
         return self
@@ -170,8 +187,14 @@ class Queue(Generic[T]):
         if self._broker is None:
             if self._opening is None:
                 self._opening = asyncio.create_task(self._open(), name=f"sagaloom-queue-open-{self.name}")
-            # Shielded: one caller who gives up must not take the others' connection with him.
-            return await asyncio.shield(self._opening)
+            opening = self._opening
+            try:
+                # Shielded: one caller who gives up must not take the others' connection with him.
+                return await asyncio.shield(opening)
+            except asyncio.CancelledError:
+                if not opening.cancelled():
+                    raise
+                raise BackendUnavailable(f"queue {self.name!r} was closed before its broker had answered") from None
         return self._broker
 
     async def _open(self) -> QueueBroker:
@@ -390,11 +413,13 @@ class Queue(Generic[T]):
             if seconds is not None and not 0.1 <= seconds <= 86_400:
                 raise ConfigurationError(f"{name}={seconds!r:.40} of queue {self.name!r} is not within 0.1 s and a day")
         call = called(handler)
-        self._ended = asyncio.Event()
+        self._ended, self._is_stopping = asyncio.Event(), False
         try:
-            broker = await self._opened_patiently()
-            if broker is None:
+            self._reaching = asyncio.create_task(self._opened_patiently(), name=f"sagaloom-queue-reach-{self.name}")
+            await asyncio.wait([self._reaching])
+            if self._reaching.cancelled() or self._is_stopping:
                 return
+            broker = self._reaching.result()
             self._listener = Listener(
                 broker,
                 lambda delivery, settle: self._worked(call, delivery, settle, handler_timeout),
@@ -404,7 +429,9 @@ class Queue(Generic[T]):
             )
             await self._listener.run()
         finally:
-            self._listener = None
+            if self._reaching is not None:
+                self._reaching.cancel()
+            self._reaching = self._listener = None
             self._ended.set()
             self._ended = None
 
@@ -413,20 +440,17 @@ class Queue(Generic[T]):
         ended = self._ended
         if ended is None:
             return
-        while self._listener is None and not ended.is_set():  # it is still connecting
-            self._is_stopping = True
-            await asyncio.sleep(0.01)
+        self._is_stopping = True
+        if self._reaching is not None:
+            self._reaching.cancel()
         if self._listener is not None:
             self._listener.stop()
         await ended.wait()
 
-    _is_stopping = False
-
-    async def _opened_patiently(self) -> QueueBroker | None:
-        """The broker, however long it takes it to answer; None when `stop` came first."""
+    async def _opened_patiently(self) -> QueueBroker:
+        """The broker, however long it takes it to answer."""
         wait_seconds, has_complained = 0.1, False
-        self._is_stopping = False
-        while not self._is_stopping:
+        while True:
             try:
                 return await self._opened()
             except SagasError as error:
@@ -437,7 +461,6 @@ class Queue(Generic[T]):
                     has_complained = True
                 await asyncio.sleep(wait_seconds)
                 wait_seconds = min(wait_seconds * 2, 2.0)
-        return None
 
     async def _worked(
         self,

@@ -28,17 +28,17 @@ import logging
 import ssl
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn, Protocol, cast
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn, Protocol, TypeVar, cast
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import aiormq
 import msgspec
+from aiormq.connection import TCPTransportFactory, TLSTransportFactory, TransportFactory
 from aiormq.exceptions import (
     AMQPError,
     AuthenticationError,
     ChannelAccessRefused,
-    ChannelInvalidStateError,
     ChannelNotFoundEntity,
     ChannelPreconditionFailed,
     ConnectionNotAllowed,
@@ -64,15 +64,20 @@ from sagaloom.ports.queue import (
     Settlement,
     Token,
 )
+from sagaloom.queues.patience import within
 from sagaloom.queues.rows import micros, moment
 
 if TYPE_CHECKING:
     from aiormq.abc import AbstractChannel, AbstractConnection, DeliveredMessage
+    from yarl import URL
 
 __all__ = ["RabbitMQQueueBroker"]
 
+T = TypeVar("T")
 _log = logging.getLogger("sagaloom.queue")
 _ANSWER_SECONDS: Final = 5.0
+_GOODBYE_SECONDS: Final = 2.0
+"""How long we wait at the end; a broker that has not answered until then takes back what it gave us by itself."""
 _DELAY_MS_MAX: Final = 2**32 - 1
 _HOUR_MS: Final = 3_600_000
 _DECLARED_SECONDS: Final = 60.0
@@ -93,6 +98,7 @@ _CAPABILITIES: Final = QueueCapabilities(
     exact_releases=False,
     exact_depth=False,
 )
+_TROUBLE: Final = (AMQPError, OSError, TimeoutError, RuntimeError, asyncio.InvalidStateError)
 # Much more than attempts there can be: newer servers drop a message silently after 20 deliveries otherwise.
 _QUORUM: Final[Mapping[str, Any]] = {"x-queue-type": "quorum", "x-delivery-limit": 1_000_000}
 
@@ -129,6 +135,7 @@ class RabbitMQQueueBroker:
         self._max_length = max_length
         self._connecting = asyncio.Lock()
         self._connection: AbstractConnection | None = None
+        self._wire: _Wire | None = None
         self._channel: AbstractChannel | None = None
         self._delays: dict[int, float] = {}
         """Delay queues, and when they were last declared."""
@@ -153,8 +160,7 @@ class RabbitMQQueueBroker:
         full = urlunsplit(parts._replace(query=urlencode(query), path=parts.path or "/"))
         broker = cls(queue, full, namespace=namespace, max_length=max_length)
         try:
-            async with broker._answering():
-                await broker._opened()
+            await broker._answered(broker._opened())
         except BaseException:
             await broker.close()
             raise
@@ -181,7 +187,8 @@ class RabbitMQQueueBroker:
             if channel is not None and not channel.is_closed:
                 return channel
             if self._connection is None or self._connection.is_closed:
-                self._connection = await aiormq.connect(self._url)
+                self._wire = _Wire(TLSTransportFactory() if self._url.startswith("amqps:") else TCPTransportFactory())
+                self._connection = await aiormq.connect(self._url, transport_factory=self._wire)
                 _when_closed(self._connection, self._call)
                 self._delays.clear()
             channel = await self._connection.channel(publisher_confirms=True)
@@ -199,19 +206,21 @@ class RabbitMQQueueBroker:
         connection, self._connection = self._connection, None
         self._channel = self._consuming = None
         if connection is not None:
-            with contextlib.suppress(AMQPError, OSError, TimeoutError, RuntimeError):
-                async with asyncio.timeout(_ANSWER_SECONDS):
-                    await connection.close()
+            with contextlib.suppress(*_TROUBLE):
+                await within(_GOODBYE_SECONDS, connection.close())
+        self._cut()
 
     async def delete(self) -> None:
         """Removes the queue, with everything that is in it and its dead letters."""
         await self.end()
-        async with self._answering():
-            channel = await self._opened()
-            delays = [f"{self._base}.delay.{rounded}" for rounded in self._delays]
-            for name in (self._base, f"{self._base}.dead", *delays):
-                await channel.queue_delete(name)
-            self._delays.clear()
+        await self._answered(self._deleted())
+
+    async def _deleted(self) -> None:
+        channel = await self._opened()
+        delays = [f"{self._base}.delay.{rounded}" for rounded in self._delays]
+        for name in (self._base, f"{self._base}.dead", *delays):
+            await channel.queue_delete(name)
+        self._delays.clear()
 
     # -- sending --------------------------------------------------------------------------------------------------
 
@@ -222,11 +231,13 @@ class RabbitMQQueueBroker:
                     f"message {message.id} for {self.name} is delayed by {delay_ms} ms, and RabbitMQ can keep at most "
                     f"{_DELAY_MS_MAX} (49 days): choose another provider, or send it later"
                 )
-        async with self._answering():
-            if self._max_length is not None:
-                await self._refuse_overflow(len(messages), self._max_length)
-            await self._published([(message, 0, delay_ms) for message, delay_ms in messages])
+        await self._answered(self._sent(messages))
         return [True] * len(messages)
+
+    async def _sent(self, messages: Sequence[tuple[QueueMessage, int]]) -> None:
+        if self._max_length is not None:
+            await self._refuse_overflow(len(messages), self._max_length)
+        await self._published([(message, 0, delay_ms) for message, delay_ms in messages])
 
     async def _refuse_overflow(self, count: int, most: int) -> None:
         # The broker's own limit is a soft one for quorum queues.
@@ -285,8 +296,7 @@ class RabbitMQQueueBroker:
         await self.end()
         self._on_arrival = on_arrival
         self._prefetch = prefetch
-        async with self._answering():
-            await self._consumed()
+        await self._answered(self._consumed())
 
     async def _consumed(self) -> AbstractChannel:
         """The channel that messages come by."""
@@ -316,19 +326,21 @@ class RabbitMQQueueBroker:
         self._on_arrival = None
         channel = self._consuming
         if channel is not None and not channel.is_closed:
-            with contextlib.suppress(AMQPError, OSError, TimeoutError, RuntimeError, BackendUnavailable):
-                async with asyncio.timeout(_ANSWER_SECONDS):
-                    await self._take_no_more(channel)
-                    # What was pushed to us and never handed out shall not count as an attempt.
-                    idle = [cast("int", delivered.delivery_tag) for delivered in self._arrived]
-                    await self._published([(_message_of(each), _attempts(each), 0) for each in self._arrived])
-                    for tag in idle:
-                        await channel.basic_ack(tag, wait=False)
-                    await channel.close()
+            with contextlib.suppress(*_TROUBLE, BackendUnavailable):
+                await within(_GOODBYE_SECONDS, self._left(channel))
         self._consuming = None
         self._arrived.clear()
         self._held.clear()
         self._generation += 1
+
+    async def _left(self, channel: AbstractChannel) -> None:
+        await self._take_no_more(channel)
+        # What was pushed to us and never handed out shall not count as an attempt.
+        idle = [cast("int", delivered.delivery_tag) for delivered in self._arrived]
+        await self._published([(_message_of(each), _attempts(each), 0) for each in self._arrived])
+        for tag in idle:
+            await channel.basic_ack(tag, wait=False)
+        await channel.close()
 
     async def _take_more(self, channel: AbstractChannel) -> None:
         if self._consumer_tag is None:
@@ -342,18 +354,7 @@ class RabbitMQQueueBroker:
     async def exchange(self, settlements: Sequence[Settlement], *, limit: int) -> Exchange:
         if self._on_arrival is None:
             raise ConfigurationError(f"{self.name} is not consumed here: begin first")
-        async with self._answering():
-            channel = await self._consumed()
-            if limit > 0:
-                await self._take_more(channel)
-            stale = [each.token for each in settlements if not self._is_held(each.token)]
-            current = [each for each in settlements if self._is_held(each.token)]
-            if any(isinstance(each, Released) for each in current):
-                # The listener is about to end: what it gives back must not come to it again.
-                await self._take_no_more(channel)
-            if current:
-                await self._moved(current)
-                await self._acknowledge(channel, [cast("_Lease", each.token).tag for each in current])
+        stale = await self._answered(self._settled(settlements, limit))
         deliveries: list[Delivery] = []
         while self._arrived and len(deliveries) < limit:
             delivered = self._arrived.popleft()
@@ -361,6 +362,21 @@ class RabbitMQQueueBroker:
             self._held[tag] = delivered
             deliveries.append(Delivery(_message_of(delivered), _attempts(delivered) + 1, _Lease(self._generation, tag)))
         return Exchange(deliveries, stale)
+
+    async def _settled(self, settlements: Sequence[Settlement], limit: int) -> list[Token]:
+        """Has more pushed to us, if there is room, and says what became of messages; returns what came too late."""
+        channel = await self._consumed()
+        if limit > 0:
+            await self._take_more(channel)
+        stale = [each.token for each in settlements if not self._is_held(each.token)]
+        current = [each for each in settlements if self._is_held(each.token)]
+        if any(isinstance(each, Released) for each in current):
+            # The listener is about to end: what it gives back must not come to it again.
+            await self._take_no_more(channel)
+        if current:
+            await self._moved(current)
+            await self._acknowledge(channel, [cast("_Lease", each.token).tag for each in current])
+        return stale
 
     def _is_held(self, token: Token) -> bool:
         channel, tag = cast("_Lease", token)
@@ -411,8 +427,7 @@ class RabbitMQQueueBroker:
     # -- looking --------------------------------------------------------------------------------------------------
 
     async def depth(self) -> QueueDepth:
-        async with self._answering():
-            return await self._counted()
+        return await self._answered(self._counted())
 
     async def _counted(self) -> QueueDepth:
         channel = await self._opened()
@@ -429,14 +444,16 @@ class RabbitMQQueueBroker:
         return QueueDepth(await count(self._base), delayed, leased, await count(f"{self._base}.dead"))
 
     async def dead_letters(self, *, limit: int, after: str | None = None) -> Sequence[QueueDeadLetter]:
-        async with self._answering():
-            channel, found = await self._dug_up()
-            await channel.close()  # which puts all of them back
-        letters = [letter for letter, _ in found]
+        letters = await self._answered(self._seen())
         ids = [letter.id for letter in letters]
         if after is not None:
             letters = letters[ids.index(after) + 1 :] if after in ids else []
         return letters[:limit]
+
+    async def _seen(self) -> list[QueueDeadLetter]:
+        channel, found = await self._dug_up()
+        await channel.close()  # which puts all of them back
+        return [letter for letter, _ in found]
 
     async def _dug_up(self) -> tuple[AbstractChannel, list[tuple[QueueDeadLetter, int]]]:
         """All dead letters with their tags, the oldest first, and the channel that holds them."""
@@ -453,41 +470,34 @@ class RabbitMQQueueBroker:
         return channel, found
 
     async def redrive(self, ids: Sequence[str]) -> int:
-        return await self._removed(ids, redriven=True)
+        return await self._answered(self._removed(set(ids), redriven=True))
 
     async def discard(self, ids: Sequence[str]) -> int:
-        return await self._removed(ids, redriven=False)
+        return await self._answered(self._removed(set(ids), redriven=False))
 
-    async def _removed(self, ids: Sequence[str], *, redriven: bool) -> int:
-        wanted = set(ids)
-        async with self._answering():
-            channel, found = await self._dug_up()
-            chosen = [(letter, tag) for letter, tag in found if letter.id in wanted]
-            if redriven and chosen:
-                await self._published([(letter.message, 0, 0) for letter, _ in chosen])
-            for _, tag in chosen:
-                await channel.basic_ack(tag)
-            await channel.close()
+    async def _removed(self, ids: set[str], *, redriven: bool) -> int:
+        channel, found = await self._dug_up()
+        chosen = [(letter, tag) for letter, tag in found if letter.id in ids]
+        if redriven and chosen:
+            await self._published([(letter.message, 0, 0) for letter, _ in chosen])
+        for _, tag in chosen:
+            await channel.basic_ack(tag)
+        await channel.close()
         return len(chosen)
 
     # -- trouble --------------------------------------------------------------------------------------------------
 
-    @contextlib.asynccontextmanager
-    async def _answering(self) -> AsyncGenerator[None]:
-        """Inside, the broker has a few seconds to answer; what goes wrong is said in our words."""
+    async def _answered(self, work: Coroutine[Any, Any, T]) -> T:
+        """What `work` returns. The broker has a few seconds for it; what goes wrong is said in our words."""
         try:
-            async with asyncio.timeout(_ANSWER_SECONDS):
-                yield
-        except (AMQPError, OSError, TimeoutError, ChannelInvalidStateError, asyncio.InvalidStateError) as error:
+            return await within(_ANSWER_SECONDS, work)
+        except _TROUBLE as error:
             await self._drop()
             self._fail(error)
-        except asyncio.CancelledError as error:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-            # The driver cancels what waits for a connection that breaks.
+        except asyncio.CancelledError:
+            # Whatever was cut off in the middle may still be under way on this connection.
             await self._drop()
-            raise BackendUnavailable(f"{self.name}: the connection broke") from error
+            raise
 
     async def _drop(self) -> None:
         """Lets go of a connection that is broken, or may be."""
@@ -497,9 +507,15 @@ class RabbitMQQueueBroker:
         self._held.clear()
         self._generation += 1
         if connection is not None:
-            with contextlib.suppress(AMQPError, OSError, TimeoutError, RuntimeError):
-                async with asyncio.timeout(0.5):
-                    await connection.close()
+            with contextlib.suppress(*_TROUBLE):
+                await within(0.5, connection.close())
+        self._cut()
+
+    def _cut(self) -> None:
+        """Ends the connection under the driver, whose tasks end with it and otherwise wait for the server's goodbye."""
+        wire, self._wire = self._wire, None
+        if wire is not None and wire.writer is not None:
+            wire.writer.transport.abort()
 
     def _fail(self, error: BaseException) -> NoReturn:
         cause: BaseException | None = error
@@ -524,6 +540,18 @@ class RabbitMQQueueBroker:
             ) from error
         text = str(error) or f"no answer within {_ANSWER_SECONDS:g} s"
         raise BackendUnavailable(f"{self.name} does not answer: {type(error).__name__}: {text:.300}") from error
+
+
+class _Wire(TransportFactory):
+    """Makes a connection, and knows it."""
+
+    def __init__(self, factory: TransportFactory) -> None:
+        self._factory = factory
+        self.writer: asyncio.StreamWriter | None = None
+
+    async def create(self, url: URL, **options: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, self.writer = await self._factory.create(url, **options)
+        return reader, self.writer
 
 
 class _Closing(Protocol):

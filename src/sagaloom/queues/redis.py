@@ -53,6 +53,7 @@ from sagaloom.ports.queue import (
     Token,
 )
 from sagaloom.queues import redis_scripts
+from sagaloom.queues.patience import end, within
 from sagaloom.queues.rows import (
     decode_letter,
     decode_message,
@@ -68,6 +69,7 @@ __all__ = ["RedisQueueBroker"]
 
 _log = logging.getLogger("sagaloom.queue")
 _ANSWER_SECONDS: Final = 5.0
+_GOODBYE_SECONDS: Final = 2.0
 _WAIT_SECONDS: Final = 4
 _BATCH_MAX: Final = 1_000
 _OLDEST: Final = 7
@@ -202,9 +204,7 @@ class RedisQueueBroker:
     async def end(self) -> None:
         waiter, self._waiter = self._waiter, None
         if waiter is not None:
-            waiter.cancel()
-            # Not for ever: a driver may take a cancellation for an error of its own.
-            await asyncio.wait([waiter], timeout=1)
+            await end(waiter)
 
     async def _wait(self, on_arrival: Callable[[], None]) -> None:
         while asyncio.current_task() is self._waiter:
@@ -297,7 +297,7 @@ class RedisQueueBroker:
     async def close(self) -> None:
         await self.end()
         with contextlib.suppress(RedisError, OSError):
-            await self._client.aclose()
+            await within(_GOODBYE_SECONDS, self._client.aclose())
 
     # -- the wire -------------------------------------------------------------------------------------------------
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Final, NamedTuple, TypeAlias
 
-from sagaloom.errors import QueueFull
+from sagaloom.errors import BackendUnavailable, QueueFull
 from sagaloom.ports.queue import QueueMessage
+from sagaloom.queues.patience import end
 
 __all__ = ["Outgoing", "Sender"]
 
@@ -36,6 +37,7 @@ class Sender:
         self._send = send
         self._waiting: deque[_Group] = deque()
         self._task: asyncio.Task[None] | None = None
+        self._is_closed = False
 
     async def send(self, messages: Sequence[Outgoing]) -> Sequence[bool]:
         """For each message whether it was stored; raises what kept all of them from it."""
@@ -46,10 +48,16 @@ class Sender:
             self._task = asyncio.create_task(self._work(), name="sagaloom-queue-sender")
         return await group.done
 
-    async def drain(self) -> None:
-        """Returns when nothing is under way."""
-        while (task := self._task) is not None:
-            await asyncio.wait([task])
+    async def drain(self, seconds: float) -> None:
+        """Returns when nothing is under way; what is not sent after so many seconds is refused, and may be there all
+        the same."""
+        task = self._task
+        if task is None:
+            return
+        await asyncio.wait([task], timeout=seconds)
+        if not task.done():
+            self._is_closed = True
+            await end(task)
 
     async def _work(self) -> None:
         try:
@@ -57,8 +65,7 @@ class Sender:
                 await self._sent(self._next_batch())
         finally:
             self._task = None
-            for group in self._waiting:  # only when we were cancelled: the loop is about to end
-                group.done.cancel()
+            self._give_up(self._waiting)  # only when we were cancelled
 
     def _next_batch(self) -> list[_Group]:
         batch = [self._waiting.popleft()]
@@ -83,8 +90,7 @@ class Sender:
         except Exception as error:  # noqa: BLE001 - it is theirs who wait
             _fail(batch, error)
         except BaseException:
-            for group in batch:
-                group.done.cancel()
+            self._give_up(batch)
             raise
         else:
             first = 0
@@ -92,6 +98,16 @@ class Sender:
                 if not group.done.done():
                     group.done.set_result(stored[first : first + len(group.messages)])
                 first += len(group.messages)
+
+    def _give_up(self, groups: Iterable[_Group]) -> None:
+        """Lets go of whoever waits: the queue was closed, or the loop is about to end."""
+        for group in groups:
+            if not self._is_closed:
+                group.done.cancel()
+            elif not group.done.done():
+                group.done.set_exception(
+                    BackendUnavailable("the queue was closed while its broker did not answer: send the message again")
+                )
 
 
 def _fail(batch: Sequence[_Group], error: Exception) -> None:

@@ -1,0 +1,192 @@
+"""Brokers that go away and stay away: whoever sends, stops or closes is not kept for long by them. Servers that die
+here are the tests' own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncIterator, Coroutine
+from pathlib import Path
+from typing import Any
+
+import apsw
+import pytest
+
+from sagaloom.clock import SystemClock
+from sagaloom.errors import BackendUnavailable
+from sagaloom.kv.presence import FilePresence
+from sagaloom.kv.sqlite import SqliteKeyValue
+from sagaloom.queue import Queue, QueueConnectionOptions, create_queue
+from sagaloom.queues.kv import KvQueueBroker
+from sagaloom.queues.patience import within
+from tests.servers.server import Server
+
+pytestmark = pytest.mark.anyio
+
+_SECONDS_MAX = 8.0
+_PATIENCE_SECONDS = 40.0
+_URLS = {
+    "redis": "redis://127.0.0.1:{port}/0",
+    "postgres": "postgresql://me@127.0.0.1:{port}/db",
+    "rabbitmq": "amqp://guest:guest@127.0.0.1:{port}/",
+}
+
+
+async def ended(what: Coroutine[Any, Any, object], *, seconds: float = _SECONDS_MAX) -> BaseException | None:
+    """What it raised. It must end by itself: a timeout would cancel it, which is not what is asked."""
+    task = asyncio.create_task(what)
+    await asyncio.wait([task], timeout=seconds)
+    assert task.done(), "it still waits for the broker"
+    return task.exception()
+
+
+async def _loses_its_broker(
+    queue: Queue[Any], *, lose: Coroutine[Any, Any, object]
+) -> tuple[BaseException | None, list[BaseException | None]]:
+    """What enqueueing came to, and stopping, listening and closing, when the broker went while a message was worked
+    on."""
+    taken, is_gone = asyncio.Event(), asyncio.Event()
+
+    async def handler(_: object) -> None:
+        taken.set()
+        await is_gone.wait()
+
+    await queue.enqueue("mail")
+    listening = asyncio.create_task(queue.listen(handler))
+    await asyncio.wait_for(taken.wait(), _PATIENCE_SECONDS)
+    await lose
+    refused = None
+    while refused is None:  # A process hears of SIGSTOP a moment after it was sent.
+        refused = await ended(queue.enqueue("mail"))
+    is_gone.set()
+    stopped = await ended(queue.stop())
+    await asyncio.wait([listening], timeout=1)
+    return refused, [stopped, listening.exception(), await ended(queue.close())]
+
+
+@pytest.mark.parametrize(
+    ("server", "how"),
+    [
+        pytest.param(name, how, marks=pytest.mark.server(name))
+        for name, how in (
+            *(("redis", "frozen"), ("redis", "killed")),
+            *(("postgres", "frozen"), ("postgres", "killed")),
+            ("rabbitmq", "killed"),
+        )
+    ],
+    indirect=["server"],
+)
+async def test_nobody_waits_for_long_for_a_server_that_is_gone(
+    server: Server, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if how == "frozen":
+        # Each call takes as long as that; more seconds of it teach nothing more.
+        monkeypatch.setattr(f"sagaloom.queues.{server.name}._ANSWER_SECONDS", 1.0)
+        monkeypatch.setattr("sagaloom.queues.listening._AGAIN_SECONDS_MAX", 0.5)
+    given: dict[str, Any] = {server.name: server.url, "namespace": f"t{uuid.uuid4().hex[:12]}"}
+    queue = create_queue("mails", provider=server.name, connection=QueueConnectionOptions(**given))
+    go_away = server.kill if how == "killed" else server.freeze
+
+    try:
+        refused, rest = await _loses_its_broker(queue, lose=asyncio.to_thread(go_away))
+    finally:
+        await asyncio.to_thread(server.thaw)
+
+    assert isinstance(refused, BackendUnavailable)
+    assert refused.retryable
+    assert rest == [None, None, None]
+
+
+async def test_nobody_waits_for_long_for_a_file_that_another_process_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sagaloom.queues.listening._AGAIN_SECONDS_MAX", 0.5)
+    file = tmp_path / "queues.db"
+    kv = await SqliteKeyValue.open(file, busy_timeout_seconds=0.3)
+
+    async def opened() -> KvQueueBroker:
+        broker = KvQueueBroker(
+            "mails",
+            kv,
+            presence=lambda seconds: FilePresence(f"{file}.mails", lease_seconds=seconds),
+            now=SystemClock().now,
+            on_close=kv.close,
+        )
+        await broker.open()
+        return broker
+
+    other = apsw.Connection(str(file))
+
+    async def hold() -> None:
+        other.execute("BEGIN IMMEDIATE")
+
+    refused, rest = await _loses_its_broker(Queue("mails", opened), lose=hold())
+    other.close()
+
+    assert isinstance(refused, BackendUnavailable)
+    assert refused.retryable
+    assert rest == [None, None, None]
+
+
+@contextlib.asynccontextmanager
+async def _silent() -> AsyncIterator[int]:
+    """The port of somebody who takes connections, and says nothing."""
+    ends = asyncio.Event()
+
+    async def listen(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await ends.wait()
+        writer.close()
+
+    async with await asyncio.start_server(listen, "127.0.0.1", 0) as server:
+        yield server.sockets[0].getsockname()[1]
+        ends.set()
+
+
+@pytest.mark.parametrize("provider", list(_URLS))
+async def test_a_listener_that_has_not_reached_its_broker_stops_at_once_and_so_does_whoever_sends(
+    provider: str,
+) -> None:
+    async with _silent() as port:
+        given: dict[str, Any] = {provider: _URLS[provider].format(port=port)}
+        queue = create_queue("mails", provider=provider, connection=QueueConnectionOptions(**given))
+        listening = asyncio.create_task(queue.listen(lambda _: None))
+        sending = asyncio.create_task(ended(queue.enqueue("mail")))
+        await asyncio.sleep(0.05)
+
+        stopped = await ended(queue.stop(), seconds=1)
+        await asyncio.wait([listening], timeout=1)
+        closed = await ended(queue.close(), seconds=4)
+        refused = await sending
+
+    assert (stopped, listening.exception(), closed) == (None, None, None)
+    assert isinstance(refused, BackendUnavailable)
+    assert refused.retryable
+
+
+@pytest.mark.parametrize("times", [1, 1_000])
+async def test_a_driver_that_goes_on_after_a_cancellation_is_not_waited_for(times: int) -> None:
+    is_over = False
+
+    async def stubborn() -> None:
+        for _ in range(times):
+            with contextlib.suppress(asyncio.CancelledError):
+                while not is_over:  # noqa: ASYNC110 - an event would be one more thing to be cancelled
+                    await asyncio.sleep(0.05)
+
+    began = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"no answer within 0\.05 s"):
+        await within(0.05, stubborn())
+    took_seconds = time.monotonic() - began
+    is_over = True
+
+    assert took_seconds < 5
+
+
+async def test_what_a_driver_cancels_by_itself_is_a_broken_connection() -> None:
+    async def broken() -> None:
+        raise asyncio.CancelledError
+
+    with pytest.raises(ConnectionError, match="the connection broke"):
+        await within(1, broken())
