@@ -5,7 +5,6 @@ out. `retryable` says whether the very same call may succeed later.
 
     SagasError
     ├── DefinitionError        the author's: a saga that cannot be built, registered or run as written
-    ├── NotImplementedYet      ours: a builder method whose runtime half has not been built
     ├── MessageRejected        the caller's: a message, key or request refused at the door; nothing was changed
     │   ├── SagaNotFound · InstanceNotFound · DeadLetterNotFound · JobNotFound · JobRunNotFound
     │   ├── ScheduleNotFound · TimerNotFound · SignalNotFound · QueryNotFound
@@ -47,7 +46,6 @@ __all__ = [
     "JobNotFound",
     "JobRunNotFound",
     "MessageRejected",
-    "NotImplementedYet",
     "QueryFailed",
     "QueryNotFound",
     "QueueFull",
@@ -88,12 +86,6 @@ class DefinitionError(SagasError):
     """A saga definition that breaks a rule, at the call that broke it."""
 
     default_code = "SAGA_VALIDATION_FAILED"
-
-
-class NotImplementedYet(SagasError):
-    """A named feature that this version accepts in types but cannot run."""
-
-    default_code = "SAGA_NOT_IMPLEMENTED"
 
 
 class MessageRejected(SagasError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import inspect
 import re
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +11,6 @@ from typing import Final
 
 import pytest
 
-from sagaloom.builder import SagaWithState
 from sagaloom.engine.lifecycle import STATUS_TABLE
 from tests.docs.pages import DOCS, ROOT
 from tests.examples.stories import STORIES
@@ -110,19 +108,6 @@ def test_the_guard_for_stale_pages_sees_a_change(generator: ModuleType, tmp_path
     assert generator.with_region(page, "x", "new\n") == "before\n<!-- begin: x -->\nnew\n<!-- end: x -->\nafter\n"
     with pytest.raises(ValueError, match="begin: y"):
         generator.with_region(page, "y", "new\n")
-
-
-def test_the_page_on_limits_names_the_builder_methods_that_are_not_there_yet_and_no_others() -> None:
-    text = (DOCS / "howto" / "limits.md").read_text().partition("## What is not there yet")[2]
-    named = set(re.findall(r"`\.(\w+)`", text))
-
-    missing = {
-        name
-        for name in dir(SagaWithState)
-        if "NotImplementedYet" in (getattr(inspect.getattr_static(SagaWithState, name), "__doc__", None) or "")
-    }
-
-    assert named == missing
 
 
 def test_every_method_of_the_builder_and_every_effect_that_is_there_is_proven_by_a_story(generator: ModuleType) -> None:
