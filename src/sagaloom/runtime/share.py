@@ -143,8 +143,8 @@ class Share:
                 if excess and not self.giving:
                     self.giving = frozenset(sorted(self.parts)[-excess:])
                     self._give_up_at = asyncio.get_running_loop().time() + _GIVE_UP_SECONDS
-                    if self._is_quiet(self.giving):
-                        await self._take_share(self.lease)
+                    if self._is_quiet(self.giving) and await self._take_share(self.lease) and not self.giving:
+                        self._must_tend = True  # Another one has come while we gave: it gets its share next.
             elif not self._works:
                 self.is_shared = True  # Those who apply what we take in need their turn at the store.
             await self._look()
