@@ -27,17 +27,19 @@ from typing import Final, NoReturn
 
 from sagaloom.errors import ConfigurationError
 
-__all__ = ["ENV_FAULT", "KV_STEPS", "STEPS", "WALK_STEPS", "Cut", "Faults"]
+__all__ = ["ENV_FAULT", "KV_STEPS", "STEPS", "SWEEP_STEPS", "WALK_STEPS", "Cut", "Faults"]
 
 ENV_FAULT: Final = "SAGALOOM_FAULT"
 WALK_STEPS: Final = (
     "accepted", "claimed", "decided", "committed", "compensated", "dispatched", "settled", "timer_due",
-    "pruned",
 )  # fmt: skip
-"""What `RuntimeOptions.on_step` reports."""
+"""What `RuntimeOptions.on_step` reports of messages."""
+SWEEP_STEPS: Final = ("pruned",)
+"""What it reports beside them, hours apart: that some of what has been kept long enough was removed."""
 KV_STEPS: Final = ("kv:checked", "kv:half_written", "kv:written", "kv:committed")
 """What `SqliteKeyValue.open(..., on_step=)` reports, inside each commit."""
 STEPS: Final = (*WALK_STEPS, *KV_STEPS)
+"""Every step at which the walk of a message can be cut."""
 
 
 class Cut(BaseException):
@@ -119,8 +121,9 @@ class Faults:
         strike()
 
     def _plan(self, step: str, nth: int, strike: Callable[[], None]) -> None:
-        if step not in STEPS:
-            raise ConfigurationError(f"{step!r} is no step that a process can be cut at; these are: {', '.join(STEPS)}")
+        known = (*STEPS, *SWEEP_STEPS)
+        if step not in known:
+            raise ConfigurationError(f"{step!r} is no step that a process can be cut at; these are: {', '.join(known)}")
         if nth < 1:
             raise ConfigurationError(f"fault at {step!r}: steps are counted from 1, got {nth}")
         self._planned[step, nth] = strike
