@@ -71,8 +71,9 @@ async def _loses_its_broker(
     [
         pytest.param(name, how, marks=pytest.mark.server(name))
         for name, how in (
-            *(("redis", "frozen"), ("redis", "killed")),
-            *(("postgres", "frozen"), ("postgres", "killed")),
+            ("redis", "frozen"),
+            ("redis", "killed"),
+            ("postgres", "frozen"),
             ("rabbitmq", "killed"),
         )
     ],
