@@ -81,7 +81,7 @@ class Place(ABC):
 
     async def strike(self, disaster: str) -> None:
         """Has one of `disasters` happen; returns when the place is usable again."""
-        raise NotImplementedError(disaster)
+        raise ValueError(f"{disaster!r} cannot happen here: only {self.disasters} can")
 
     async def close(self) -> None:
         async with self._is_away:

@@ -650,7 +650,7 @@ def _batch_of(
                 _, holder = key
                 batch.member, batch.holder, batch.stamp = pack((holder,)), holder, stamp
             case _:
-                raise NotImplementedError(f"a commit of saga rows does not check {key!r}")
+                raise AssertionError(f"a commit of saga rows does not check {key!r}")
     for key, value in inserts:
         match key[0]:
             case "dedupe":
@@ -677,7 +677,7 @@ def _batch_of(
             case "feed":
                 batch.feed, batch.feed_count = value, reserve["feed"]
             case _:
-                raise NotImplementedError(f"a commit of saga rows does not insert {key!r}")
+                raise AssertionError(f"a commit of saga rows does not insert {key!r}")
     for key, value in puts:
         match key[0]:
             case "state":
@@ -714,7 +714,7 @@ def _batch_of(
                 _, saga = key
                 batch.sagas_seen.append((pack((saga,)),))
             case _:
-                raise NotImplementedError(f"a commit of saga rows does not put {key!r}")
+                raise AssertionError(f"a commit of saga rows does not put {key!r}")
     for key in deletes:
         match key[0]:
             case "outbox":
@@ -739,7 +739,7 @@ def _batch_of(
                 _, letter = key
                 batch.letters_gone.append((letter,))
             case _:
-                raise NotImplementedError(f"a commit of saga rows does not delete {key!r}")
+                raise AssertionError(f"a commit of saga rows does not delete {key!r}")
     # In one order, so that no two commits that want the same rows wait for each other. Heads that will be changed are
     # locked together with those that are checked: the holder changes what somebody else, who brings, checks.
     checked = {hashed for hashed, _ in batch.head_checks}
