@@ -229,6 +229,27 @@ async def test_three_share_alike_and_those_who_are_left_share_again(bench: Bench
     await until(lambda: [len(parts_of(life)) for life in lives[1:]] == [32, 32])
 
 
+async def test_one_who_comes_while_another_gets_its_share_gets_one_too(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = await bench.live(NOTES, lease_seconds=600.0)
+    kind = type(first.runtime.store)
+    tend: Callable[..., Any] = kind.tend
+    lives = [first]
+
+    async def tend_slowly(store: Any, lease: Lease, *, give_up: Collection[int] = ()) -> Holding:
+        if give_up and len(lives) == 2:
+            lives.append(await bench.live(NOTES, lease_seconds=600.0))
+            first.runtime._receiver.share._must_tend = False  # It came too early to be heard of now.
+        holding: Holding = await tend(store, lease, give_up=give_up)
+        return holding
+
+    monkeypatch.setattr(kind, "tend", tend_slowly)
+    lives.append(await bench.live(NOTES, lease_seconds=600.0))
+
+    await until(lambda: sorted(len(parts_of(life)) for life in lives) in ([20, 22, 22], [21, 21, 22]))
+
+
 async def test_an_operator_reaches_a_run_that_another_process_holds(bench: Bench) -> None:
     lives = await both(bench, NOTES)
     for n in range(8):
