@@ -54,6 +54,30 @@ def test_a_project_is_made_whose_tests_pass(tmp_path: Path) -> None:
     assert not any("{{" in file.read_text() for file in folder.rglob("*") if file.suffix in (".py", ".toml", ".md"))
 
 
+@pytest.mark.parametrize(
+    "check",
+    [
+        ["ruff", "format", "--check", "."],
+        ["ruff", "check", "."],
+        ["mypy", "--strict", "."],
+        ["pyright", "--pythonpath", sys.executable],
+    ],
+    ids=["format", "lint", "mypy", "pyright"],
+)
+def test_a_project_is_formatted_and_typed(tmp_path: Path, check: list[str]) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", *check],
+        cwd=make(tmp_path),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="it is started by its supervisor")
 def test_a_project_is_served_on_both_ports_and_its_saga_hears_of_its_job(tmp_path: Path) -> None:
     server = Server([sys.executable, "-m", "sagaloom", "dev", "--port", "0", "--json"], make(tmp_path), environment())

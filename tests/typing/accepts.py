@@ -43,6 +43,14 @@ from sagaloom.integration.publisher import (
     SagaPublisherResult,
 )
 from sagaloom.publisher import HttpSagaPublisher, SyncHttpSagaPublisher
+from sagaloom.queue import (
+    Queue,
+    QueueContext,
+    QueueReceipt,
+    create_parallel_queue,
+    create_queue,
+    create_typed_queue,
+)
 from sagaloom.runtime import (
     HttpSagaPublisherOptions,
     SagaRuntime,
@@ -304,3 +312,29 @@ assert_type(plain_job, JobDefinition[dict[str, Any]])
 assert_type(typed_job, JobDefinition[OrderPlaced])
 assert_type(define_job_handler(job_function, payload=OrderDict), JobDefinition[OrderDict])
 assert_type(create_failure_result("no", {"a": 1}), JobResult[dict[str, int]])
+
+
+# --- Queues ----------------------------------------------------------------------------------------------------------
+
+placements = create_typed_queue("placements", OrderPlaced, provider="kv", retry_delay="5s")
+in_parallel = create_parallel_queue("placements", OrderPlaced, concurrency=4)
+untyped = create_queue("anything")
+assert_type(placements, Queue[OrderPlaced])
+assert_type(in_parallel, Queue[OrderPlaced])
+assert_type(untyped, Queue[Any])
+
+
+async def work_on(message: OrderPlaced, context: QueueContext) -> None:
+    await context.nack(delay="1m", reason=message.order_id)
+
+
+def work_without_context(message: OrderPlaced) -> int:
+    return len(message.order_id)
+
+
+async def queueing() -> None:
+    assert_type(await placements.enqueue(OrderPlaced("o-1"), delay="5m", key="o-1"), QueueReceipt)
+    await placements.enqueue_many([OrderPlaced("o-1"), OrderPlaced("o-2")], priority=90)
+    await placements.listen(work_on, concurrency=2)
+    await in_parallel.listen(work_without_context)
+    await untyped.enqueue({"orderId": "o-1"})

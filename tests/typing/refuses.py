@@ -11,6 +11,7 @@ from typing import Any, TypedDict
 
 from sagaloom import CascadedMessage, Saga, SagaContext, SagaMessage, define_query, define_saga, define_signal
 from sagaloom.integration.publisher import SagaPublisherPort
+from sagaloom.queue import create_typed_queue
 from sagaloom.runtime import create_saga_publisher, create_sync_saga_publisher
 from sagaloom.workers import (
     JobContext,
@@ -103,12 +104,16 @@ def job(ctx: JobContext[OrderPlaced]) -> JobResult[str]:
 def job_without_result(ctx: JobContext[OrderPlaced]) -> None: ...
 
 
+async def work_on_invoice(message: InvoiceSent) -> None: ...
+
+
 draft = define_saga("order")
 ready = draft.state(Order())
 untyped = draft.state({"status": "new"})
 built = ready.on(OrderPlaced, placed)
 publisher = create_saga_publisher[OrderPlaced | Receipt]()
 blocking = create_sync_saga_publisher[OrderPlaced | Receipt]()
+placements = create_typed_queue("placements", OrderPlaced)
 
 # A handler before the state.
 draft.on(OrderPlaced, placed)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]  # expect: error
@@ -193,3 +198,10 @@ define_job_handler(job_without_result, payload=OrderPlaced)  # type: ignore[arg-
 define_job_handler(job, payload=OrderPlaced, retries=3)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]  # expect: error
 define_job_handler(id="pay", payload=InvoiceSent)(job)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # expect: error
 create_failure_result(404)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType]  # expect: error
+
+# A queue of another payload, and options that do not exist.
+sending = placements.enqueue({"order_id": "o-1"})  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # expect: error
+sending_many = placements.enqueue_many([InvoiceSent("i-1")])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]  # expect: error
+listening = placements.listen(work_on_invoice)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]  # expect: error
+create_typed_queue("placements", OrderPlaced, retries=3)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]  # expect: error
+create_typed_queue("placements")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]  # expect: error

@@ -17,6 +17,7 @@ import importlib
 from typing import TYPE_CHECKING, Final
 
 from sagaloom.errors import JobCancelled
+from sagaloom.ports.jobs import JobRun
 from sagaloom.workers.context import JobContext, JobLog
 from sagaloom.workers.handlers import (
     JobDefinition,
@@ -44,6 +45,7 @@ __all__ = [
     "JobLog",
     "JobOptions",
     "JobResult",
+    "JobRun",
     "JobRuntime",
     "JobSchedule",
     "RepliesPort",
