@@ -21,6 +21,7 @@ from sagaloom.kv.sqlite import SqliteKeyValue
 from sagaloom.queue import Queue, QueueConnectionOptions, create_queue
 from sagaloom.queues.kv import KvQueueBroker
 from sagaloom.queues.patience import within
+from tests.complaints import complaints
 from tests.servers.server import Server
 
 pytestmark = pytest.mark.anyio
@@ -129,6 +130,32 @@ async def test_nobody_waits_for_long_for_a_file_that_another_process_holds(
     assert isinstance(refused, BackendUnavailable)
     assert refused.retryable
     assert rest == [None, None, None]
+
+
+@pytest.mark.parametrize("server", [pytest.param("postgres", marks=pytest.mark.server("postgres"))], indirect=True)
+async def test_what_is_given_up_leaves_no_error_behind_that_nobody_asks_for(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sagaloom.queues.postgres._ANSWER_SECONDS", 1.0)
+    options = QueueConnectionOptions(postgres=server.url, namespace=f"t{uuid.uuid4().hex[:12]}")
+    queue = create_queue("mails", provider="postgres", connection=options)
+    await queue.enqueue("mail")
+
+    with complaints() as heard:
+        await asyncio.to_thread(server.freeze)
+        try:
+            listening = asyncio.create_task(queue.listen(lambda _: None))
+            sending = [asyncio.create_task(queue.enqueue("mail")) for _ in range(3)]
+            await asyncio.wait(sending, timeout=0.3)
+            for each in (listening, *sending):
+                each.cancel()
+            await asyncio.wait([listening, *sending])
+            closed = await ended(queue.close())
+        finally:
+            await asyncio.to_thread(server.thaw)
+        del listening, sending, each
+
+    assert (closed, heard) == (None, [])
 
 
 @contextlib.asynccontextmanager

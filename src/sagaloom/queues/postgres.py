@@ -29,6 +29,7 @@ import msgspec
 
 from sagaloom.errors import BackendUnavailable, ConfigurationError, QueueFull
 from sagaloom.outbound import without_credentials
+from sagaloom.pooling import acquired
 from sagaloom.ports.queue import (
     PRIORITY_MAX,
     Acked,
@@ -123,7 +124,9 @@ class _Connection(Protocol):
 class _Pool(Protocol):
     def __await__(self) -> Generator[Any, None, object]: ...
 
-    def acquire(self, *, timeout: float) -> AbstractAsyncContextManager[_Connection]: ...
+    def acquire(self, *, timeout: float) -> Awaitable[_Connection]: ...
+
+    def release(self, connection: Any, *, timeout: float | None = None) -> Coroutine[Any, Any, None]: ...
 
     def close(self) -> Coroutine[Any, Any, None]: ...
 
@@ -311,16 +314,16 @@ class PostgresQueueBroker:
         """Holds a connection that is called by NOTIFY, and makes another one when it breaks."""
         while asyncio.current_task() is self._listener:
             with contextlib.suppress(*_TROUBLE):
-                async with self._pool.acquire(timeout=_ANSWER_SECONDS) as connection:
+                async with acquired(self._pool, timeout=_ANSWER_SECONDS) as connection:
                     await self._listen_on(connection, on_arrival)
             await asyncio.sleep(0.5)
 
     async def _listen_on(self, connection: _Connection, on_arrival: Callable[[], None]) -> None:
         broken = asyncio.Event()
         connection.add_termination_listener(lambda _: broken.set())
-        await connection.add_listener(self._channel, lambda *_: on_arrival())
-        on_arrival()  # for what came before we listened
         try:
+            await connection.add_listener(self._channel, lambda *_: on_arrival())
+            on_arrival()  # for what came before we listened
             await broken.wait()
         finally:
             # With what it listens to; and without a goodbye, for which a server that is gone would be waited for.
@@ -414,13 +417,13 @@ class PostgresQueueBroker:
         return await self._with_connection(run)
 
     async def _with_connection(self, run: Callable[[_Connection], Awaitable[T]], *, seconds: float | None = None) -> T:
-        async def acquired() -> T:
-            async with self._pool.acquire(timeout=_ANSWER_SECONDS) as connection:
+        async def ran() -> T:
+            async with acquired(self._pool, timeout=_ANSWER_SECONDS) as connection:
                 return await run(connection)
 
         try:
             # The driver has a bound of its own, and asks the server then to cancel the statement, as long once more.
-            return await within(seconds or _ANSWER_SECONDS, acquired())
+            return await within(seconds or _ANSWER_SECONDS, ran())
         except _TROUBLE as error:
             self._fail(error)
 

@@ -26,6 +26,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 from sagaloom.errors import BackendUnavailable, ConfigurationError, SagasError
 from sagaloom.kv.postgres import driver
 from sagaloom.kv.postgres.driver import Connection, Pool, Row
+from sagaloom.pooling import acquired
 
 _R = TypeVar("_R")
 
@@ -111,7 +112,7 @@ class PostgresDatabase:
     async def run(self, work: Callable[[Connection], Awaitable[_R]]) -> _R:
         """What `work` returns, which gets a connection to itself; it sets its own deadlines."""
         try:
-            async with await self._acquire() as connection:
+            async with await self._acquired() as connection:
                 return await work(connection)
         except Exception as error:
             raise self.translated(error) from error
@@ -141,7 +142,7 @@ class PostgresDatabase:
         for attempt in range(1, _TRIES + 1):
             self.statements += 1
             try:
-                async with await self._acquire() as connection:
+                async with await self._acquired() as connection:
                     if waits:
                         return await self._replicated(connection, statement, arguments)
                     return await connection.fetch(statement, *arguments, timeout=self.deadline_seconds)
@@ -171,7 +172,7 @@ class PostgresDatabase:
             raise BackendUnavailable(f"{self.where}: {warnings[0]}", data={"outcome": "unknown", "sqlstate": ""})
         return rows
 
-    async def _acquire(self) -> AbstractAsyncContextManager[Connection]:
+    async def _acquired(self) -> AbstractAsyncContextManager[Connection]:
         if self._is_closed:
             raise BackendUnavailable(f"{self.name} is closed: open another store", retryable=False)
         pool = self._pool
@@ -180,7 +181,7 @@ class PostgresDatabase:
                 pool = self._pool
                 if pool is None:
                     pool = self._pool = await self._opened()
-        return pool.acquire(timeout=self.deadline_seconds)
+        return acquired(pool, timeout=self.deadline_seconds)
 
     async def _opened(self) -> Pool:
         first = await self._connect()

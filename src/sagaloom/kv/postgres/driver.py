@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Awaitable, Callable, Coroutine
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -74,7 +73,9 @@ class Connection(Protocol):
 
 
 class Pool(Protocol):
-    def acquire(self, *, timeout: float | None = None) -> AbstractAsyncContextManager[Connection]: ...
+    def acquire(self, *, timeout: float | None = None) -> Awaitable[Connection]: ...
+
+    def release(self, connection: Any, *, timeout: float | None = None) -> Coroutine[Any, Any, None]: ...
 
     async def close(self) -> None: ...
 
