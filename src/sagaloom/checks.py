@@ -23,7 +23,7 @@ import msgspec
 from sagaloom.definitions import HandlerBinding, SagaDefinition, SagaHandler
 from sagaloom.foresight import OWN_MESSAGE, ForeseenEffect, Foresight, Place, foresee
 
-__all__ = ["LEVELS", "Finding", "Level", "check_sagas"]
+__all__ = ["LEVELS", "Finding", "Level", "check_sagas", "source_of"]
 
 Level = Literal["error", "warning", "note"]
 LEVELS: Final[tuple[Level, ...]] = ("error", "warning", "note")
@@ -154,7 +154,7 @@ class _OneSaga:
 
     def __init__(self, definition: SagaDefinition[Any]) -> None:
         self.definition = definition
-        self.place = _source_of(definition)
+        self.place = source_of(definition)
         see = functools.partial(foresee, status_field=definition.status_field)
         steps = [one for binding in definition.handlers.values() for one in _handlers_of(binding, see)]
         steps += [
@@ -400,6 +400,7 @@ def _listed(names: Sequence[str]) -> str:
     return " and ".join([", ".join(shown[:-1]), shown[-1]])
 
 
-def _source_of(definition: SagaDefinition[Any]) -> Place:
+def source_of(definition: SagaDefinition[Any]) -> Place:
+    """Where `definition` was built."""
     file, _, line = definition.source.rpartition(":")
     return Place(file, int(line)) if line.isdigit() else Place(definition.source or "<unknown>", 0)

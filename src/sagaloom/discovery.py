@@ -15,7 +15,13 @@ import msgspec
 from sagaloom.errors import ConfigurationError
 from sagaloom.targets import discover_service
 
-__all__ = ["SagaStoreBackend", "discover_service", "load_appsettings", "resolve_saga_store_backend"]
+__all__ = [
+    "SagaStoreBackend",
+    "discover_service",
+    "load_appsettings",
+    "named_saga_store_backend",
+    "resolve_saga_store_backend",
+]
 
 SagaStoreBackend = Literal["kv", "sql"]
 
@@ -41,6 +47,18 @@ def resolve_saga_store_backend(
     >>> resolve_saga_store_backend({"NETSCRIPT_SAGA_STORE": "KV"})
     'kv'
     """
+    backend = named_saga_store_backend(env, appsettings)
+    if backend is None:
+        raise ConfigurationError(
+            "Saga store backend is required. Set NETSCRIPT_SAGA_STORE=kv|sql or appsettings sagas.store.backend."
+        )
+    return backend
+
+
+def named_saga_store_backend(
+    env: Mapping[str, str] | None = None, appsettings: Mapping[str, Any] | None = None
+) -> SagaStoreBackend | None:
+    """The same, for those who can do without: None when neither is set."""
     chosen = (os.environ if env is None else env).get(_VARIABLE, "").strip()
     if chosen:
         return _backend(chosen, source=_VARIABLE)
@@ -48,9 +66,7 @@ def resolve_saga_store_backend(
         value = _at(appsettings or {}, spelling)
         if value is not None and value != "":
             return _backend(value, source="sagas.store.backend")
-    raise ConfigurationError(
-        "Saga store backend is required. Set NETSCRIPT_SAGA_STORE=kv|sql or appsettings sagas.store.backend."
-    )
+    return None
 
 
 def load_appsettings(directory: Path | None = None, env: Mapping[str, str] | None = None) -> dict[str, Any]:

@@ -53,17 +53,18 @@ _HARMLESS: Final[tuple[object, ...]] = (effects.answer, list, tuple, sorted)
 
 @dataclass(frozen=True, slots=True, order=True)
 class Place:
-    """A line of a file."""
+    """A line of a file; line 0 is the file as a whole."""
 
     file: str
     line: int
 
     def __str__(self) -> str:
         path = Path(self.file)
+        line = f":{self.line}" if self.line else ""
         try:
-            return f"{path.relative_to(Path.cwd())}:{self.line}"
+            return f"{path.relative_to(Path.cwd())}{line}"
         except ValueError:
-            return f"{path}:{self.line}"
+            return f"{path}{line}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,14 @@
-"""`sagaloom check` and `sagaloom diagram`: what can be said of sagas before they run. Neither opens a store."""
+"""`sagaloom check` and `sagaloom diagram`: what can be said of sagas before they run."""
 
 from __future__ import annotations
 
+import asyncio
+import os
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -15,7 +17,9 @@ from sagaloom.cli.options import AsJson, Modules
 
 if TYPE_CHECKING:
     from sagaloom.checks import Finding
+    from sagaloom.definitions import SagaDefinition
     from sagaloom.registry import LoadedModules
+    from sagaloom.settings import StorePlace
 
 __all__ = ["add_check_commands"]
 
@@ -32,23 +36,48 @@ def check(
     modules: Modules = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail for warnings too, not for errors alone.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Leave notes out.")] = False,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            "--store",
+            metavar="STORE",
+            help="Look into this store, too: a file, an address (postgresql://...), kv or sql. By default the one that "
+            "NETSCRIPT_SAGA_STORE or appsettings.json names.",
+            show_default=False,
+        ),
+    ] = None,
+    no_store: Annotated[bool, typer.Option("--no-store", help="Look into no store.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Look for what is wrong with the sagas of the given modules: messages that nobody handles, handlers that nothing
-    reaches, statuses that nothing leaves.
+    reaches, statuses that nothing leaves; and, in a store, live instances that this code could not go on with.
 
-    They are taken to be all that run together. It reads the source of handlers, and says where it cannot. It exits with
-    1 when it finds an error."""
+    They are taken to be all that run together. It reads the source of handlers, and says where it cannot. Of a store it
+    reads what lives there: versions that no migration leads from, states that cannot be read or migrated, sagas that
+    are not loaded any more. Nothing is changed. It exits with 1 when it finds an error."""
     from sagaloom.checks import LEVELS
 
-    found, ids = _findings(modules or [])
+    if store is not None and no_store:
+        raise CommandFailed("--store and --no-store contradict each other: leave one of them out", exit_code=2)
+    place = None if no_store else _place(store)
+    found, definitions = _findings(modules or [])
+    ids = [each.id for each in definitions]
+    looked: dict[str, Any] | None = None
+    if place is not None:
+        living, live = _living(place, definitions, is_asked_for=store is not None)
+        # A saga that does not build is not gone: its module was named, and has an error of its own.
+        is_whole = all(one.code != "does-not-build" for one in found)
+        found += [one for one in living if is_whole or one.code != "saga-not-loaded"]
+        looked = {"place": str(place), "live": live}
     shown = [one for one in found if not (quiet and one.level == "note")]
     counts: dict[str, int] = {level: sum(one.level == level for one in found) for level in LEVELS}
     if as_json:
-        _print_json(shown, ids, counts)
+        _print_json(shown, ids, counts, looked)
     else:
         _print_findings(shown)
         print(f"{len(ids)} sagas: " + ", ".join(f"{counts[level]} {level}s" for level in LEVELS), file=sys.stderr)
+        if looked is not None and looked["live"] is not None:
+            print(f"{looked['place']}: live instances: {looked['live']}", file=sys.stderr)
     if counts["error"] or (strict and counts["warning"]):
         raise typer.Exit(1)
 
@@ -82,7 +111,39 @@ def diagram(
         print(mermaid(each))
 
 
-def _findings(modules: Sequence[str]) -> tuple[list[Finding], list[str]]:
+def _place(said: str | None) -> StorePlace | None:
+    """Which store is meant: by the option, else by the environment, which need not name any."""
+    from sagaloom.discovery import load_appsettings, named_saga_store_backend
+    from sagaloom.settings import StorePlace, load_settings
+
+    if said is None:
+        return load_settings().place if named_saga_store_backend(os.environ, load_appsettings()) else None
+    if said.lower() in ("kv", "sql", "prisma"):
+        return load_settings(store=said).place
+    return StorePlace(url=said) if "://" in said else StorePlace(kv_path=Path(said))
+
+
+def _living(
+    place: StorePlace, definitions: Sequence[SagaDefinition[Any]], *, is_asked_for: bool
+) -> tuple[tuple[Finding, ...], int | None]:
+    """What is found in a store, and how many instances are live; None when there is no store yet."""
+    from sagaloom.cli.live_checks import LiveReport, check_live
+    from sagaloom.cli.looking import CannotLook, opened_to_look
+
+    async def look() -> LiveReport:
+        async with opened_to_look(place) as store:
+            return await check_live(store, definitions, where=str(place))
+
+    try:
+        return asyncio.run(look())
+    except CannotLook as error:
+        if error.is_absent and not is_asked_for:
+            print(error.message, file=sys.stderr)
+            return (), None
+        raise CommandFailed(f"{error.message}: {error.repair}" + ("" if is_asked_for else "; or --no-store")) from error
+
+
+def _findings(modules: Sequence[str]) -> tuple[list[Finding], Sequence[SagaDefinition[Any]]]:
     from sagaloom.checks import check_sagas
     from sagaloom.errors import ConfigurationError, DefinitionError
     from sagaloom.registry import load_definitions, load_modules, named_modules
@@ -101,7 +162,7 @@ def _findings(modules: Sequence[str]) -> tuple[list[Finding], list[str]]:
     loaded: LoadedModules | None = load_definitions(sound) if sound else None
     definitions = loaded.definitions if loaded is not None else ()
     kinds = {*_KINDS, *(target.kind for target in (loaded.targets if loaded is not None else ()))}
-    return [*broken, *check_sagas(definitions, target_kinds=kinds)], [each.id for each in definitions]
+    return [*broken, *check_sagas(definitions, target_kinds=kinds)], definitions
 
 
 def _that_does_not_build(error: Exception) -> Finding:
@@ -140,12 +201,15 @@ def _print_findings(found: Sequence[Finding]) -> None:
             out.print(f"    remedy: {escape(one.remedy)}", soft_wrap=True)
 
 
-def _print_json(found: Sequence[Finding], ids: Sequence[str], counts: dict[str, int]) -> None:
+def _print_json(
+    found: Sequence[Finding], ids: Sequence[str], counts: dict[str, int], looked: dict[str, Any] | None
+) -> None:
     from sagaloom.cli.output import print_json
 
     print_json(
         {
             "sagas": list(ids),
+            "store": looked,
             "findings": [
                 {
                     "level": one.level,

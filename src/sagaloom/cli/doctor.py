@@ -8,18 +8,16 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Final, cast
+from typing import Literal, cast
 from urllib.parse import urlsplit
 
 from sagaloom.cli.client import ApiClient, CommandFailed
+from sagaloom.cli.looking import CannotLook, opened_to_look
 from sagaloom.cli.store_checks import Finding, look_into
 from sagaloom.errors import ConfigurationError, SagasError
-from sagaloom.settings import DEFAULT_KV_PATH, DoorSettings
+from sagaloom.settings import DEFAULT_KV_PATH, DoorSettings, StorePlace
 
 __all__ = ["Finding", "examine"]
-
-_LEASE_SECONDS: Final = 6.0
 
 
 def examine(modules: Sequence[str], settings: DoorSettings, *, url: str) -> list[Finding]:
@@ -91,41 +89,7 @@ def _backend() -> tuple[Finding, bool]:
 
 
 async def _store(settings: DoorSettings, *, is_sql: bool, is_running: bool) -> list[Finding]:
-    if is_sql:
-        return await _database(settings, is_running=is_running)
-    path = settings.kv_path or DEFAULT_KV_PATH
-    if not path.exists():
-        return [
-            Finding(
-                check="store",
-                status="note",
-                detail=f"there is no store at {path} yet; the first start makes it",
-                repair="for a store elsewhere: export NETSCRIPT_SAGA_KV_PATH=/path/to/sagas.db",
-            )
-        ]
-    from sagaloom.kv import SqliteKeyValue
-    from sagaloom.kv.presence import FilePresence
-    from sagaloom.stores import KvSagaStore
-
-    try:
-        store = KvSagaStore(await SqliteKeyValue.open(path), presence=FilePresence(path))
-    except SagasError as error:
-        return [_unusable(path, error)]
-    try:
-        await store.open()
-        return [
-            Finding(check="store", status="ok", detail=f"{path} opens, store id {store.store_id}"),
-            *await look_into(store, is_running=is_running),
-        ]
-    except SagasError as error:
-        return [_unusable(path, error)]
-    finally:
-        await store.close()
-
-
-async def _database(settings: DoorSettings, *, is_running: bool) -> list[Finding]:
-    """The same of a store in a database, whose tables are left as they are."""
-    if settings.database_url is None:
+    if is_sql and settings.database_url is None:
         return [
             Finding(
                 check="store",
@@ -134,71 +98,18 @@ async def _database(settings: DoorSettings, *, is_running: bool) -> list[Finding
                 repair="export DATABASE_URL=postgresql://user:password@host:5432/database",
             )
         ]
-    from sagaloom.composition import sql_database
-    from sagaloom.kv.postgres import PostgresPresence, PostgresSagaRows
-    from sagaloom.kv.postgres.schema import applied, steps
-    from sagaloom.stores import SqlSagaStore
-
+    url = settings.database_url.get_secret_value() if is_sql and settings.database_url is not None else None
+    place = StorePlace(kv_path=settings.kv_path or DEFAULT_KV_PATH, url=url)
     try:
-        database = sql_database(url=settings.database_url.get_secret_value())
-    except SagasError as error:
-        return [_unreachable(error)]
-    where = database.name.removeprefix("kv:")
-    try:
-        versions = [step.version for step in await applied(database)]
-        newest = steps()[-1].version
-        if not versions:
+        async with opened_to_look(place) as store:
+            said = "opens" if url is None else "answers"
             return [
-                Finding(
-                    check="store",
-                    status="note",
-                    detail=f"{where} answers, and has no tables of ours yet; the first start makes them",
-                    repair="sagaloom db upgrade, as somebody who may create tables",
-                )
+                Finding(check="store", status="ok", detail=f"{place} {said}, store id {store.store_id}"),
+                *await look_into(store, is_running=is_running),
             ]
-        if versions[-1] != newest:
-            is_newer = versions[-1] > newest
-            return [
-                Finding(
-                    check="store",
-                    status="broken",
-                    detail=f"the tables in {where} are of version {versions[-1]}, this program is of {newest}",
-                    repair="python -m pip install --upgrade sagaloom" if is_newer else "sagaloom db upgrade",
-                )
-            ]
-        rows = PostgresSagaRows(database)
-        await rows.open()
-        files = PostgresPresence.on_this_host(rows.store_id, lease_seconds=_LEASE_SECONDS)
-        store = SqlSagaStore(rows, presence=PostgresPresence(database, lease_seconds=_LEASE_SECONDS, files=files))
-        await store.open()
-        return [
-            Finding(check="store", status="ok", detail=f"{where} answers, store id {store.store_id}"),
-            *await look_into(store, is_running=is_running),
-        ]
-    except SagasError as error:
-        return [_unreachable(error)]
-    finally:
-        await database.close()
-
-
-def _unreachable(error: SagasError) -> Finding:
-    return Finding(
-        check="store",
-        status="broken",
-        detail=error.message,
-        repair="psql \"$DATABASE_URL\" -c 'SELECT version()': what it says is what the store meets",
-    )
-
-
-def _unusable(path: Path, error: SagasError) -> Finding:
-    return Finding(
-        check="store",
-        status="broken",
-        detail=error.message,
-        repair=f"ls -l {path.parent} && df {path.parent}"
-        if error.retryable
-        else "restore the file from a backup, or choose another: export NETSCRIPT_SAGA_KV_PATH=/path/to/sagas.db",
-    )
+    except CannotLook as error:
+        status: Literal["note", "broken"] = "note" if error.is_absent else "broken"
+        return [Finding(check="store", status=status, detail=error.message, repair=error.repair)]
 
 
 def _server(url: str, settings: DoorSettings) -> tuple[Finding, bool]:

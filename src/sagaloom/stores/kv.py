@@ -177,8 +177,10 @@ class KvSagaStore:
     _keeps_indexes = True
     """Whether rows of ours find runs and dead letters; a store that has indexes does it without."""
 
-    def __init__(self, kv: KeyValue, *, presence: Presence | None = None) -> None:
+    def __init__(self, kv: KeyValue, *, presence: Presence | None = None, reads_only: bool = False) -> None:
         self._kv = kv
+        self._reads_only = reads_only
+        """Whether we only look, and leave the marker of an empty store, or of an older schema, as it is."""
         self._tenure = Tenure(kv, presence)
         self._writing = asyncio.Lock()
         self._store_id = ""
@@ -225,7 +227,7 @@ class KvSagaStore:
         if self._store_id:
             return
         schema, store_id = await self._kv.get_many([_SCHEMA_KEY, _STORE_ID_KEY])
-        if schema is None:
+        if schema is None and not self._reads_only:
             await self._commit_kv(
                 checks=[Check(_SCHEMA_KEY, None)],
                 puts=[(_SCHEMA_KEY, str(SCHEMA).encode()), (_STORE_ID_KEY, uuid.uuid4().hex.encode())],
@@ -239,7 +241,7 @@ class KvSagaStore:
                 f"{self._kv.name} was written with schema {int(schema.value)}, this version reads up to {SCHEMA}: "
                 "upgrade sagaloom, or choose another store"
             )
-        if int(schema.value) < SCHEMA:
+        if int(schema.value) < SCHEMA and not self._reads_only:
             # From here on rows may come that an older program cannot read. When somebody else was faster, it is done.
             await self._commit_kv(
                 checks=[Check(_SCHEMA_KEY, schema.versionstamp)], puts=[(_SCHEMA_KEY, str(SCHEMA).encode())]
