@@ -28,8 +28,9 @@ serve: export NETSCRIPT_SAGA_STORE = kv
 serve:
 	@exec $(BIN)/python -m examples.serve
 
+# Several files at a time; one after the other, as a debugger wants it: ARGS="-n0 --pdb".
 test: install  ## Run the tests, with seconds per group (some of them: make test ARGS="tests/core -k retry")
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 check: install  ## Check format, lint, types (mypy and pyright) and floors
 	$(BIN)/ruff format --check .

@@ -14,7 +14,7 @@ import pytest
 
 from tests.schemas import schema, schema_of_the_session
 from tests.servers.finding import KINDS, found_or_skipped
-from tests.suites import SuiteTable
+from tests.suites import QueueTable, SuiteTable
 
 __all__ = ["schema", "schema_of_the_session"]
 
@@ -28,6 +28,7 @@ _HERE = Path(__file__).parent
 _seconds: dict[str, float] = defaultdict(float)
 _tests: dict[str, set[str]] = defaultdict(set)
 _suites = SuiteTable()
+_queues = QueueTable()
 
 
 @pytest.fixture(scope="session")
@@ -96,8 +97,10 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     group = _group_of(_HERE.parent / report.nodeid.partition("::")[0])
     _seconds[group] += report.duration
     _tests[group].add(report.nodeid)
-    if report.when == "call" or report.outcome != "passed":
+    is_verdict = report.when == "call" or report.outcome != "passed"
+    if is_verdict:
         _suites.note(report.nodeid, report.outcome)
+    _queues.note(report.nodeid, report.outcome, seconds=report.duration, is_verdict=is_verdict)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -107,8 +110,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for group, seconds in _seconds.items():
         count = len(_tests[group])
         terminalreporter.write_line(f"{seconds:8.2f} s  {group}, {count} {'test' if count == 1 else 'tests'}")
-    if table := _suites.lines():
-        terminalreporter.write_sep("=", "suites by store")
+    for title, table in (("the queue contract", _queues.lines()), ("suites by store", _suites.lines())):
+        if table:
+            terminalreporter.write_sep("=", title)
         for line in table:
             terminalreporter.write_line(line)
 

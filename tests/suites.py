@@ -1,4 +1,5 @@
-"""Which suite runs on which store: one table at the end of a run, so that a gap is seen and not believed to be covered.
+"""Which suite runs on which store, and what the contract found of each broker: tables at the end of a run, so that a
+gap is seen and not believed to be covered.
 
 A test belongs to a suite by the file it is in, and to a store by its class, its parameters or its file.
 """
@@ -8,7 +9,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from typing import Final
 
-__all__ = ["STORES", "SuiteTable"]
+__all__ = ["STORES", "QueueTable", "SuiteTable"]
 
 STORES: Final = ("model", "embedded", "PostgreSQL")
 
@@ -58,6 +59,33 @@ class SuiteTable:
         table = [["", *STORES], *rows]
         widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
         return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+
+
+class QueueTable:
+    """Counts what the queue contract found of each broker."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, Counter[str]] = defaultdict(Counter)
+
+    def note(self, nodeid: str, outcome: str, *, seconds: float, is_verdict: bool) -> None:
+        """Notes one part of a test (setup, call, teardown), if it belongs to the contract."""
+        broker, is_contract, _ = nodeid.partition("test_queue_contract.py::Test")[2].partition("Queue::")
+        if is_contract:
+            self._found[broker][outcome] += is_verdict
+            self._found[broker]["milliseconds"] += round(seconds * 1000)
+
+    def lines(self) -> list[str]:
+        """The table; nothing unless there is something to compare."""
+        if len(self._found) < 2:
+            return []
+        words = ("passed", "failed", "skipped")
+        heading = f"{'broker':<12}{words[0]:>8}{words[1]:>8}{words[2]:>9}{'seconds':>10}"
+        return [heading, *(self._row(broker, found) for broker, found in sorted(self._found.items()))]
+
+    @staticmethod
+    def _row(broker: str, found: Counter[str]) -> str:
+        seconds = found["milliseconds"] / 1000
+        return f"{broker:<12}{found['passed']:>8}{found['failed']:>8}{found['skipped']:>9}{seconds:>10.1f}"
 
 
 def place_of(nodeid: str) -> tuple[str, str] | None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.suites import SuiteTable, place_of
+from tests.suites import QueueTable, SuiteTable, place_of
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,24 @@ def test_the_table_shows_what_failed_and_what_was_skipped() -> None:
         "                  model  embedded  PostgreSQL",
         "processes killed  -      -         2 ok, 1 FAILED, 1 skipped",
     ]
+
+
+def test_the_queue_contract_is_told_by_broker() -> None:
+    table = QueueTable()
+    for broker, outcome in (("Redis", "passed"), ("Redis", "failed"), ("Kv", "passed")):
+        nodeid = f"tests/queues/test_queue_contract.py::Test{broker}Queue::test_a"
+        table.note(nodeid, "passed", seconds=0.5, is_verdict=False)
+        table.note(nodeid, outcome, seconds=0.25, is_verdict=True)
+
+    assert table.lines() == [
+        "broker        passed  failed  skipped   seconds",
+        "Kv                 1       0        0       0.8",
+        "Redis              1       1        0       1.5",
+    ]
+
+
+def test_one_broker_alone_is_no_table() -> None:
+    table = QueueTable()
+    table.note("tests/queues/test_queue_contract.py::TestKvQueue::test_a", "passed", seconds=1, is_verdict=True)
+
+    assert table.lines() == []

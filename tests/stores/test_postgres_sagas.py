@@ -97,13 +97,13 @@ async def test_a_statement_that_takes_too_long_is_unavailable_and_the_next_one_w
     await database.close()
 
 
-async def test_of_many_who_upgrade_at_once_one_does_it(schema: Schema) -> None:
+async def test_of_many_who_upgrade_at_once_one_takes_each_step(schema: Schema) -> None:
     name = f"{schema.name}_many"
     databases = [PostgresDatabase(url=schema.server_url, schema=name) for _ in range(6)]
     try:
         done = await asyncio.gather(*(upgrade(database) for database in databases))
 
-        assert sorted(len(taken) for taken in done) == [0, 0, 0, 0, 0, len(steps())]
+        assert sorted(step.version for taken in done for step in taken) == [step.version for step in steps()]
         assert [step.version for step in await applied(databases[0])] == [step.version for step in steps()]
     finally:
         await databases[0].write(f"DROP SCHEMA {name} CASCADE")
