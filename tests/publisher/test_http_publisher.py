@@ -437,7 +437,7 @@ async def test_a_body_that_trickles_in_does_not_outlast_the_timeout(new_publishe
         refused = rejected(await new_publisher(url, retries=0, timeout=0.3).publish("OrderPlaced", {}))
 
     assert time.monotonic() - begun < 5
-    assert "nothing came within 0.3 s" in refused.reason
+    assert "nothing came within 0." in refused.reason  # what was left of it when the request left
     assert refused.may_have_arrived
 
 
