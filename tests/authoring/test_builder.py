@@ -612,7 +612,8 @@ def test_concurrency_is_part_of_the_definition_and_the_last_word_counts() -> Non
         (lambda: READY.on_update(SIGNAL, coroutine_handler), "is async"),
         (lambda: READY.on_query("progress", len), "takes define_query"),
         (lambda: READY.on_query(QueryDefinition(" "), len), r"Saga query name must not be empty\."),
-        (lambda: READY.on_query(QUERY, coroutine_handler), "is async"),
+        (lambda: READY.on_query(QUERY, coroutine_handler), "is async: it must be a plain function without I/O$"),
+        (lambda: READY.on_query(QUERY, generator_handler), "is a generator: return what it says"),
     ],
 )
 def test_an_argument_that_makes_no_sense_is_refused(call: Any, reason: str) -> None:

@@ -1,5 +1,6 @@
 """Which run takes a message, what makes it a dead letter, and what is written down."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -510,6 +511,10 @@ def test_the_end_of_a_child_goes_to_the_very_run_of_its_parent(effect: Any, stat
 # --- Invariants ------------------------------------------------------------------------------------------------------
 
 
+async def _coroutine() -> bool:
+    return True
+
+
 def _guarded(predicate: Any) -> SagaDefinition[Any]:
     def handler(saga: Slot, event: Event, context: Context) -> Effects:
         saga.state["paid"] -= 5
@@ -532,6 +537,20 @@ def test_an_invariant_that_raises_is_a_breach_that_names_the_exception() -> None
     decision = decided(_guarded(lambda state: state["owed"] >= 0), envelope("Go"))
 
     assert "invariant 'paid is not negative' could not be checked: it raised KeyError: 'owed'" in refusal(decision)
+
+
+@pytest.mark.parametrize(
+    ("told", "why"),
+    [
+        (_coroutine, "it returned coroutine, which has to be awaited"),
+        (lambda: None, "it returned None, and neither True nor False"),
+    ],
+    ids=["a coroutine", "nothing"],
+)
+def test_an_invariant_that_tells_nothing_is_a_breach(told: Callable[[], object], why: str) -> None:
+    decision = decided(_guarded(lambda state: told()), envelope("Go"))
+
+    assert f"invariant 'paid is not negative' could not be checked: {why}" in refusal(decision)
 
 
 def test_an_invariant_cannot_change_the_state() -> None:

@@ -161,7 +161,7 @@ async def test_a_migration_that_fails_for_what_lives_is_an_error(place: str) -> 
     (failing,) = await found(new_code(2, "{1: to_cents}"), "--store", place)
 
     assert (failing["level"], failing["code"]) == ("error", "failing-migration")
-    assert "of 1 live instance that were looked at" in failing["message"]
+    assert "this code cannot migrate 1 of the 1 live states that were looked at" in failing["message"]
     assert "the migration of 'orders:o-1' from version 1 to 2 raised KeyError: 'amount'" in failing["message"]
 
 

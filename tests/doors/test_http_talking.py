@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sagaloom import UpdateRefused, answer, define_query, define_saga, define_signal, saga_complete
+from sagaloom import SagasError, UpdateRefused, answer, define_query, define_saga, define_signal, saga_complete
 from sagaloom.service import create_app
 from tests.doors.http_door import Door, open_door, serve
 from tests.doors.test_cli_operators import Terminal
@@ -25,6 +25,10 @@ def hurried(saga: Any, event: Any, context: Any) -> Any:
     return []
 
 
+def stumbled(saga: Any, event: Any, context: Any) -> Any:
+    raise SagasError("a stone", retryable=False)
+
+
 def meddling(state: Any) -> Any:
     state["by"] = "me"
     return None
@@ -36,6 +40,7 @@ APPROVAL = (
     .on("Asked", lambda saga, event, context: [])
     .on_update(define_signal("approve", dict[str, str]), approved)
     .on_signal(define_signal("hurry"), hurried)
+    .on_signal(define_signal("stumble"), stumbled)
     .on_signal(define_signal("end/now"), lambda saga, event, context: [saga_complete()])
     .on_query(define_query("by"), lambda state: state["by"])
     .on_query(define_query("meddle"), meddling)
@@ -176,7 +181,7 @@ async def test_a_signal_to_a_run_that_is_over_is_a_conflict(door: Door) -> None:
 async def test_a_saga_is_described_with_its_signals_updates_and_queries(door: Door) -> None:
     found = (await door.get("/sagas/approval")).json()
 
-    assert [one["name"] for one in found["signals"]] == ["hurry", "end/now"]
+    assert [one["name"] for one in found["signals"]] == ["hurry", "stumble", "end/now"]
     assert found["updates"] == [
         {"name": "approve", "schema": {"type": "object", "additionalProperties": {"type": "string"}}}
     ]
@@ -219,6 +224,16 @@ async def test_a_refusal_fails_the_command_with_its_reason(terminal: Terminal) -
     said = await terminal.run("update", "approval", KEY, "approve", "--payload", '{"by": "bob"}')
 
     assert said.error == "ann was faster (APPROVED_ALREADY)"
+
+
+async def test_a_signal_that_is_given_up_fails_the_command(terminal: Terminal) -> None:
+    said = await terminal.run("signal", "approval", KEY, "stumble", "--id", "s-1")
+
+    assert "stumble s-1 to approval:a/signals/hurry: dead_lettered (" in said.out
+    assert "a stone" in said.out
+    assert said.error == (
+        "the signal was accepted, but approval:a/signals/hurry gave it up; see 'sagaloom dead-letters list'"
+    )
 
 
 async def test_an_update_that_waits_says_how_to_ask_again(terminal: Terminal) -> None:

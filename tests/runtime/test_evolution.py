@@ -111,6 +111,10 @@ async def test_an_instance_is_migrated_ahead_of_its_next_message(bench: Bench) -
     assert await _state(life, "a") == {"v": 2, "written by": 1}
 
 
+async def _waits() -> Any:
+    return {}
+
+
 def _raises(state: Any) -> Any:
     raise KeyError("currency")
 
@@ -122,8 +126,9 @@ def _raises(state: Any) -> Any:
         (lambda state: [1], "returned what is no state of version 2"),
         (lambda state: None, "returned what is no state of version 2"),
         (lambda state: {"v": {1, object()}}, "cannot be written as JSON"),
+        (lambda state: _waits(), "returned coroutine, which has to be awaited"),
     ],
-    ids=["raises", "a list", "nothing", "no JSON"],
+    ids=["raises", "a list", "nothing", "no JSON", "a coroutine"],
 )
 async def test_a_migration_that_fails_says_why_and_changes_nothing(bench: Bench, migration: Any, why: str) -> None:
     await _old(bench, "a")

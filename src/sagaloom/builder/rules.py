@@ -20,17 +20,19 @@ def check_function(function: object, arity: int, what: str, shape: str) -> None:
     """Raises unless `function` is synchronous and can be called with `arity` positional arguments."""
     if not callable(function) or isinstance(function, type):
         raise DefinitionError(f"{what} is {shown(function)}, which is no function: {shape}")
+    is_handler = arity == 3
     plain: object = function
     while isinstance(plain, functools.partial):
         plain = plain.func
     for one in (plain, inspect.getattr_static(type(plain), "__call__", None)):
         if inspect.iscoroutinefunction(one) or inspect.isasyncgenfunction(one):
             raise DefinitionError(
-                f"{what}, {shown(function)}, is async: it must be a plain function without I/O; return "
-                "send(...) for work that waits, and handle its answer as a message"
+                f"{what}, {shown(function)}, is async: it must be a plain function without I/O"
+                + ("; return send(...) for work that waits, and handle its answer as a message" if is_handler else "")
             )
         if inspect.isgeneratorfunction(one):
-            raise DefinitionError(f"{what}, {shown(function)}, is a generator: return a list instead of yielding")
+            instead = "return a list" if is_handler else "return what it says"
+            raise DefinitionError(f"{what}, {shown(function)}, is a generator: {instead} instead of yielding")
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # some builtins have none

@@ -165,8 +165,8 @@ def _unreadable(definition: SagaDefinition[Any], version: int, some: _Some, trie
         definition,
         "error",
         "failing-migration" if is_old else "unreadable-state",
-        f"of {_number(tried)} that were looked at, this code cannot {'migrate' if is_old else 'read'} {some.number} of "
-        f"version {version}: {some.trouble}",
+        f"this code cannot {'migrate' if is_old else 'read'} {some.number} of the {tried} live states that were looked "
+        f"at, of version {version}: {some.trouble}",
         "correct the migration"
         if is_old
         else f"give a new field a default, or make it .version({version + 1}, migrate={{{version}: ...}})",

@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 import typer
 
-from sagaloom.cli.client import DEFAULT_URL, ApiClient, instance_path
+from sagaloom.cli.client import DEFAULT_URL, ApiClient, CommandFailed, instance_path
 from sagaloom.cli.options import AsJson, Key, Run, Saga, Token, Url
 from sagaloom.cli.payloads import json_of
 
@@ -41,6 +41,10 @@ def add_talking_commands(app: typer.Typer) -> None:
             print_json(answer)
         else:
             print(f"{answer['signal']} {answer['messageId']} to {answer['instanceId']}: {_disposition(answer)}")
+        if answer["disposition"] == "dead_lettered":
+            raise CommandFailed(
+                f"the signal was accepted, but {answer['instanceId']} gave it up; see 'sagaloom dead-letters list'"
+            )
 
     @app.command()
     def update(

@@ -95,7 +95,15 @@ from sagaloom.engine.records import (
     StepRecord,
     Undoing,
 )
-from sagaloom.engine.retrying import USER_ERRORS, backoff, describe, is_retryable, storable, traceback_text
+from sagaloom.engine.retrying import (
+    USER_ERRORS,
+    backoff,
+    describe,
+    has_to_be_awaited,
+    is_retryable,
+    storable,
+    traceback_text,
+)
 from sagaloom.engine.signals import Update, answered, binding_of, refused_update
 from sagaloom.engine.timer_controls import apply_timer_control, as_shown, is_timer_control, why_no_timer
 from sagaloom.engine.transition import ASKED_NOTHING, STATE_UNREADABLE, HandlerRaised, Transition, without_fired
@@ -879,6 +887,12 @@ def _migrated(definition: SagaDefinition[Any], instance: Instance) -> bytes:
             )
             refused.traceback = traceback_text(error)
             raise refused from error
+        if has_to_be_awaited(state):
+            raise Refused(
+                f"saga {saga_id!r}: the migration of {name!r} from version {version} to {version + 1} returned "
+                f"{type(state).__name__}, which has to be awaited: a migration is a plain function of the old state",
+                code=MIGRATION_FAILED,
+            )
     try:
         encoded = encode_any(state)
     except SagasError as error:

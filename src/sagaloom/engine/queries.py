@@ -13,7 +13,7 @@ from typing import Any
 from sagaloom.definitions import QueryBinding, SagaDefinition
 from sagaloom.engine.decide import MadeByNewer, readable_state
 from sagaloom.engine.records import Instance
-from sagaloom.engine.retrying import USER_ERRORS, describe
+from sagaloom.engine.retrying import USER_ERRORS, describe, has_to_be_awaited
 from sagaloom.errors import BackendUnavailable, QueryFailed, QueryNotFound, SagasError
 from sagaloom.ids import instance_id
 
@@ -59,10 +59,7 @@ def _state(definition: SagaDefinition[Any], instance: Instance, where: str) -> t
 
 
 def _refuse_awaitable(where: str, returned: object) -> None:
-    if hasattr(returned, "__await__"):
-        close = getattr(returned, "close", None)
-        if callable(close):
-            close()  # It would warn that it was never awaited, long after and far from here.
+    if has_to_be_awaited(returned):
         raise QueryFailed(
             f"{where} returned {type(returned).__name__}, which has to be awaited: a query reads what is there, and "
             "waits for nothing",

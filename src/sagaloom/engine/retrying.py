@@ -16,7 +16,7 @@ from datetime import timedelta
 from sagaloom.definitions import RetryPolicy
 from sagaloom.errors import SagasError
 
-__all__ = ["USER_ERRORS", "backoff", "describe", "is_retryable", "storable", "traceback_text"]
+__all__ = ["USER_ERRORS", "backoff", "describe", "has_to_be_awaited", "is_retryable", "storable", "traceback_text"]
 
 USER_ERRORS = (Exception, SystemExit)
 """What a call into user code may raise without ending the worker. `sys.exit()` in a handler is a bug of that handler:
@@ -24,6 +24,17 @@ let through, the same message would end every worker that ever picks it up."""
 
 _TEXT_MAX = 2_000
 _TRACEBACK_MAX = 16_000
+
+
+def has_to_be_awaited(returned: object) -> bool:
+    """Whether user code gave back a coroutine or the like, which nobody here awaits. It is closed: else it would warn
+    that it was never awaited, long after and far from here."""
+    if not hasattr(returned, "__await__"):
+        return False
+    close = getattr(returned, "close", None)
+    if callable(close):
+        close()
+    return True
 
 
 def is_retryable(error: BaseException, policy: RetryPolicy) -> bool:

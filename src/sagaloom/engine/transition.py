@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final, Literal, NamedTuple, NoReturn
 
-from sagaloom.definitions import Saga, SagaContext, SagaDefinition, SagaInstanceStatus
+from sagaloom.definitions import Invariant, Saga, SagaContext, SagaDefinition, SagaInstanceStatus
 from sagaloom.effects import (
     Answer,
     CancelScheduled,
@@ -35,7 +35,7 @@ from sagaloom.engine.records import (
     StepRecord,
     Undoing,
 )
-from sagaloom.engine.retrying import USER_ERRORS, describe
+from sagaloom.engine.retrying import USER_ERRORS, describe, has_to_be_awaited
 from sagaloom.errors import SagasError
 from sagaloom.ids import instance_id
 from sagaloom.messages import SagaMessage
@@ -319,13 +319,7 @@ class Transition(Ledger):
             )
         # Encoded before the predicates see it: one that changes the state changes nothing.
         for invariant in definition.invariants:
-            broken = ""
-            try:
-                if not invariant.predicate(state):
-                    broken = "does not hold"
-            except USER_ERRORS as error:
-                broken = f"could not be checked: it raised {describe(error)}"
-            if broken:
+            if broken := _broken(invariant, state):
                 self.refuse(
                     INVARIANT_BROKEN,
                     f"invariant {invariant.name!r} {broken} after {message_type!r} was handled; nothing was changed",
@@ -334,9 +328,7 @@ class Transition(Ledger):
         self.state = encoded
 
     def _refuse_returned(self, phase: Literal["handle", "compensate"], message_type: str, returned: object) -> NoReturn:
-        close = getattr(returned, "close", None)
-        if hasattr(returned, "__await__") and callable(close):
-            close()  # It would warn that it was never awaited, long after and far from here.
+        if has_to_be_awaited(returned):
             advice = "a coroutine: handlers are synchronous; return effects instead of awaiting"
         elif returned is None:
             advice = "None: return a list of effects, [] for none"
@@ -356,6 +348,19 @@ class Transition(Ledger):
 
 
 _HANDLER: Final = {"handle": "handler", "compensate": "compensation"}
+
+
+def _broken(invariant: Invariant, state: object) -> str:
+    """What is wrong with the state, or with the invariant; "" when it holds."""
+    try:
+        told: object = invariant.predicate(state)
+        if has_to_be_awaited(told):  # and would be true, whatever comes of it
+            return f"could not be checked: it returned {type(told).__name__}, which has to be awaited"
+        if told is None:
+            return "could not be checked: it returned None, and neither True nor False"
+        return "" if told else "does not hold"
+    except USER_ERRORS as error:
+        return f"could not be checked: it raised {describe(error)}"
 
 
 def _name(effect: CascadedMessage) -> str:

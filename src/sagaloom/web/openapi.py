@@ -26,12 +26,12 @@ _REASONS: Final[Mapping[int, str]] = {
     403: "A browser may not send this, or the host name is not this machine's.",
     404: "There is no such thing.",
     408: "The body did not arrive in time.",
-    409: "Somebody else was first; try again.",
+    409: "Not now, or not any more: `code` says why, `retryable` whether it can be tried again.",
     413: "The body or the payload is too large.",
     415: "The body is called something else than JSON.",
     422: "The request is not what it should be; `data` says where.",
     429: "Too many requests; `Retry-After` says when to come back.",
-    500: "Nobody expected this; the log knows more under `traceId`.",
+    500: "A mistake in your own code (`code` says where), or one that nobody expected: see the log, under `traceId`.",
     503: "The store or the runtime does not work right now; `Retry-After` says when to come back.",
 }
 
