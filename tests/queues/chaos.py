@@ -12,6 +12,9 @@ consumers are killed at once instead. What must hold in the end:
 - `lost=0`: what was acknowledged was done, or is a dead letter;
 - whatever was done twice was done so after the death of a consumer or of the broker, and under one id;
 - dead letters are those that spent their attempts, and no others.
+
+A RabbitMQ gets some seconds with its new queues before it is harmed: what one before 4.0 does otherwise is in
+`sagaloom.queues.rabbitmq`, and in a test.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from sagaloom.errors import SagasError
-from tests.queues.consumer import ATTEMPTS, DOOMED, FLAKY, GOOD, VISIBILITY_SECONDS, queue_at
+from tests.queues.consumer import ATTEMPTS, DOOMED, FLAKY, GOOD, RETRY_MS, VISIBILITY_SECONDS, queue_at
 from tests.servers.others import RabbitMQ, Redis
 from tests.servers.postgres import Postgres
 from tests.servers.server import Missing, Server
@@ -42,6 +45,7 @@ from tests.servers.server import Missing, Server
 _SERVERS: Mapping[str, Callable[[], Server]] = {"redis": Redis, "rabbitmq": RabbitMQ, "postgres": Postgres}
 _BATCH = 50
 _SECONDS_MAX = 420.0
+_WRITTEN_DOWN_SECONDS = 6.0
 _ROOT = Path(__file__).parents[2]
 
 
@@ -104,6 +108,8 @@ class Chaos:
         try:
             self._make()
             queue = queue_at(self.provider, self.address, self.namespace)
+            if self.provider == "rabbitmq":
+                await self._have_it_written_down(queue)
             for _ in range(self.size):
                 self._spawn()
             sending = asyncio.create_task(self._send(queue))
@@ -123,6 +129,14 @@ class Chaos:
             chance = self.rng.random()
             kind = DOOMED if chance < 0.02 else FLAKY if chance < 0.12 else GOOD
             self.kinds[f"{self.rng.getrandbits(96):024x}"] = kind
+
+    async def _have_it_written_down(self, queue: Any) -> None:
+        """Makes the queues of the run, and waits. RabbitMQ before 4.0 forgets a queue, with all that is in it, when it
+        is killed within three seconds of its making; we say so, cannot change it, and do not count it."""
+        first = next(iter(self.kinds))
+        await queue.enqueue({"kind": self.kinds[first]}, message_id=first, delay=RETRY_MS)
+        self.acknowledged.add(first)
+        await asyncio.sleep(_WRITTEN_DOWN_SECONDS)
 
     def _spawn(self) -> None:
         arguments = (self.provider, self.address, self.namespace, str(self.witness.path))
@@ -159,7 +173,7 @@ class Chaos:
         await asyncio.gather(*(work() for _ in range(4)))
 
     def _batches(self) -> Iterator[list[str]]:
-        ids = list(self.kinds)
+        ids = [each for each in self.kinds if each not in self.acknowledged]
         for first in range(0, len(ids), _BATCH):
             yield ids[first : first + _BATCH]
 

@@ -32,8 +32,8 @@ pytestmark = pytest.mark.anyio
 _PATIENCE_SECONDS = 40.0
 
 
-def queue_at(server: Server, **options: Any) -> Queue[Any]:
-    given: dict[str, Any] = {server.name: server.url, "namespace": f"t{uuid.uuid4().hex[:12]}"}
+def queue_at(server: Server, *, namespace: str | None = None, **options: Any) -> Queue[Any]:
+    given: dict[str, Any] = {server.name: server.url, "namespace": namespace or f"t{uuid.uuid4().hex[:12]}"}
     return create_queue("mails", provider=server.name, connection=QueueConnectionOptions(**given), **options)
 
 
@@ -98,6 +98,50 @@ async def _until_empty(queue: Queue[Any]) -> None:
                 if (await queue.depth()).live == 0:
                     return
             await asyncio.sleep(0.05)
+
+
+@pytest.mark.server("rabbitmq")
+async def test_a_delay_queue_that_rabbitmq_forgot_is_replaced_for_senders_and_for_retries(own_rabbitmq: Server) -> None:
+    if not own_rabbitmq.is_running:
+        own_rabbitmq.start()
+    handled: set[object] = set()
+    both = asyncio.Event()
+    attempts = 0
+
+    async def handler(payload: object) -> None:
+        nonlocal attempts
+        attempts += payload == "retried"
+        if payload == "retried" and attempts == 1:
+            raise ConnectionError("not yet")
+        handled.add(payload)
+        if handled >= {"delayed", "retried"}:
+            both.set()
+
+    where = f"t{uuid.uuid4().hex[:12]}"
+    async with (
+        queue_at(own_rabbitmq, namespace=where) as sender,
+        queue_at(own_rabbitmq, namespace=where, retry_delay=500) as queue,
+    ):
+        # What is to be forgotten is the delay queue alone, and servers write down what they have within three seconds.
+        await sender.enqueue("early")
+        await asyncio.sleep(6)
+        await sender.enqueue("delayed early", delay=500)
+        await asyncio.to_thread(lambda: (own_rabbitmq.kill(), own_rabbitmq.start()))
+
+        await _enqueued(sender, "delayed", delay=500)
+        await _enqueued(sender, "retried")
+        async with listening(queue, handler):
+            await asyncio.wait_for(both.wait(), _PATIENCE_SECONDS)
+
+    assert "early" in handled
+
+
+async def _enqueued(queue: Queue[Any], payload: object, **options: Any) -> None:
+    async with asyncio.timeout(_PATIENCE_SECONDS):
+        while True:
+            with contextlib.suppress(BackendUnavailable):
+                await queue.enqueue(payload, **options)
+                return
 
 
 @pytest.mark.server("redis")

@@ -14,6 +14,13 @@ How it works:
 - A delay is the time that all messages of one queue live, for messages of different delays in one queue would wait for
   each other. So that there are not too many of these, a delay is rounded up by at most a sixty-fourth. A delay queue
   goes when it was not used for an hour longer than its delay.
+- A delay queue that takes nothing in is left alone: its messages go to `<queue>.delay.<ms>.1` from then on, and so
+  forth. Publishing to it holds up the channel for good, so delays have a channel of their own.
+
+Where that comes from: RabbitMQ before 4.0 keeps the list of its quorum queues unsynced (rabbitmq/ra, pull request 443).
+A queue that was made less than about three seconds before its server is killed may come back as one without a leader,
+which can be declared and deleted, and does nothing else. What was in it is lost. All that a client could do about it is
+to wait for three seconds with the first message for each queue and each delay, which we do not.
 
 What we dislike about it: the broker can neither deduplicate nor keep an order by key, tells nobody how much others are
 working on, and shows dead letters only by handing them out and taking them back. And a message that is retried takes
@@ -80,6 +87,8 @@ _GOODBYE_SECONDS: Final = 2.0
 """How long we wait at the end; a broker that has not answered until then takes back what it gave us by itself."""
 _DELAY_MS_MAX: Final = 2**32 - 1
 _HOUR_MS: Final = 3_600_000
+_TAKEN_SHARE: Final = 0.8
+"""Of the time for an answer: how long a delay queue may take to confirm. The rest is for another one in its place."""
 _DECLARED_SECONDS: Final = 60.0
 """How long a delay queue is known to be there, without asking; much less than it lives unused."""
 _LETTERS_MAX: Final = 10_000
@@ -88,7 +97,8 @@ _ENQUEUED: Final = "sagaloom-enqueued"
 _LETTER: Final = "sagaloom-letter"
 _OURS: Final = (_ATTEMPTS, _ENQUEUED, _LETTER)
 _CAPABILITIES: Final = QueueCapabilities(
-    durability="the death of every client and of the server, and power loss: quorum queues, and publishers that wait",
+    durability="the death of every client and of the server, and power loss: quorum queues, and publishers that wait; "
+    "before RabbitMQ 4.0 not in the first 3 s of a queue",
     delay="late by at most a sixty-fourth of the delay, by the clock of the server; up to 49 days",
     leases="connection",
     priority=False,
@@ -137,8 +147,12 @@ class RabbitMQQueueBroker:
         self._connection: AbstractConnection | None = None
         self._wire: _Wire | None = None
         self._channel: AbstractChannel | None = None
-        self._delays: dict[int, float] = {}
+        self._delaying: AbstractChannel | None = None
+        """For publishing into delay queues."""
+        self._delays: dict[str, float] = {}
         """Delay queues, and when they were last declared."""
+        self._turns: dict[int, int] = {}
+        """How many queues for a delay took nothing in."""
         self._consuming: AbstractChannel | None = None
         self._consumer_tag: str | None = None
         """Under which the broker pushes messages to us, until we have enough of it."""
@@ -204,7 +218,7 @@ class RabbitMQQueueBroker:
     async def close(self) -> None:
         self._on_arrival = None
         connection, self._connection = self._connection, None
-        self._channel = self._consuming = None
+        self._channel = self._delaying = self._consuming = None
         if connection is not None:
             with contextlib.suppress(*_TROUBLE):
                 await within(_GOODBYE_SECONDS, connection.close())
@@ -217,8 +231,7 @@ class RabbitMQQueueBroker:
 
     async def _deleted(self) -> None:
         channel = await self._opened()
-        delays = [f"{self._base}.delay.{rounded}" for rounded in self._delays]
-        for name in (self._base, f"{self._base}.dead", *delays):
+        for name in (self._base, f"{self._base}.dead", *self._delays):
             await channel.queue_delete(name)
         self._delays.clear()
 
@@ -252,31 +265,83 @@ class RabbitMQQueueBroker:
         """Publishes messages with so many attempts behind them, due after so many milliseconds; returns when all are
         confirmed."""
         channel = await self._opened()
-        publishing = [
-            (message, attempts, await self._routed(channel, delay_ms)) for message, attempts, delay_ms in outgoing
-        ]
         await _all(
-            self._publish(channel, queue, message.body, _properties(message, attempts))
-            for message, attempts, queue in publishing
+            self._publish(channel, self._base, message.body, _properties(message, attempts))
+            for message, attempts, delay_ms in outgoing
+            if delay_ms <= 0
         )
+        if delayed := [
+            (message, attempts, _rounded(delay_ms)) for message, attempts, delay_ms in outgoing if delay_ms > 0
+        ]:
+            await self._delayed(delayed)
 
-    async def _publish(self, channel: AbstractChannel, queue: str, body: bytes, properties: Basic.Properties) -> None:
+    async def _delayed(self, outgoing: Sequence[tuple[QueueMessage, int, int]]) -> None:
+        """As `_published`, into delay queues. What one does not take goes into another one, until somebody stops us."""
+        channel = await self._opened_for_delays()
+        turns = {rounded: self._turns.get(rounded, 0) for _, _, rounded in outgoing}
+        queues = {rounded: await self._declared(channel, rounded, turn) for rounded, turn in turns.items()}
+        seconds = _TAKEN_SHARE * _ANSWER_SECONDS
+        outcomes = await asyncio.gather(
+            *(
+                self._publish(channel, queues[rounded], message.body, _properties(message, attempts), seconds=seconds)
+                for message, attempts, rounded in outgoing
+            ),
+            return_exceptions=True,
+        )
+        left: list[tuple[QueueMessage, int, int]] = []
+        for each, outcome in zip(outgoing, outcomes, strict=True):
+            if isinstance(outcome, TimeoutError):
+                left.append(each)
+            elif outcome is not None:
+                raise outcome
+        if left:
+            if self._delaying is channel:
+                self._delaying = None
+            channel = await self._opened_for_delays()
+            for rounded in {rounded for _, _, rounded in left}:
+                # Only a server that answers gets here: one that does not is no reason to make more queues.
+                other = await self._declared(channel, rounded, turns[rounded] + 1)
+                self._turns[rounded] = turns[rounded] + 1
+                _log.warning(
+                    "%s: queue %r took nothing in for %g s, %r is used in its place: if that goes on, delete it; the "
+                    "server was probably killed right after it was made",
+                    *(self.name, queues[rounded], seconds, other),
+                )
+            await self._delayed(left)
+
+    async def _opened_for_delays(self) -> AbstractChannel:
+        await self._opened()
+        async with self._connecting:
+            channel = self._delaying
+            if channel is None or channel.is_closed:
+                if self._connection is None:
+                    raise ConnectionError("the connection broke")
+                channel = self._delaying = await self._connection.channel(publisher_confirms=True)
+            return channel
+
+    async def _publish(
+        self,
+        channel: AbstractChannel,
+        queue: str,
+        body: bytes,
+        properties: Basic.Properties,
+        *,
+        seconds: float | None = None,
+    ) -> None:
         try:
             # Without waiting until it has left: that would be one after the other. What counts is the confirmation.
             publish = cast("Callable[..., Awaitable[object]]", channel.basic_publish)
-            await publish(body, routing_key=queue, properties=properties, mandatory=True, wait=False)
+            await publish(body, routing_key=queue, properties=properties, mandatory=True, wait=False, timeout=seconds)
         except DeliveryError as error:
             raise BackendUnavailable(
                 f"{self.name} did not take message {properties.message_id}: {error!r:.200}"
             ) from error
 
-    async def _routed(self, channel: AbstractChannel, delay_ms: int) -> str:
-        if delay_ms <= 0:
-            return self._base
-        rounded = _rounded(delay_ms)
-        name = f"{self._base}.delay.{rounded}"
+    async def _declared(self, channel: AbstractChannel, rounded: int, turn: int) -> str:
+        """The queue for a delay, and there it is."""
+        name = f"{self._base}.delay.{rounded}" + (f".{turn}" if turn else "")
         now = time.monotonic()
-        if now - self._delays.get(rounded, -1e9) > _DECLARED_SECONDS:
+        if now - self._delays.get(name, -1e9) > _DECLARED_SECONDS:
             arguments: dict[str, Any] = {
                 **_QUORUM,
                 "x-message-ttl": rounded,
@@ -287,7 +352,7 @@ class RabbitMQQueueBroker:
                 "x-overflow": "reject-publish",
             }
             await channel.queue_declare(name, durable=True, arguments=arguments)
-            self._delays[rounded] = now
+            self._delays[name] = now
         return name
 
     # -- consuming ------------------------------------------------------------------------------------------------
@@ -437,9 +502,9 @@ class RabbitMQQueueBroker:
             return declared.message_count or 0
 
         delayed = 0
-        for rounded in list(self._delays):
+        for name in list(self._delays):
             with contextlib.suppress(ChannelNotFoundEntity):
-                delayed += await count(f"{self._base}.delay.{rounded}")
+                delayed += await count(name)
         leased = len(self._held) + len(self._arrived)
         return QueueDepth(await count(self._base), delayed, leased, await count(f"{self._base}.dead"))
 
@@ -502,7 +567,7 @@ class RabbitMQQueueBroker:
     async def _drop(self) -> None:
         """Lets go of a connection that is broken, or may be."""
         connection, self._connection = self._connection, None
-        self._channel = self._consuming = None
+        self._channel = self._delaying = self._consuming = None
         self._arrived.clear()
         self._held.clear()
         self._generation += 1
