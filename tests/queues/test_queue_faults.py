@@ -23,6 +23,7 @@ from sagaloom.kv.presence import FilePresence
 from sagaloom.ports.queue import QueueDeadLetter, QueueMessage
 from sagaloom.queue import Queue, QueueConnectionOptions, QueueContext, create_queue, create_typed_queue
 from sagaloom.queues.kv import KvQueueBroker
+from sagaloom.queues.sending import Outgoing, Sender
 from tests.servers.finding import own
 from tests.servers.others import Redis
 from tests.servers.server import Server, free_port
@@ -58,12 +59,17 @@ async def test_a_listener_waits_for_a_broker_that_is_down_and_enqueueing_says_so
         async with asyncio.timeout(12):
             with pytest.raises(BackendUnavailable) as refused:
                 await queue.enqueue("mail")
+            while (problem := queue.problem) is None:  # noqa: ASYNC110 - the listener's own attempt may end later
+                await asyncio.sleep(0.01)
         await asyncio.to_thread(server.start)
         await queue.enqueue("mail")
         await asyncio.wait_for(handled.wait(), _PATIENCE_SECONDS)
+        works_again = queue.problem
 
     assert refused.value.retryable
     assert server.name in str(refused.value)
+    assert server.name in problem
+    assert works_again is None
 
 
 async def test_a_broker_that_dies_between_work_and_acknowledgement_costs_a_repeat_at_most(server: Server) -> None:
@@ -388,6 +394,11 @@ async def test_dead_letters_may_have_a_home_of_their_own(tmp_path: Path) -> None
         ({"deduplication_id": "x" * 2000}, "deduplication_ids"),
         ({"headers": {"a": 1}}, "header 'a' of a message for queue 'mails' is 1: no text"),
         ({"headers": {"": "a"}}, "has no name"),
+        ({"headers": {"a" * 129: "a"}}, "or one of more than 128 bytes"),
+        ({"headers": {"a": "\udcff"}}, "holds a lone surrogate"),
+        ({"headers": {"sagaloom-attempts": "1"}}, "a name that brokers use themselves"),
+        ({"headers": {"x-death": "1"}}, "a name that brokers use themselves"),
+        ({"headers": {"CC": "mails"}}, "a name that brokers use themselves"),
         ({"headers": {"a": "x" * 20_000}}, "at most 64 of 16384 in all"),
         ({"message_id": "a\nb"}, "control character"),
     ],
@@ -401,6 +412,35 @@ async def test_what_no_broker_could_carry_is_refused_before_it_is_asked(
             await queue.enqueue("mail", **how)
 
     assert not os.path.exists(connection.kv or "")  # noqa: ASYNC240, PTH110 - the loop is ours alone
+
+
+async def test_what_is_no_id_of_a_dead_letter_is_refused_before_a_broker_is_asked(tmp_path: Path) -> None:
+    connection = QueueConnectionOptions(kv=tmp_path / "queues.db")
+    async with create_queue("mails", provider="kv", connection=connection) as queue:
+        for asked in (queue.redrive("a\0b"), queue.discard(""), queue.dead_letters(after="a\0b")):
+            with pytest.raises(MessageRejected, match="the id of a dead letter of queue 'mails'"):
+                await asked
+
+
+async def test_a_message_that_its_broker_refuses_takes_no_other_along() -> None:
+    sent: list[str] = []
+
+    async def send(outgoing: Sequence[Outgoing]) -> Sequence[bool]:
+        if any(delay_ms > 1_000 for _, delay_ms in outgoing):
+            raise MessageRejected("too late")
+        sent.extend(message.id for message, _ in outgoing)
+        return [True] * len(outgoing)
+
+    sender = Sender(send)
+    made = [QueueMessage(id=f"m{n}", body=b"1", enqueued_at=datetime.now(UTC)) for n in range(4)]
+    delays = [0, 0, 2_000, 0]  # The first one is under way while the others come together.
+    outcomes = await asyncio.gather(
+        *(sender.send([(message, delay)]) for message, delay in zip(made, delays, strict=True)),
+        return_exceptions=True,
+    )
+
+    assert sent == ["m0", "m1", "m3"]
+    assert [isinstance(outcome, MessageRejected) for outcome in outcomes] == [False, False, True, False]
 
 
 async def test_a_payload_that_is_too_large_or_of_another_type_is_refused(tmp_path: Path) -> None:

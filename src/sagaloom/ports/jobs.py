@@ -367,8 +367,8 @@ class JobRunStore(Protocol):
         ...
 
     async def cancel(self, run_id: str, *, at: datetime, reason: str | None = None) -> JobRun:
-        """Ends a run that waits; asks one that is running to end. One that is over is left as it is, and one that was
-        asked before keeps the first reason. Raises `JobRunNotFound`."""
+        """Ends a run that waits, and one whose holder is gone; asks one that is being worked on to end. One that is
+        over is left as it is, and one that was asked before keeps the first reason. Raises `JobRunNotFound`."""
         ...
 
     async def redrive(self, run_id: str, *, at: datetime) -> JobRun:

@@ -37,6 +37,7 @@ why a message keeps its id.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from datetime import datetime
 from typing import Final, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
@@ -61,6 +62,7 @@ __all__ = [
     "Retried",
     "Settlement",
     "Token",
+    "is_reserved_header",
 ]
 
 PRIORITY_MAX: Final = 100
@@ -68,6 +70,20 @@ PRIORITY_DEFAULT: Final = 50
 
 Token: TypeAlias = Hashable
 """One lease of one message. Only the broker that made it can read it."""
+
+_RESERVED: Final = re.compile(
+    r"sagaloom-.*|cc|bcc|x-(?:death|delivery-count|acquired-count|(?:first|last)-death-.*|opt-.*)", re.IGNORECASE
+)
+
+
+def is_reserved_header(name: str) -> bool:
+    """Whether a broker, or we at one, write or read a header of this name. Messages do not carry it.
+
+    >>> is_reserved_header("sagaloom-attempts"), is_reserved_header("x-channel")
+    (True, False)
+    """
+    return _RESERVED.fullmatch(name) is not None
+
 
 DeadLetterReason = Literal["max_attempts_exceeded", "rejected", "validation_failed"]
 """Why a message was given up: its attempts are spent, its handler said so, or it cannot be read."""

@@ -42,6 +42,7 @@ from sagaloom.ports.queue import (
     QueueDepth,
     QueueMessage,
     Settlement,
+    is_reserved_header,
 )
 from sagaloom.queues.handling import (
     HandlerTimedOut,
@@ -68,7 +69,7 @@ _log = logging.getLogger("sagaloom.queue")
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _HEADERS_MAX: Final = 64
 _HEADER_BYTES_MAX: Final = 16 * 1024
-_HEADER_NAME_BYTES_MAX: Final = 200
+_HEADER_NAME_BYTES_MAX: Final = 128
 _MANY_MAX: Final = 1_000
 _CLOSE_SECONDS: Final = 5.0
 _DEAD_LETTERS_PAGE: Final = 100
@@ -139,6 +140,8 @@ class Queue(Generic[T]):
         self._listener: Listener | None = None
         self._ended: asyncio.Event | None = None
         self._reaching: asyncio.Task[QueueBroker] | None = None
+        self._problem: str | None = None
+        """What keeps a listener from its broker at the start."""
         self._is_stopping = False
         self._is_closed = False
         self._outcome: Outcome[T] = Outcome(
@@ -325,15 +328,17 @@ class Queue(Generic[T]):
     def _checked_headers(self, headers: Mapping[str, str] | None) -> Mapping[str, str]:
         carried = dict(headers) if headers is not None else {}
         for name, value in carried.items():
+            what = f"header {name!r:.80} of a message for queue {self.name!r}"
             if not isinstance(name, str) or not isinstance(value, str):
-                raise MessageRejected(
-                    f"header {name!r:.80} of a message for queue {self.name!r} is {value!r:.80}: no text"
-                )
-        if any(not 0 < len(name.encode(errors="replace")) <= _HEADER_NAME_BYTES_MAX for name in carried):
-            raise MessageRejected(
-                f"a header of a message for queue {self.name!r} has no name, or one of more than "
-                f"{_HEADER_NAME_BYTES_MAX} bytes"
-            )
+                raise MessageRejected(f"{what} is {value!r:.80}: no text")
+            try:
+                name_bytes, _ = len(name.encode()), value.encode()
+            except UnicodeEncodeError:
+                raise MessageRejected(f"{what} holds a lone surrogate: it is no valid text") from None
+            if not 0 < name_bytes <= _HEADER_NAME_BYTES_MAX:
+                raise MessageRejected(f"{what} has no name, or one of more than {_HEADER_NAME_BYTES_MAX} bytes")
+            if is_reserved_header(name):
+                raise MessageRejected(f"{what} has a name that brokers use themselves: give it another one")
         size = sum(len(name) + len(value) for name, value in carried.items())
         if len(carried) > _HEADERS_MAX or size > _HEADER_BYTES_MAX:
             raise MessageRejected(
@@ -385,7 +390,7 @@ class Queue(Generic[T]):
     @property
     def problem(self) -> str | None:
         """What keeps the listener from its broker right now, for readiness; None when nothing does."""
-        return self._listener.problem if self._listener is not None else None
+        return self._listener.problem if self._listener is not None else self._problem
 
     async def listen(
         self,
@@ -449,18 +454,21 @@ class Queue(Generic[T]):
 
     async def _opened_patiently(self) -> QueueBroker:
         """The broker, however long it takes it to answer."""
-        wait_seconds, has_complained = 0.1, False
-        while True:
-            try:
-                return await self._opened()
-            except SagasError as error:
-                if not error.retryable:
-                    raise
-                if not has_complained:
-                    _log.warning("queue %s: the listener waits for its broker: %s", self.name, error.message)
-                    has_complained = True
-                await asyncio.sleep(wait_seconds)
-                wait_seconds = min(wait_seconds * 2, 2.0)
+        wait_seconds = 0.1
+        try:
+            while True:
+                try:
+                    return await self._opened()
+                except SagasError as error:
+                    if not error.retryable:
+                        raise
+                    if self._problem is None:
+                        _log.warning("queue %s: the listener waits for its broker: %s", self.name, error.message)
+                    self._problem = error.message
+                    await asyncio.sleep(wait_seconds)
+                    wait_seconds = min(wait_seconds * 2, 2.0)
+        finally:
+            self._problem = None
 
     async def _worked(
         self,
@@ -554,6 +562,7 @@ class Queue(Generic[T]):
     ) -> Sequence[QueueDeadLetter]:
         """Messages that were given up, the oldest first, from behind the one with the id `after`."""
         _check_number("limit", limit, least=1)
+        self._check_letters(() if after is None else (after,))
         if self._dead_letter_store is not None:
             return await self._dead_letter_store.list(self.name, limit=limit, after=after)
         return await (await self._opened()).dead_letters(limit=limit, after=after)
@@ -584,7 +593,12 @@ class Queue(Generic[T]):
         return await (await self._opened()).discard(chosen)
 
     async def _chosen(self, ids: Sequence[str], limit: int) -> Sequence[str]:
+        self._check_letters(ids)
         return ids or [letter.id for letter in await self.dead_letters(limit=limit)]
+
+    def _check_letters(self, ids: Sequence[str]) -> None:
+        for each in ids:
+            check_key(each, what=f"the id of a dead letter of queue {self.name!r}")
 
     async def depth(self) -> QueueDepth:
         """How many messages there are."""

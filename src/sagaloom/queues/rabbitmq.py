@@ -70,6 +70,7 @@ from sagaloom.ports.queue import (
     Retried,
     Settlement,
     Token,
+    is_reserved_header,
 )
 from sagaloom.queues.patience import within
 from sagaloom.queues.rows import micros, moment
@@ -95,7 +96,6 @@ _LETTERS_MAX: Final = 10_000
 _ATTEMPTS: Final = "sagaloom-attempts"
 _ENQUEUED: Final = "sagaloom-enqueued"
 _LETTER: Final = "sagaloom-letter"
-_OURS: Final = (_ATTEMPTS, _ENQUEUED, _LETTER)
 _CAPABILITIES: Final = QueueCapabilities(
     durability="the death of every client and of the server, and power loss: quorum queues, and publishers that wait; "
     "before RabbitMQ 4.0 not in the first 3 s of a queue",
@@ -111,6 +111,9 @@ _CAPABILITIES: Final = QueueCapabilities(
 _TROUBLE: Final = (AMQPError, OSError, TimeoutError, RuntimeError, asyncio.InvalidStateError)
 # Much more than attempts there can be: newer servers drop a message silently after 20 deliveries otherwise.
 _QUORUM: Final[Mapping[str, Any]] = {"x-queue-type": "quorum", "x-delivery-limit": 1_000_000}
+_LONG_ID: Final = "sagaloom-id"
+"""The id of a message that is longer than AMQP has room for."""
+_ID_BYTES_MAX: Final = 255
 
 
 class _Letter(msgspec.Struct, frozen=True):
@@ -642,12 +645,16 @@ def _rounded(delay_ms: int) -> int:
 
 
 def _properties(message: QueueMessage, attempts: int) -> Basic.Properties:
-    return Basic.Properties(
-        content_type="application/json",
-        delivery_mode=2,
-        message_id=message.id,
-        headers={**message.headers, _ENQUEUED: micros(message.enqueued_at), _ATTEMPTS: attempts},
-    )
+    headers: dict[str, Any] = {
+        **message.headers,
+        _ENQUEUED: micros(message.enqueued_at),
+        _ATTEMPTS: attempts,
+    }
+    message_id = message.id
+    if len(message_id.encode()) > _ID_BYTES_MAX:
+        headers[_LONG_ID] = message_id
+        message_id = derived_id("long-", message_id)
+    return Basic.Properties(content_type="application/json", delivery_mode=2, message_id=message_id, headers=headers)
 
 
 def _letter_properties(letter: QueueDeadLetter) -> Basic.Properties:
@@ -683,13 +690,13 @@ def _message_of(delivered: DeliveredMessage) -> QueueMessage:
     if not isinstance(enqueued, int):
         enqueued = micros(properties.timestamp) if properties.timestamp is not None else 0
     return QueueMessage(
-        id=properties.message_id or derived_id("amqp-", delivered.body.hex(), enqueued),
+        id=str(headers.get(_LONG_ID) or properties.message_id or derived_id("amqp-", delivered.body.hex(), enqueued)),
         body=delivered.body,
         enqueued_at=moment(enqueued),
         headers={
             name: value if isinstance(value, str) else str(value)
             for name, value in headers.items()
-            if name not in _OURS and not name.startswith("x-")
+            if not is_reserved_header(name)
         },
     )
 

@@ -255,14 +255,9 @@ class RedisQueueBroker:
     # -- looking --------------------------------------------------------------------------------------------------
 
     async def depth(self) -> QueueDepth:
-        names = ("msg", "later", "leased", "dead")
-        commands = ("HLEN", "ZCARD", "ZCARD", "HLEN")
-        counts = [
-            cast("int", await self._asked(command, self._prefix + name))
-            for command, name in zip(commands, names, strict=True)
-        ]
-        live, later, leased, dead = counts
-        return QueueDepth(max(0, live - later - leased), later, leased, dead)
+        # In one step: a message that moves on meanwhile would be counted in two places, or in none.
+        live, later, leased, dead = cast("list[int]", await self._run(_DEPTH, ()))
+        return QueueDepth(live - later - leased, later, leased, dead)
 
     async def dead_letters(self, *, limit: int, after: str | None = None) -> Sequence[QueueDeadLetter]:
         first = 0
@@ -358,6 +353,7 @@ _EXCHANGE: Final = _Script(redis_scripts.EXCHANGE)
 _RENEW: Final = _Script(redis_scripts.RENEW)
 _REDRIVE: Final = _Script(redis_scripts.REDRIVE)
 _DISCARD: Final = _Script(redis_scripts.DISCARD)
+_DEPTH: Final = _Script(redis_scripts.DEPTH)
 
 
 def _told(settlement: Settlement) -> tuple[bytes | str | int, ...]:

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["DISCARD", "EXCHANGE", "FULL", "REDRIVE", "RENEW", "SEND"]
+__all__ = ["DEPTH", "DISCARD", "EXCHANGE", "FULL", "REDRIVE", "RENEW", "SEND"]
 
 FULL: Final = "QUEUEFULL"
 
@@ -242,6 +242,13 @@ end
 return lost
 """
 )
+
+# Returns how many there are that are not dead, that are delayed, that are leased, and that are dead.
+DEPTH: Final = """
+local P = KEYS[1]
+local call = redis.call
+return {call('HLEN', P .. 'msg'), call('ZCARD', P .. 'later'), call('ZCARD', P .. 'leased'), call('HLEN', P .. 'dead')}
+"""
 
 # ARGV: of each letter its id, the message, its rank and its key. Returns how many there were.
 REDRIVE: Final = (

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Final, NamedTuple, TypeAlias
 
-from sagaloom.errors import BackendUnavailable, QueueFull
+from sagaloom.errors import BackendUnavailable, MessageRejected
 from sagaloom.ports.queue import QueueMessage
 from sagaloom.queues.patience import end
 
@@ -81,11 +81,11 @@ class Sender:
     async def _sent(self, batch: Sequence[_Group]) -> None:
         try:
             stored = await self._send([message for group in batch for message in group.messages])
-        except QueueFull as error:
+        except MessageRejected as error:
             if len(batch) == 1:
                 _fail(batch, error)
                 return
-            for group in batch:  # One of them may be what does not fit.
+            for group in batch:  # One of them may be what does not fit; nothing of them was sent.
                 await self._sent([group])
         except Exception as error:  # noqa: BLE001 - it is theirs who wait
             _fail(batch, error)

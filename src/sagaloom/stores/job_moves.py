@@ -61,7 +61,7 @@ def claimed(run: JobRun, holder: str, *, now: datetime) -> JobRun:
     """A run that `holder` begins to work on: one that waited, or one whose holder is over."""
     history = run.history
     if run.status == "running":
-        history = _with(run, _attempt(run, "lost", now, message="its process ended, or was not heard of any more"))
+        history = _with(run, _lost(run, now))
     return _change(
         run,
         status="running",
@@ -108,12 +108,16 @@ def settled(run: JobRun, settlement: Settlement, note: JobNote | None = None) ->
             return _change(run, status="pending", holder=None, attempt=run.attempt - 1, history=history)
 
 
-def asked_to_end(run: JobRun, *, at: datetime, reason: str | None) -> JobRun:
-    """A run that is cancelled; itself when there is nothing to change."""
-    if run.is_over or run.cancelled_at is not None:
+def asked_to_end(run: JobRun, *, at: datetime, reason: str | None, is_held: bool) -> JobRun:
+    """A run that is cancelled; itself when there is nothing to change. `is_held`: whether somebody works on it, who is
+    to hear of it. Else it is over: perhaps nobody will ever take it again, since its job is gone."""
+    if run.is_over or (is_held and run.cancelled_at is not None):
         return run
-    run = _change(run, cancelled_at=at, cancel_reason=reason)
-    return run if run.status == "running" else _over(run, "cancelled", at, None)
+    if run.cancelled_at is None:
+        run = _change(run, cancelled_at=at, cancel_reason=reason)
+    if is_held:
+        return run
+    return _over(run, "cancelled", at, _lost(run, at) if run.status == "running" else None)
 
 
 def redriven(run: JobRun, *, at: datetime) -> JobRun:
@@ -229,6 +233,10 @@ def _with(run: JobRun, attempt: JobAttempt) -> tuple[JobAttempt, ...]:
 
 def _failed(run: JobRun, failure: JobFailure) -> JobAttempt:
     return _attempt(run, "failed", failure.at, code=failure.code, message=failure.message)
+
+
+def _lost(run: JobRun, at: datetime) -> JobAttempt:
+    return _attempt(run, "lost", at, message="its process ended, or was not heard of any more")
 
 
 def _attempt(

@@ -506,26 +506,31 @@ class KvJobRunStore:
         await self.open()
         for _ in range(_ROUNDS_MAX):
             run_row, before = await self._found(run_id)
-            after = job_moves.asked_to_end(before, at=at, reason=reason)
-            if after is before:
-                return before
             checks = [Check(run_row.key, run_row.versionstamp)]
-            puts = [(run_row.key, encode(after))]
-            deletes: list[Key] = []
-            events: list[JobEvent] = []
-            if after.is_over:
-                puts.append((index_key(after), b""))
-                deletes = [index_key(before), later_row(before)[0], self._ready_row(before)[0]]
-                events = [job_moves.event_of(after, at=at)]
-                if after.reply is not None:
-                    puts.append(reply_row(after))
-            else:
+            held: tuple[Key, ClaimRow] | None = None
+            deletes = [index_key(before), later_row(before)[0], self._ready_row(before)[0]]
+            if before.status == "running":
                 claim_row = await self._kv.get(("job_claim", run_id))
                 if claim_row is None:
                     continue  # it was settled since
                 checks.append(Check(claim_row.key, claim_row.versionstamp))
-                stored = decoded(self._kv, claim_row, decode_claim)
-                puts.append((claim_row.key, encode(stored._replace(is_cancelled=True))))
+                deletes = [index_key(before), claim_row.key]
+                claim = decoded(self._kv, claim_row, decode_claim)
+                if claim.expires > micros(at):
+                    held = claim_row.key, claim
+            after = job_moves.asked_to_end(before, at=at, reason=reason, is_held=held is not None)
+            if after is before:
+                return before
+            puts = [(run_row.key, encode(after))]
+            events: list[JobEvent] = []
+            if held is not None:
+                puts.append((held[0], encode(held[1]._replace(is_cancelled=True))))
+                deletes = []
+            else:
+                puts.append((index_key(after), b""))
+                events = [job_moves.event_of(after, at=at)]
+                if after.reply is not None:
+                    puts.append(reply_row(after))
             done = await self._commits.commit(events, checks=checks, puts=puts, deletes=deletes)
             if isinstance(done, Committed):
                 return after

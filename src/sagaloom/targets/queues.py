@@ -53,9 +53,7 @@ class QueueTarget:
 
     async def deliver(self, effect: OutboxEffect) -> Sequence[SagaMessage[Any]]:
         key = effect.idempotency_key or effect.effect_key
-        headers = {"effect-key": effect.effect_key, "saga-id": effect.saga_id}
-        if effect.key.isascii():
-            headers["correlation-key"] = effect.key
+        headers = {"effect-key": effect.effect_key, "saga-id": effect.saga_id, "correlation-key": effect.key}
         if effect.traceparent is not None:
             headers["traceparent"] = effect.traceparent
             if effect.tracestate is not None:

@@ -617,6 +617,26 @@ class JobRunStoreContract:
 
         assert (found.holder, found.cancelled_at) == ("w2", at(1))
 
+    @pytest.mark.parametrize("asked_before", [0, 1])
+    async def test_a_run_whose_holder_is_gone_is_cancelled_at_once(
+        self, store: JobRunStore, other: JobRunStore, new: _Runs, asked_before: int
+    ) -> None:
+        # Its job may be gone, and then nobody takes it over.
+        await store.enqueue(new.make(reply_to=ASKS))
+        [run] = await claim(store)
+        for _ in range(asked_before):
+            await other.cancel(run.run_id, at=at(1), reason="enough")
+
+        done = await other.cancel(run.run_id, at=at(6), reason="enough")
+
+        assert (done.status, done.ended_at, done.cancel_reason) == ("cancelled", at(6), "enough")
+        assert [one.outcome for one in done.history] == ["lost"]
+        assert done.reply is not None
+        with pytest.raises(Fenced):
+            await store.settle(run.claim, Succeeded(b"1", at(7)))
+        assert await claim(store, now=1000) == ()
+        assert await store.get(run.run_id) == done
+
     async def test_a_run_that_is_over_is_not_cancelled(self, store: JobRunStore, new: _Runs) -> None:
         await store.enqueue(new.make())
         [run] = await claim(store)

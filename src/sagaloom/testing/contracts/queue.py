@@ -164,6 +164,23 @@ class QueueContract:
 
         assert (delivery.message, delivery.attempt) == (sent, 1)
 
+    async def test_an_id_and_headers_may_be_as_long_as_a_queue_lets_them_be(
+        self, broker: QueueBroker, consumer: Consumer
+    ) -> None:
+        headers = {"x-channel": "sms", "n" * 128: "", "long": "\N{GRINNING FACE}" * 16_000}
+        sent = message(1, id="\N{GREEK SMALL LETTER PI}" * 512, headers=headers)
+
+        await broker.send([(sent, 0)])
+        [first] = await consumer.take(1)
+        await consumer.settle(Retried(first.token, 0))
+        [second] = await consumer.take(1)
+        await consumer.settle(Buried(second.token, letter_of(second)))
+        letters = list(await broker.dead_letters(limit=10))
+        await broker.redrive([sent.id])
+        [third] = await consumer.take(1)
+
+        assert [first.message, second.message, *(letter.message for letter in letters), third.message] == [sent] * 4
+
     async def test_a_body_may_be_a_mebibyte(self, broker: QueueBroker, consumer: Consumer) -> None:
         sent = message(1, body=b'"' + b"x" * (1024 * 1024) + b'"')
         await broker.send([(sent, 0)])
