@@ -289,8 +289,11 @@ def _how_it_undoes(saga: _OneSaga) -> Iterator[Finding]:
             )
     if not (definition.compensations or unwinds):
         return
+    undos = {one.message_type: one for one in saga.handlers if one.is_undo}
     for step in (one for one in saga.steps if one.is_step):
         leaves = [one for one in step.seen.effects if one.kind == "send" and (one.target or ("", ""))[0] != "saga"]
+        if unwinds and step.message_type in undos:
+            yield from _what_an_undo_leaves(saga, step, undos[step.message_type], leaves)
         if not leaves or step.message_type in definition.compensations or step.seen.may("fail", "compensate"):
             continue
         if step.message_type in definition.pivots or step.seen.may("complete"):
@@ -304,6 +307,27 @@ def _how_it_undoes(saga: _OneSaga) -> Iterator[Finding]:
             f"add .compensate({step.message_type!r}, handler), also where a later step has one, for its answer may "
             "come too late; or pivot=True where nothing has to be undone",
         )
+
+
+def _what_an_undo_leaves(
+    saga: _OneSaga, step: _Handler, undo: _Handler, leaves: Sequence[ForeseenEffect]
+) -> Iterator[Finding]:
+    """Whom a step asks for something, while its compensation speaks to others only."""
+    told = {one.target for one in undo.seen.effects if one.kind == "send"}
+    if not undo.seen.sees_effects or not told or None in told:
+        return
+    for effect in leaves:
+        if effect.target is not None and effect.target not in told:
+            kind, name = effect.target
+            yield saga.finding(
+                "note",
+                "undone-elsewhere",
+                effect.place,
+                f"{step.what} asks {kind}:{name or '...'} for something, and {undo.what} does not speak to it: when it "
+                "runs before the answer has come, nothing takes that back",
+                f"undo in .compensate({step.message_type!r}, handler) what this step asks for, and what another step "
+                "asks for there",
+            )
 
 
 # --- Going on --------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ possible; conditions are not evaluated, and nothing is run.
 from __future__ import annotations
 
 import ast
+import enum
 import functools
 import inspect
 import linecache
@@ -440,6 +441,8 @@ class _FunctionReader:
             self._status(node.orelse)
             return
         value = self._value(node)
+        if isinstance(value, enum.Enum):
+            value = value.value
         if isinstance(value, str):
             self._reader.statuses.append(ForeseenStatus(value, self._place(node)))
         else:
@@ -460,7 +463,9 @@ class _FunctionReader:
                 return _named(self._function, name)
             case ast.Attribute(value=inner, attr=attribute):
                 holder = self._value(inner)
-                if isinstance(holder, (types.ModuleType, type)):
+                if isinstance(holder, (types.ModuleType, type)) or (
+                    isinstance(holder, enum.Enum) and attribute in ("name", "value")
+                ):
                     return getattr(holder, attribute, _UNKNOWN)
                 return _UNKNOWN
             case _:

@@ -160,6 +160,24 @@ def test_a_step_that_unwinding_would_leave_is_a_warning() -> None:
     assert found(saga.compensate("A", _nothing).build()) == []
 
 
+def _releases(saga: Any, event: Any, context: Any) -> list[Any]:
+    return [send("service:stock", {})]
+
+
+def _refunds_and_releases(saga: Any, event: Any, context: Any) -> list[Any]:
+    return [send("service:payments", {}), *_releases(saga, event, context)]
+
+
+def test_a_step_whose_compensation_speaks_only_to_others_is_a_note() -> None:
+    saga = _saga().on("A", _charges).on("Stop", _unwinds, starts=False)
+
+    finding = the("undone-elsewhere", check_sagas([saga.compensate("A", _releases).build()]))
+
+    assert finding.level == "note"
+    assert finding.message.startswith("the handler of 'A' asks service:payments for something, and the compensation of")
+    assert notes(saga.compensate("A", _refunds_and_releases).build()) == []
+
+
 def test_without_unwinding_a_step_that_is_not_undone_is_a_note() -> None:
     saga = _saga().on("A", _charges).on("B", _compensates, starts=False).compensate("B", _fails).build()
 

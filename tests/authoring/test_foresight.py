@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -211,6 +212,24 @@ def test_a_status_is_read_in_each_of_the_ways_to_set_it() -> None:
         *("replaced", "spread", "joined", "joined in place", "an item", "a field", "by place", "new"),
         *("yes", "no", "copied"),
     ]
+    assert seen.blind_spots == ()
+
+
+class Stage(enum.Enum):
+    PAYING = "paying"
+    PAID = "paid"
+
+
+def _sets_members(saga: Any, event: Any, context: Any) -> list[Any]:
+    saga.state = replace(saga.state, status=Stage.PAYING)
+    saga.state["status"] = Stage.PAID.value
+    return []
+
+
+def test_a_status_may_be_a_member_of_an_enum() -> None:
+    seen = foresee(_sets_members)
+
+    assert [one.status for one in seen.statuses] == ["paying", "paid"]
     assert seen.blind_spots == ()
 
 
