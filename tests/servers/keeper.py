@@ -9,6 +9,7 @@ and the shared memory that a killed server leaves to nobody.
           {"do": "call", "argv": [...], "env": {...}, "log": "...", "seconds": 60}       {"status": 0}
           {"do": "signal", "number": 1, "all": false}                                    {}
           {"do": "wait", "seconds": 5.0}                                                 {"status": null}
+          {"do": "disk", "path": "...", "megabytes": 64}                                 {}
           {"do": "kill"}                                                                 {}
 
 One line of JSON each. A server runs as `user` when the keeper is root: some refuse to be root, and none needs to be.
@@ -32,6 +33,11 @@ from typing import Any, Final
 
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_CHILD_SUBREAPER: Final = 36
+_CLONE_NEWNS: Final = 0x00020000
+_CLONE_NEWUSER: Final = 0x10000000
+_MS_REC: Final = 0x4000
+_MS_PRIVATE: Final = 0x40000
+_MNT_DETACH: Final = 2
 _IPC_RMID: Final = 0
 _POLITE_SECONDS: Final = 3.0
 _LOOK_SECONDS: Final = 0.005
@@ -48,6 +54,7 @@ class _Keeper:
         self._mains: set[int] = set()
         self._status: int | None = None
         self._polite = int(signal.SIGTERM)
+        self._disk: Path | None = None
 
     def answer(self, ask: dict[str, Any]) -> dict[str, Any]:
         match ask["do"]:
@@ -65,6 +72,10 @@ class _Keeper:
                 return {}
             case "wait":
                 return {"status": self._wait(ask["seconds"])}
+            case "disk":
+                self._disk = Path(ask["path"])
+                _mount_disk(self._disk, ask["megabytes"], self._user)
+                return {}
             case "kill":
                 self.kill()
                 return {}
@@ -98,6 +109,8 @@ class _Keeper:
             self._wait(_POLITE_SECONDS)
         self.kill()
         _remove_shared_memory(self._mains)
+        if self._disk is not None:
+            _libc.umount2(os.fsencode(self._disk), _MNT_DETACH)
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def _start(self, ask: dict[str, Any]) -> int:
@@ -158,6 +171,32 @@ def _descendants() -> list[int]:
     return found
 
 
+def _mount_disk(path: Path, megabytes: int, owner: str) -> None:
+    """A file system in memory at `path`, which only we and our descendants see, and which goes with the last of us.
+    Without root's rights that takes a user namespace, in which we stay who we are."""
+    user, group = os.getuid(), os.getgid()
+    _done(_libc.unshare(_CLONE_NEWNS if user == 0 else _CLONE_NEWNS | _CLONE_NEWUSER))
+    if user == 0:
+        user, group = _user(owner), _group(owner)
+    else:
+        Path("/proc/self/setgroups").write_text("deny", encoding="ascii")
+        Path("/proc/self/uid_map").write_text(f"{user} {user} 1", encoding="ascii")
+        Path("/proc/self/gid_map").write_text(f"{group} {group} 1", encoding="ascii")
+    _done(_libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None))
+    path.mkdir()
+    _done(
+        _libc.mount(
+            b"tmpfs", os.fsencode(path), b"tmpfs", 0, f"size={megabytes}m,mode=700,uid={user},gid={group}".encode()
+        )
+    )
+
+
+def _done(result: int) -> None:
+    if result != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
 def _remove_shared_memory(creators: set[int]) -> None:
     """Removes what belongs to no process once its creator was killed, and stays until the machine is started again."""
     with contextlib.suppress(OSError):
@@ -170,6 +209,12 @@ def _remove_shared_memory(creators: set[int]) -> None:
 def _send(pid: int, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
+
+
+def _user(user: str) -> int:
+    import pwd
+
+    return pwd.getpwnam(user).pw_uid
 
 
 def _group(user: str) -> int:

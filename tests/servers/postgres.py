@@ -42,6 +42,7 @@ class Postgres(Server):
         super().__init__()
         self._data = self.directory / "data"
         self._settings = {**_SETTINGS, **settings}
+        self.initdb_options: Sequence[str] = ()
         self._primary: Postgres | None = None
         self._standby_name = ""
 
@@ -101,7 +102,7 @@ class Postgres(Server):
             self._call(self._bin / "pg_basebackup", "-D", self._data, "-R", "-X", "stream", "-c", "fast", "-d", source)
         elif not self._data.exists():
             how = ("--no-sync", "--auth=trust", "--encoding=UTF8", "--locale=C.UTF-8", "--username=postgres")
-            self._call(self._bin / "initdb", *how, "-D", self._data)
+            self._call(self._bin / "initdb", *how, *self.initdb_options, "-D", self._data)
         self._write_settings()
 
     def _write_settings(self) -> None:

@@ -8,6 +8,9 @@ A server is used like this, and every one of them in the same way:
         server.kill(); server.start()       # kill -9 for all of its processes
         server.freeze(); server.thaw()      # alive, and does not answer
 
+    server = Postgres().add_disk(64)        # before it is started: a small disk of its own, at server.disk
+    server.fill_disk(); server.free_disk()
+
 `start` returns when the server itself has answered, and raises with the end of its log when it does not in time. All
 of it blocks; a coroutine calls it by `asyncio.to_thread`. Constructing one raises `Missing`, which says in one line
 what is not installed. Nothing needs root's rights; a root gives his up (`keeper.py`, which also says who cleans up).
@@ -100,6 +103,8 @@ class Server(ABC):
         self.port = free_port()
         self.is_running = False
         self._is_prepared = False
+        self.disk = self.directory / "disk"
+        """A small file system, after `add_disk`. Only the server sees it."""
         self._asking = threading.Lock()
         self._keeper = subprocess.Popen(
             [sys.executable, "-I", str(Path(__file__).with_name("keeper.py")), str(self.directory), _UNPRIVILEGED],
@@ -174,6 +179,22 @@ class Server(ABC):
 
     def thaw(self) -> None:
         self._ask(do="signal", number=int(signal.SIGCONT), all=True)
+
+    def add_disk(self, megabytes: int) -> Self:
+        """Gives it a small file system of its own; raises `Missing` where the machine lets us mount none."""
+        try:
+            self._ask(do="disk", path=str(self.disk), megabytes=megabytes)
+        except RuntimeError as error:
+            self.close()
+            raise Missing(f"a small disk cannot be mounted here: {error}") from None
+        return self
+
+    def fill_disk(self) -> None:
+        """Leaves no space on it."""
+        self._call("sh", "-c", f"cat /dev/zero > {self.disk}/filling 2> /dev/null; true")
+
+    def free_disk(self) -> None:
+        self._call("rm", self.disk / "filling")
 
     def close(self) -> None:
         """Ends it and removes all that it has written. Doing it twice is harmless."""

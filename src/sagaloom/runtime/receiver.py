@@ -4,7 +4,9 @@ Theory of operation
 -------------------
 One task turns in a loop. Each turn takes everything that is waiting (up to `batch_max`), loads the instances that are
 not hot, decides every message in order, commits all decisions at once, and only then tells anybody. While a commit is
-under way new messages gather, so batches grow with the load by themselves: that is where throughput comes from.
+under way new messages gather, so batches grow with the load by themselves: that is where throughput comes from. They
+stay small enough for a store to take them in time: a turn ends when what it decided is some megabytes, and after one
+that failed the next takes half as much.
 
 1. A message that comes through a door is accepted and applied in one commit; its publisher hears after that commit.
 2. Per (saga, key) the order of the backlog is the order of acceptance (I9). One exception: a message whose attempt
@@ -99,6 +101,8 @@ _CARRIED_OUT: Final = frozenset((REDRIVE, DISCARD, CANCEL_CHILDREN))
 
 _log = logging.getLogger("sagaloom.receiver")
 _PKS_AT_ONCE = 1_000
+_BATCH_BYTES = 8 << 20
+"""When payloads, states and effects of a turn are more than this, the rest of its messages waits for the next."""
 _MARKS_REMEMBERED = 50_000
 _PAUSE_SECONDS_MAX = 1.0
 _MOMENT_SECONDS = 0.0005
@@ -194,6 +198,8 @@ class Receiver:
         """Is held during a turn. Whoever else holds it may change what is stored under our lease, and then has us
         `forget` it."""
         self._failures = 0
+        self._batch_max = options.batch_max
+        """Less than the option after a turn has failed, for it may have been too much at once."""
         self.problem: SagasError | None = None
         """Why nothing can be committed right now."""
         self.telemetry: SagaTelemetry | None = None
@@ -311,7 +317,7 @@ class Receiver:
         try:
             if self.share.needs_attention:
                 await self.share.look_after()
-            batch = self._backlog.take(self._options.batch_max)
+            batch = self._backlog.take(self._batch_max)
             works = self._take_works()
             self._options.on_step("claimed")
             if self.problem is not None:
@@ -334,6 +340,8 @@ class Receiver:
             _log.exception("a turn has failed")
             await self._cannot_commit(batch, works, BackendUnavailable(f"a turn has failed: {error!r}"))
             return
+        if self._batch_max < self._options.batch_max:
+            self._batch_max = min(2 * self._batch_max, self._options.batch_max)
         if self.telemetry is not None:
             self.telemetry.committed(planned, works, result.conflicts)
         self._on_commit(result.feed_base)
@@ -348,11 +356,11 @@ class Receiver:
 
     def _take_works(self) -> list[Work]:
         works = self._work
-        if len(works) <= self._options.batch_max:
+        if len(works) <= self._batch_max:
             taken = list(works)
             works.clear()
             return taken
-        return [works.popleft() for _ in range(self._options.batch_max)]
+        return [works.popleft() for _ in range(self._batch_max)]
 
     async def _plan(self, batch: list[Delivery]) -> list[_Planned]:
         """Decides each delivery on top of what those before it in this batch decided."""
@@ -369,9 +377,10 @@ class Receiver:
         stopped: set[InstanceKey] = set()  # The keys that have moved since: what was deferred comes first now.
         self._postponed = []
         planned: list[_Planned] = []
+        size = 0
         for delivery in batch:
             key, envelope = delivery.key, delivery.envelope
-            if stopped and key in stopped and not delivery.passes:
+            if size > _BATCH_BYTES or (stopped and key in stopped and not delivery.passes):
                 self._postponed.append(delivery)
                 continue
             known = newest[key]
@@ -455,6 +464,11 @@ class Receiver:
             if step.hot is not None:
                 newest[key] = step.hot
             planned.append(step)
+            size += len(envelope.payload)
+            if step.unit.instance is not None:
+                size += len(step.unit.instance.state)
+            for effect in step.unit.outbox_add:
+                size += len(effect.payload)
         return planned
 
     def _decide(
@@ -770,6 +784,8 @@ class Receiver:
             _log.warning("the store %s does not take commits: %s", self._store.id, error.message)
         self.problem = error
         self._failures += 1
+        if len(batch) + len(works) > 1:
+            self._batch_max = max(1, min(self._batch_max, max(len(batch), len(works))) // 2)
         await asyncio.sleep(min(0.02 * 2**self._failures, _PAUSE_SECONDS_MAX))
 
     async def _start_over(self, batch: list[Delivery], works: list[Work], error: Fenced) -> None:

@@ -87,9 +87,17 @@ def refuse_newer(database: PostgresDatabase, done: list[int]) -> None:
 async def store_id_of(database: PostgresDatabase) -> str:
     """The id of the store in `database`, whose schema must be at the present version."""
     meta = f"{quoted(database.schema)}.saga_runtime_meta"
-    rows = await database.fetch(f"SELECT value FROM {meta} WHERE name = 'store_id'")
+    rows = await database.fetch(
+        f"SELECT value, current_setting('transaction_isolation') AS isolation FROM {meta} WHERE name = 'store_id'"
+    )
     if not rows:
         raise StoreCorrupt(f"{database.name}: {meta} has no store_id")
+    if rows[0]["isolation"] != "read committed":
+        # A commit reads behind its locks what others have written while it waited for them.
+        raise ConfigurationError(
+            f"{database.where} begins its transactions as {rows[0]['isolation']!r}: "
+            "ALTER ROLE ... SET default_transaction_isolation = 'read committed' for the user that sagas connect as"
+        )
     return str(rows[0]["value"])
 
 
