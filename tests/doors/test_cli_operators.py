@@ -30,6 +30,17 @@ class Said(NamedTuple):
         return json.loads(self.out)
 
 
+async def command(url: str, *args: str) -> Said:
+    """Runs one against the server at `url`."""
+    result = await asyncio.to_thread(CliRunner().invoke, app, list(args), env={"SAGALOOM_URL": url})
+    if result.exception is None:
+        return Said(result.stdout, None)
+    if isinstance(result.exception, SystemExit):
+        return Said(result.stdout, result.stderr)
+    assert isinstance(result.exception, SagasError), result.exception
+    return Said(result.stdout, result.exception.message)
+
+
 class Terminal:
     """Runs commands against the API of a door."""
 
@@ -38,13 +49,7 @@ class Terminal:
         self._url = f"http://127.0.0.1:{port}"
 
     async def run(self, *args: str) -> Said:
-        result = await asyncio.to_thread(CliRunner().invoke, app, list(args), env={"SAGALOOM_URL": self._url})
-        if result.exception is None:
-            return Said(result.stdout, None)
-        if isinstance(result.exception, SystemExit):
-            return Said(result.stdout, result.stderr)
-        assert isinstance(result.exception, SagasError), result.exception
-        return Said(result.stdout, result.exception.message)
+        return await command(self._url, *args)
 
 
 @pytest.fixture
