@@ -169,6 +169,13 @@ async def test_what_cannot_be_said_or_asked_is_refused(
     assert (response.status_code, response.json()["code"]) == (status, code)
 
 
+async def test_a_signal_that_is_sent_with_get_is_told_how(door: Door) -> None:
+    response = await door.get("/instances/approval/b/signals/hurry")
+
+    assert response.status_code == 404
+    assert response.json()["message"].endswith("; what is said to an instance is sent with POST")
+
+
 async def test_a_signal_to_a_run_that_is_over_is_a_conflict(door: Door) -> None:
     await door.post(f"{AT}/signals/end%2Fnow")
 

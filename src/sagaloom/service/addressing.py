@@ -6,6 +6,7 @@ A correlation key may hold `/`, percent-encoded or not, so the routes of an inst
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Final, NamedTuple
 from urllib.parse import quote, unquote_to_bytes
 
@@ -33,6 +34,8 @@ __all__ = [
 ]
 
 API_PREFIX: Final = "/api/v1/sagas"
+_COMMAND: Final = re.compile(r".+/(?:(?:signals|updates)/[^/]+|cancel|terminate|pause|resume|skip)")
+"""What the rest of a path looks like that was meant as a command, and not as a key."""
 INSTANCE_PATH: Final = f"{API_PREFIX}/instances/{{sagaName}}/{{correlationId:path}}"
 
 RunNumber = Annotated[int | None, Field(ge=1, le=2**53, description="Which run; the newest one when left out.")]
@@ -93,9 +96,10 @@ class InstanceRoute(APIRoute):
 
 
 def no_instance(address: InstanceAddress, run: int | None) -> InstanceNotFound:
-    """What is said of an instance that is not there."""
+    """What a GET is told of an instance that is not there."""
     which = "" if run is None else f" run {run} of"
+    hint = "; what is said to an instance is sent with POST" if _COMMAND.fullmatch(address.key) else ""
     return InstanceNotFound(
         f"there is no{which} instance {address.key!r:.80} of saga {address.saga_id!r:.80}: "
-        f"GET {API_PREFIX}/instances?sagaName= lists those there are"
+        f"GET {API_PREFIX}/instances?sagaName= lists those there are{hint}"
     )
