@@ -32,7 +32,8 @@ class Onlookers(Part):
 
     async def get_instance(self, saga_id: str, key: str, *, run: int | None = None) -> Instance | None:
         """The newest run of a key, or run number `run`. Run 0 with status `pending` stands for a first message that
-        is accepted and not applied yet."""
+        is accepted and not applied yet. Its `state` and `result` are JSON as it is stored:
+        `definition.state_codec.decode(found.state)` is the state as handlers have it."""
         if run is not None:
             return await self.store.load_run(saga_id, key, run)
         (loaded,) = await self.store.load([(saga_id, key)])
