@@ -126,7 +126,7 @@ def _import(label: str, name: str, folder: Path) -> ModuleType:
                 f"{label} {name} was not found: looked in {folder} and in the installed packages"
             ) from error
         raise ConfigurationError(f"{label} {name} needs a module that is missing: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script may end itself; that shall not end us without a word
         raise ConfigurationError(f"{label} {name} cannot be loaded: {type(error).__name__}: {error}") from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import shutil
 import ssl
@@ -17,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from sagaloom.errors import BackendUnavailable, ConfigurationError, MessageRejected, QueueFull
+from sagaloom.errors import BackendUnavailable, ConfigurationError, MessageRejected, QueueFull, SagasError
 from sagaloom.kv import MemoryKeyValue
 from sagaloom.kv.presence import FilePresence
 from sagaloom.ports.queue import QueueDeadLetter, QueueMessage
@@ -331,6 +332,33 @@ async def test_a_clock_that_jumps_takes_no_message_from_whoever_works_on_it(jump
     assert (list(stolen), list(lost)) == ([], [])
     for each in (first, second):
         await each.close()
+
+
+@pytest.mark.parametrize("server", [pytest.param("rabbitmq", marks=pytest.mark.server("rabbitmq"))], indirect=True)
+async def test_thousands_of_dead_letters_are_within_reach(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.CRITICAL, logger="sagaloom.queue")
+    count = 3_000
+
+    async def handler(_: object) -> None:
+        raise SagasError("no", retryable=False)
+
+    async with queue_at(server) as queue:
+        for first in range(0, count, 1_000):
+            await queue.enqueue_many(range(first, first + 1_000))
+        async with listening(queue, handler, concurrency=256):
+            await _until_empty(queue)
+        # Shorter than a round trip for each of them would take.
+        monkeypatch.setattr("sagaloom.queues.rabbitmq._ANSWER_SECONDS", 0.5)
+        listed = await queue.dead_letters(limit=count)
+        redriven = await queue.redrive(*(letter.id for letter in listed[:2_000]))
+        discarded = await queue.discard()
+        monkeypatch.undo()
+        depth = await queue.depth()
+
+    assert (len(listed), redriven, discarded) == (count, 2_000, 1_000)
+    assert (depth.waiting, depth.dead) == (2_000, 0)
 
 
 class _Drawer:

@@ -174,13 +174,15 @@ def test_a_module_that_does_not_import_is_left_out_and_the_others_are_served(
     tmp_path: Path, start: Callable[..., Server]
 ) -> None:
     (tmp_path / "broken.py").write_text("1 / 0\n")
-    server = start("sagaloom", "jobs", "serve", "work_module.py", "broken.py", "--port", "0", "--json")
+    (tmp_path / "script.py").write_text("raise SystemExit(3)\n")
+    server = start("sagaloom", "jobs", "serve", "broken.py", "script.py", "work_module.py", "--port", "0", "--json")
 
     listed = httpx2.get(f"{server.url}/api/v1/workers/jobs", timeout=30).json()
     run = ended(server.url, trigger(server.url, "greet", {"name": "you"}))
 
-    assert [one["module"] for one in listed["problems"]] == ["broken.py"]
+    assert [one["module"] for one in listed["problems"]] == ["broken.py", "script.py"]
     assert "ZeroDivisionError: division by zero" in listed["problems"][0]["problem"]
+    assert "SystemExit: 3" in listed["problems"][1]["problem"]
     assert any("left out: Job registry module broken.py" in line for line in server.errors)
     assert run["result"] == "hello you"
 
@@ -325,6 +327,16 @@ def test_a_saga_that_sends_to_a_job_reaches_the_other_port(tmp_path: Path, start
 def test_the_end_of_a_job_reaches_its_saga_though_both_were_killed_before_it_was_told(
     tmp_path: Path, start: Callable[..., Server]
 ) -> None:
+    kill_both_before_it_was_told(tmp_path, start)
+
+
+async def test_the_end_of_a_job_reaches_its_saga_on_postgres_though_both_were_killed_before_it_was_told(
+    tmp_path: Path, schema: Schema, start: Callable[..., Server]
+) -> None:
+    kill_both_before_it_was_told(tmp_path, start, NETSCRIPT_SAGA_STORE="sql", DATABASE_URL=schema.url)
+
+
+def kill_both_before_it_was_told(tmp_path: Path, start: Callable[..., Server], **env: str) -> None:
     (tmp_path / "asking.py").write_text(
         "from sagaloom import define_saga, saga_complete, send\n"
         "saga = (define_saga('asking').state({})\n"
@@ -333,10 +345,10 @@ def test_the_end_of_a_job_reaches_its_saga_though_both_were_killed_before_it_was
         " starts=False).build())\n"
     )
     serve_sagas = ("sagaloom", "serve", "asking.py", "--port", "0", "--json")
-    jobs = start()
-    sagas = start(*serve_sagas, WORKERS_API_URL=jobs.url)
+    jobs = start(**env)
+    sagas = start(*serve_sagas, WORKERS_API_URL=jobs.url, **env)
     jobs.kill()
-    jobs = start(*SERVE[:-3], "--port", jobs.url.rpartition(":")[2], "--json", SAGAS_API_URL=sagas.url)
+    jobs = start(*SERVE[:-3], "--port", jobs.url.rpartition(":")[2], "--json", SAGAS_API_URL=sagas.url, **env)
     httpx2.post(
         f"{sagas.url}/api/v1/sagas/publish",
         json={"type": "Asked", "payload": {"name": "x"}, "correlationId": "a/1"},
@@ -350,8 +362,8 @@ def test_the_end_of_a_job_reaches_its_saga_though_both_were_killed_before_it_was
     jobs.signal(signal.SIGKILL)
     sagas.signal(signal.SIGKILL)
 
-    sagas = start(*serve_sagas)
-    jobs = start(SAGAS_API_URL=sagas.url)
+    sagas = start(*serve_sagas, **env)
+    jobs = start(SAGAS_API_URL=sagas.url, **env)
     instance = until(lambda: _completed(sagas.url), "the saga has heard of it")
     run = until(
         lambda: found if (found := run_of(jobs.url, run_id))["reply"]["state"] == "delivered" else None, "it is told"

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import ssl
 import time
@@ -93,6 +94,11 @@ _TAKEN_SHARE: Final = 0.8
 _DECLARED_SECONDS: Final = 60.0
 """How long a delay queue is known to be there, without asking; much less than it lives unused."""
 _LETTERS_MAX: Final = 10_000
+_LETTERS_SECONDS: Final = 60.0
+"""How long all of them may take."""
+_QUIET_SECONDS: Final = 2.0
+"""When none has come for so long, there are no more."""
+_BATCH_MAX: Final = 1_000
 _ATTEMPTS: Final = "sagaloom-attempts"
 _ENQUEUED: Final = "sagaloom-enqueued"
 _LETTER: Final = "sagaloom-letter"
@@ -512,7 +518,7 @@ class RabbitMQQueueBroker:
         return QueueDepth(await count(self._base), delayed, leased, await count(f"{self._base}.dead"))
 
     async def dead_letters(self, *, limit: int, after: str | None = None) -> Sequence[QueueDeadLetter]:
-        letters = await self._answered(self._seen())
+        letters = await self._answered(self._seen(), seconds=_LETTERS_SECONDS)
         ids = [letter.id for letter in letters]
         if after is not None:
             letters = letters[ids.index(after) + 1 :] if after in ids else []
@@ -521,44 +527,88 @@ class RabbitMQQueueBroker:
     async def _seen(self) -> list[QueueDeadLetter]:
         channel, found = await self._dug_up()
         await channel.close()  # which puts all of them back
-        return [letter for letter, _ in found]
+        await self._counts(len(found))
+        return sorted(found.values(), key=lambda letter: (letter.failed_at, letter.id))
 
-    async def _dug_up(self) -> tuple[AbstractChannel, list[tuple[QueueDeadLetter, int]]]:
-        """All dead letters with their tags, the oldest first, and the channel that holds them."""
+    async def _dug_up(self) -> tuple[AbstractChannel, dict[int, QueueDeadLetter]]:
+        """All dead letters, by tag, and the channel that holds them."""
+        channel, count = await within(_ANSWER_SECONDS, self._opened_for_letters())
+        found: dict[int, QueueDeadLetter] = {}
+        are_there = asyncio.Event()
+
+        async def took(delivered: DeliveredMessage) -> None:
+            found[cast("int", delivered.delivery_tag)] = _letter_of(self._queue, delivered)
+            if len(found) >= count:
+                are_there.set()
+
+        if count:
+            # Pushed to us, since asking for each takes a round trip.
+            consuming = await channel.basic_consume(f"{self._base}.dead", took)
+            before = -1
+            while not are_there.is_set() and len(found) > before:  # Somebody else may be looking at some of them.
+                before = len(found)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(are_there.wait(), _QUIET_SECONDS)
+            await channel.basic_cancel(cast("str", consuming.consumer_tag))
+        return channel, dict(sorted(found.items()))
+
+    async def _opened_for_letters(self) -> tuple[AbstractChannel, int]:
+        """A channel for all dead letters, and how many there are."""
         await self._opened()
         assert self._connection is not None
         channel = await self._connection.channel()
-        found: list[tuple[QueueDeadLetter, int]] = []
-        while len(found) < _LETTERS_MAX:
-            delivered = await channel.basic_get(f"{self._base}.dead")
-            if delivered.delivery_tag is None:
-                break
-            found.append((_letter_of(self._queue, delivered), delivered.delivery_tag))
-        found.sort(key=lambda each: (each[0].failed_at, each[0].id))
-        return channel, found
+        await channel.basic_qos(prefetch_count=_LETTERS_MAX)
+        declared = await channel.queue_declare(f"{self._base}.dead", passive=True)
+        return channel, min(declared.message_count or 0, _LETTERS_MAX)
+
+    async def _counts(self, count: int) -> bool:
+        """Waits until the server says that there are so many dead letters, which it does a moment after it was told;
+        False when it does not, since somebody else adds some, or looks at them."""
+        until = time.monotonic() + _QUIET_SECONDS
+        while time.monotonic() < until:
+            channel = await self._opened()
+            if (await channel.queue_declare(f"{self._base}.dead", passive=True)).message_count == count:
+                return True
+            await asyncio.sleep(0.01)
+        return False
 
     async def redrive(self, ids: Sequence[str]) -> int:
-        return await self._answered(self._removed(set(ids), redriven=True))
+        return await self._answered(self._removed(set(ids), redriven=True), seconds=_LETTERS_SECONDS)
 
     async def discard(self, ids: Sequence[str]) -> int:
-        return await self._answered(self._removed(set(ids), redriven=False))
+        return await self._answered(self._removed(set(ids), redriven=False), seconds=_LETTERS_SECONDS)
 
     async def _removed(self, ids: set[str], *, redriven: bool) -> int:
-        channel, found = await self._dug_up()
-        chosen = [(letter, tag) for letter, tag in found if letter.id in ids]
-        if redriven and chosen:
-            await self._published([(letter.message, 0, 0) for letter, _ in chosen])
-        for _, tag in chosen:
-            await channel.basic_ack(tag)
-        await channel.close()
-        return len(chosen)
+        removed: set[str] = set()
+        is_done = False
+        while not is_done:
+            channel, found = await self._dug_up()
+            chosen = {tag: letter for tag, letter in found.items() if letter.id in ids}
+            if redriven:
+                again = [letter.message for letter in chosen.values() if letter.id not in removed]
+                for first in range(0, len(again), _BATCH_MAX):
+                    await self._published([(message, 0, 0) for message in again[first : first + _BATCH_MAX]])
+            removed.update(letter.id for letter in chosen.values())
+            # One word for each run of tags, since the server forgets some of many when the channel is closed right
+            # after them. So we look again, too, unless it counts what it should.
+            for is_chosen, run in itertools.groupby(found, chosen.__contains__):
+                *_, last = run
+                if is_chosen:
+                    await channel.basic_ack(last, multiple=True, wait=False)
+                else:
+                    await channel.basic_nack(last, multiple=True, requeue=True, wait=False)
+            left = len(found) - len(chosen)
+            is_settled = await self._counts(left)
+            await channel.close()
+            is_done = not chosen or (is_settled and await self._counts(left))
+        return len(removed)
 
     # -- trouble --------------------------------------------------------------------------------------------------
 
-    async def _answered(self, work: Coroutine[Any, Any, T]) -> T:
+    async def _answered(self, work: Coroutine[Any, Any, T], *, seconds: float | None = None) -> T:
         """What `work` returns. The broker has a few seconds for it; what goes wrong is said in our words."""
         try:
-            return await within(_ANSWER_SECONDS, work)
+            return await within(seconds or _ANSWER_SECONDS, work)
         except _TROUBLE as error:
             await self._drop()
             self._fail(error)

@@ -18,7 +18,7 @@ import contextlib
 import hashlib
 import logging
 import ssl
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, Final, NamedTuple, NoReturn, cast
 
 import msgspec
@@ -280,14 +280,18 @@ class RedisQueueBroker:
         ]
 
     async def redrive(self, ids: Sequence[str]) -> int:
-        arguments: list[bytes | str | int] = []
-        for letter in await self._letters(list(dict.fromkeys(ids))):
-            message = msgspec.structs.replace(letter.message, deduplication_id=None)
-            arguments += (letter.id, encode(row_of(message)), PRIORITY_MAX - message.priority, message.key or "")
-        return cast("int", await self._run(_REDRIVE, arguments)) if arguments else 0
+        count = 0
+        for some in _batches(list(dict.fromkeys(ids))):
+            arguments: list[bytes | str | int] = []
+            for letter in await self._letters(some):
+                message = msgspec.structs.replace(letter.message, deduplication_id=None)
+                arguments += (letter.id, encode(row_of(message)), PRIORITY_MAX - message.priority, message.key or "")
+            if arguments:
+                count += cast("int", await self._run(_REDRIVE, arguments))
+        return count
 
     async def discard(self, ids: Sequence[str]) -> int:
-        return cast("int", await self._run(_DISCARD, list(ids))) if ids else 0
+        return sum([cast("int", await self._run(_DISCARD, some)) for some in _batches(ids)])
 
     async def close(self) -> None:
         await self.end()
@@ -354,6 +358,11 @@ _RENEW: Final = _Script(redis_scripts.RENEW)
 _REDRIVE: Final = _Script(redis_scripts.REDRIVE)
 _DISCARD: Final = _Script(redis_scripts.DISCARD)
 _DEPTH: Final = _Script(redis_scripts.DEPTH)
+
+
+def _batches(ids: Sequence[str]) -> Iterator[Sequence[str]]:
+    """`ids` in parts that a script can take."""
+    return (ids[first : first + _BATCH_MAX] for first in range(0, len(ids), _BATCH_MAX))
 
 
 def _told(settlement: Settlement) -> tuple[bytes | str | int, ...]:

@@ -532,6 +532,21 @@ class QueueContract:
         assert (again.message, again.attempt) == (message(1, headers={"h": "1"}), 1)
         assert sorted(letter.id for letter in await broker.dead_letters(limit=10)) == ["m0", "m2"]
 
+    async def test_many_dead_letters_are_redriven_or_discarded_at_once(
+        self, broker: QueueBroker, consumer: Consumer
+    ) -> None:
+        await broker.send([(message(n), 0) for n in range(3)])
+        for delivery in await consumer.take(3):
+            await consumer.settle(Buried(delivery.token, letter_of(delivery)))
+        unknown = [f"x{n}" for n in range(9_000)]
+
+        discarded = await broker.discard(["m0", *unknown, "m1"])
+        redriven = await broker.redrive([*unknown, "m2"])
+
+        assert (discarded, redriven) == (2, 1)
+        assert ids(await consumer.take(1)) == ["m2"]
+        assert list(await broker.dead_letters(limit=10)) == []
+
     async def test_a_redriven_message_is_no_duplicate_of_itself(self, broker: QueueBroker, consumer: Consumer) -> None:
         if not broker.capabilities.deduplication:
             return
