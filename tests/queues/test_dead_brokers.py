@@ -55,7 +55,8 @@ async def _loses_its_broker(
         await is_gone.wait()
 
     await queue.enqueue("mail")
-    listening = asyncio.create_task(queue.listen(handler))
+    # What was handed out in an answer that came too late is handed out again when its lease is over.
+    listening = asyncio.create_task(queue.listen(handler, visibility_timeout=2.0))
     await asyncio.wait_for(taken.wait(), _PATIENCE_SECONDS)
     await lose
     refused = None
@@ -75,6 +76,8 @@ async def _loses_its_broker(
             ("redis", "frozen"),
             ("redis", "killed"),
             ("postgres", "frozen"),
+            ("postgres", "killed"),
+            ("rabbitmq", "frozen"),
             ("rabbitmq", "killed"),
         )
     ],
@@ -83,16 +86,20 @@ async def _loses_its_broker(
 async def test_nobody_waits_for_long_for_a_server_that_is_gone(
     server: Server, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if how == "frozen":
-        # Each call takes as long as that; more seconds of it teach nothing more.
+    async def go_away() -> None:
+        if how == "killed":
+            await asyncio.to_thread(server.kill)
+            return
+        # Each call takes as long as that from now on; more seconds of it teach nothing more.
         monkeypatch.setattr(f"sagaloom.queues.{server.name}._ANSWER_SECONDS", 1.0)
         monkeypatch.setattr("sagaloom.queues.listening._AGAIN_SECONDS_MAX", 0.5)
+        await asyncio.to_thread(server.freeze)
+
     given: dict[str, Any] = {server.name: server.url, "namespace": f"t{uuid.uuid4().hex[:12]}"}
     queue = create_queue("mails", provider=server.name, connection=QueueConnectionOptions(**given))
-    go_away = server.kill if how == "killed" else server.freeze
 
     try:
-        refused, rest = await _loses_its_broker(queue, lose=asyncio.to_thread(go_away))
+        refused, rest = await _loses_its_broker(queue, lose=go_away())
     finally:
         await asyncio.to_thread(server.thaw)
 
