@@ -11,6 +11,7 @@ import pytest
 from sagaloom import RetryPolicy, SagaMessage, define_saga, send
 from sagaloom.engine.records import OutboxEffect
 from sagaloom.errors import DeliveryFailed
+from sagaloom.ports.store import UnitOfWork
 from sagaloom.runtime import dispatcher as dispatcher_module
 from tests.runtime.conftest import STORES, Bench
 
@@ -275,3 +276,22 @@ async def test_the_store_is_empty_of_effects_once_they_are_settled(bench: Bench)
     assert await life.runtime.store.outbox_page(after=None, limit=10) == []
     assert await life.runtime.store.inbox_page(after=None, limit=10) == []
     assert len(bench.receiver.got) == 200
+
+
+async def test_an_effect_that_somebody_else_has_settled_stands_in_the_way_of_no_other(bench: Bench) -> None:
+    life = await bench.live(_sender())
+    bench.receiver.gate = asyncio.Event()
+    for n in range(3):
+        await life.publish("Go", {"n": n}, key=f"k-{n}")
+    store, lease = life.runtime.store, life.runtime._receiver.share.lease
+    assert lease is not None
+    rows = await store.outbox_page(after=None, limit=10)
+    await store.commit([UnitOfWork(part=rows[1].ref.part, outbox_done=(rows[1].ref,))], lease=lease)
+
+    bench.receiver.gate.set()
+    await life.runtime.settled()
+
+    assert len(rows) == 3
+    assert sorted(_numbers(bench)) == [0, 1, 2]
+    assert await store.outbox_page(after=None, limit=10) == []
+    assert life.runtime.health().outbox == 0

@@ -496,7 +496,7 @@ class Run:
         """`unit` with something wrong, such as a writer that is late, slow, or broken produces."""
         ways: list[dict[str, Any]] = [
             {"inbox_done": GONE},
-            {"outbox_done": GONE},
+            {"outbox_done": (GONE,)},
             {"inbox_update": InboxRow(GONE, envelope_of("eu/1", "m-0"))},
             {"outbox_update": OutboxRow(GONE, effect_of(start_of(head_of("eu/1", 1))))},
             {"timer_done": pending_of(timer_of("eu/1", "t-none", 1))},
@@ -505,7 +505,7 @@ class Run:
         ]
         ways += [{"inbox_done": ref} for ref in self.some(self.past.inbox)]
         ways += [{"inbox_update": InboxRow(ref, self.past.inbox[ref])} for ref in self.some(self.past.inbox)]
-        ways += [{"outbox_done": ref} for ref in self.some(self.past.outbox)]
+        ways += [{"outbox_done": (ref,)} for ref in self.some(self.past.outbox)]
         ways += [{"outbox_update": OutboxRow(ref, self.past.outbox[ref])} for ref in self.some(self.past.outbox)]
         for place in self.some(self.past.timers_by_place):
             ways.append({"timer_done": pending_of(self.past.timers_by_place[place])})
@@ -593,11 +593,12 @@ class Run:
         return UnitOfWork(part=refs[0].part, inbox_update=InboxRow(refs[0], again))
 
     def settle_effect(self, model: MemoryStore) -> UnitOfWork | None:
-        refs = self.some(self.model.outbox)
-        if not refs:
+        waiting = list(self.model.outbox)
+        if not waiting:
             return None
+        done = tuple(self.dice.sample(waiting, min(self.dice.randint(1, 3), len(waiting))))
         answers = (envelope_of(self.dice.choice(KEYS), self.message_id(), origin="reply"),)
-        return UnitOfWork(part=refs[0].part, outbox_done=refs[0], inbox_add=answers[: self.dice.randint(0, 1)])
+        return UnitOfWork(part=done[0].part, outbox_done=done, inbox_add=answers[: self.dice.randint(0, 1)])
 
     def try_effect_again(self, model: MemoryStore) -> UnitOfWork | None:
         refs = self.some(self.model.outbox)

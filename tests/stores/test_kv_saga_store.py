@@ -263,7 +263,7 @@ async def test_a_step_of_a_run_that_is_known_reads_nothing_first(kv: Watched, st
         store,
         lease,
         step_of(instance, next_of(instance), mark=mark_of("m-2"), outbox_add=(effect_of(next_of(instance)),)),
-        UnitOfWork(part=ref.part, outbox_done=ref),
+        UnitOfWork(part=ref.part, outbox_done=(ref,)),
     )
     await write(store, lease, step_of(next_of(instance), next_of(next_of(instance))))
 

@@ -126,7 +126,7 @@ class SlotClaim(msgspec.Struct, frozen=True):
 
 
 class UnitOfWork(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """All that one message, or one settled effect, writes. `part` is the partition of its instance.
+    """All that one message writes, or what settles some effects. `part` is the partition of its instance.
 
     `instance` must be exactly one revision ahead of the stored one, or have the same revision and no fewer entries (a
     message that changed nothing was noted or counted), as told by `revision_before` and `entries_before`; a new run has
@@ -150,7 +150,8 @@ class UnitOfWork(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     inbox_done: RowRef | None = None
     outbox_add: tuple[OutboxEffect, ...] = ()
     outbox_update: OutboxRow | None = None
-    outbox_done: RowRef | None = None
+    outbox_done: tuple[RowRef, ...] = ()
+    """Consumed: the unit conflicts when one is gone. They may be of any partitions that its writer holds."""
     timers_add: tuple[Timer, ...] = ()
     timers_remove: tuple[PendingTimer, ...] = ()
     """Removed if there: those the decision cancelled or replaced."""

@@ -97,6 +97,40 @@ class _Served(msgspec.Struct):
     def done(self, trouble: SagasError | Conflict | None) -> None:
         self.then(self.lane, self.effect, trouble)
 
+    def apart(self) -> Sequence[Work]:
+        return ()
+
+
+class _Delivered(msgspec.Struct):
+    """Effects that were handed over and have brought no answer, each with the lane whose head it is: they are settled
+    by one unit, and then each lane goes on. More can be added until it `is_closed`."""
+
+    is_patient: ClassVar[bool] = True
+
+    then: Callable[[_Lane, OutboxEffect, SagasError | Conflict | None], None]
+    served: list[tuple[_Lane, OutboxEffect]]
+    feed: list[FeedRecord]
+    is_closed: bool = False
+    _unit: UnitOfWork | None = None
+
+    @property
+    def unit(self) -> UnitOfWork:
+        self.is_closed = True
+        if self._unit is None:
+            refs = tuple([lane.ref for lane, _ in self.served])
+            self._unit = UnitOfWork(part=refs[0].part, outbox_done=refs, feed=tuple(self.feed))
+        return self._unit
+
+    def done(self, trouble: SagasError | Conflict | None) -> None:
+        self.is_closed = True
+        for lane, effect in self.served:
+            self.then(lane, effect, trouble)
+
+    def apart(self) -> Sequence[Work]:
+        if len(self.served) == 1:
+            return ()
+        return [_Delivered(self.then, [served], [shown]) for served, shown in zip(self.served, self.feed, strict=True)]
+
 
 class Dispatcher:
     """Serves the lanes."""
@@ -129,6 +163,8 @@ class Dispatcher:
         self._is_nudging = False
         self._resident = 0
         self._under_way = 0
+        self._delivered: _Delivered | None = None
+        """What was handed over last, for the next unit."""
         self.waiting = 0
         self.telemetry: SagaTelemetry | None = None
         """Who is told of deliveries, if anybody listens."""
@@ -247,6 +283,7 @@ class Dispatcher:
         self._due.clear()
         self._idle.clear()
         self._servers.clear()
+        self._delivered = None
         self._resident = self._under_way = self.waiting = 0
 
     # ---------------------------------------------------------------- one effect
@@ -301,8 +338,11 @@ class Dispatcher:
             self._counters.effects[effect.target_kind, "dispatched"] += 1
             self._options.on_step("dispatched")
             happened = _shown(_DISPATCHED, effect, self._clock.now())
-            unit = UnitOfWork(part=ref.part, outbox_done=ref, inbox_add=envelopes, feed=(happened,))
-            self._submit(_Served(unit, lane, effect, self._delivered))
+            if envelopes:
+                unit = UnitOfWork(part=ref.part, outbox_done=(ref,), inbox_add=envelopes, feed=(happened,))
+                self._submit(_Served(unit, lane, effect, self._go_on))
+            else:
+                self._settle(lane, effect, happened)
         finally:
             if sending is not None:
                 sending.end()
@@ -330,7 +370,16 @@ class Dispatcher:
             hops=effect.hops,
         )
 
-    def _delivered(self, lane: _Lane, effect: OutboxEffect, trouble: SagasError | Conflict | None) -> None:
+    def _settle(self, lane: _Lane, effect: OutboxEffect, happened: FeedRecord) -> None:
+        """Settles an effect together with whatever else is handed over until the next commit."""
+        gathered = self._delivered
+        if gathered is None or gathered.is_closed or len(gathered.served) >= self._options.batch_max:
+            self._delivered = gathered = _Delivered(self._go_on, [], [])
+            self._submit(gathered)
+        gathered.served.append((lane, effect))
+        gathered.feed.append(happened)
+
+    def _go_on(self, lane: _Lane, effect: OutboxEffect, trouble: SagasError | Conflict | None) -> None:
         if trouble is None:
             self._under_way -= 1
             self._next(lane)
@@ -380,7 +429,7 @@ class Dispatcher:
         )
         happened = (_shown((FeedMoment(FeedKind.DEAD_LETTERED, None, text),), effect, now),)
         if effect.continues_after_dead_letter:
-            unit = UnitOfWork(part=ref.part, outbox_done=ref, dead_letters_add=(dead_letter,), feed=happened)
+            unit = UnitOfWork(part=ref.part, outbox_done=(ref,), dead_letters_add=(dead_letter,), feed=happened)
             self._submit(_Served(unit, lane, given_up, self._settled))
         else:
             stopped = msgspec.structs.replace(given_up, dead_letter_id=dead_letter.id)

@@ -116,14 +116,20 @@ _row_ref: Final = cast("Callable[[tuple[int, int]], RowRef]", partial(tuple.__ne
 
 
 class Work(Protocol):
-    """A unit that needs no decision: a settled effect, an operator's request. `is_patient`: it waits for a store that
+    """A unit that needs no decision: settled effects, an operator's request. `is_patient`: it waits for a store that
     does not answer, instead of failing."""
 
-    unit: UnitOfWork
     is_patient: ClassVar[bool]
+
+    @property
+    def unit(self) -> UnitOfWork: ...
 
     def done(self, trouble: SagasError | Conflict | None) -> None:
         """Is called once, after the commit, with what stood against it."""
+        ...
+
+    def apart(self) -> Sequence[Work]:
+        """What it is made of, when that is several things which may be committed without each other."""
         ...
 
 
@@ -677,7 +683,11 @@ class Receiver:
             await self._learn_marks([planned[number].unit for number in conflicts if number < len(planned)])
         for number, conflict in sorted(conflicts.items()):
             if number >= len(planned):
-                works[number - len(planned)].done(conflict)
+                work = works[number - len(planned)]
+                if alone := work.apart():
+                    self._work.extend(alone)  # What stands against one of them is no matter of the others.
+                else:
+                    work.done(conflict)
                 continue
             delivery = planned[number].delivery
             self._hot.drop(delivery.key)
@@ -918,7 +928,7 @@ class Receiver:
             if entry is not None and any(moment.phase == "compensate" for moment in entry.steps):
                 step("compensated")
         for work in works:
-            if work.unit.outbox_done is not None:
+            for _ in work.unit.outbox_done:
                 step("settled")
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Final, Literal, NamedTuple, TypeVar
 
 import msgspec
@@ -33,7 +33,7 @@ from sagaloom.ports.store import Conflict, OutboxRow, RowRef, SagaStore, UnitOfW
 from sagaloom.runtime.deliveries import Delivery
 from sagaloom.runtime.dispatcher import Dispatcher
 from sagaloom.runtime.receipts import Outcome
-from sagaloom.runtime.receiver import DISCARD, REDRIVE, Receiver
+from sagaloom.runtime.receiver import DISCARD, REDRIVE, Receiver, Work
 
 __all__ = ["Repairs", "in_time"]
 
@@ -56,6 +56,9 @@ class _Request(msgspec.Struct):
     def done(self, trouble: SagasError | Conflict | None) -> None:
         if not self.answer.done():
             self.answer.set_result(trouble)
+
+    def apart(self) -> Sequence[Work]:
+        return ()
 
 
 class _Asked(msgspec.Struct):
@@ -248,7 +251,7 @@ class Repairs:
             if letter.outbox_part is None or letter.outbox_seq is None:
                 return _Repair(UnitOfWork(part=part, dead_letter_done=letter.id), _nothing, brings_only=True)
             done = RowRef(letter.outbox_part, letter.outbox_seq)
-            unit = UnitOfWork(part=part, dead_letter_done=letter.id, outbox_done=done)
+            unit = UnitOfWork(part=part, dead_letter_done=letter.id, outbox_done=(done,))
             return _Repair(unit, lambda: self._dispatcher.skip(effect.lane))
         assert letter.envelope is not None
         envelope = letter.envelope

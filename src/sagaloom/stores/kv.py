@@ -392,6 +392,10 @@ class KvSagaStore:
                 try:
                     if unit.part not in tenure.parts and not brings_only(unit):
                         conflict = Conflict("moved", f"partition {unit.part} is not held by {lease.holder!r}")
+                    elif unit.outbox_done and not tenure.parts.issuperset([ref.part for ref in unit.outbox_done]):
+                        conflict = Conflict(
+                            "moved", f"a partition of {unit.outbox_done} is not held by {lease.holder!r}"
+                        )
                     else:
                         conflict = None
                         if tenure.is_shared and (decided := decided_key(unit)) is not None:

@@ -222,7 +222,7 @@ class MemoryStore:
             return Conflict("gone", str(unit.inbox_done))
         if unit.outbox_update is not None and unit.outbox_update.ref not in self.outbox:
             return Conflict("gone", str(unit.outbox_update.ref))
-        if unit.outbox_done is not None and unit.outbox_done not in self.outbox:
+        if any(ref not in self.outbox for ref in unit.outbox_done):
             return Conflict("gone", str(unit.outbox_done))
         if unit.timer_done is not None and _place(unit.timer_done) not in self.timers_by_place:
             return Conflict("gone", unit.timer_done.id)
@@ -273,8 +273,8 @@ class MemoryStore:
 
         if unit.outbox_update is not None:
             self.outbox[unit.outbox_update.ref] = unit.outbox_update.effect
-        if unit.outbox_done is not None:
-            del self.outbox[unit.outbox_done]
+        for ref in unit.outbox_done:
+            del self.outbox[ref]
         for effect in unit.outbox_add:
             self._last_outbox += 1
             self.outbox[RowRef(unit.part, self._last_outbox)] = effect

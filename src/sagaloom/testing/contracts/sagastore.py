@@ -898,7 +898,7 @@ class SagaStoreContract:
 
     async def test_an_effect_is_settled_once(self, store: SagaStore, lease: Lease) -> None:
         (ref,) = await sent(store, lease, await started(store, lease, "o-1"))
-        done = UnitOfWork(part=ref.part, outbox_done=ref)
+        done = UnitOfWork(part=ref.part, outbox_done=(ref,))
 
         result = await store.commit([done, done], lease=lease)
 
@@ -906,11 +906,28 @@ class SagaStoreContract:
         assert kinds(await store.commit([done], lease=lease)) == {0: "gone"}
         assert await store.outbox_page(after=None, limit=10) == []
 
+    async def test_effects_of_several_partitions_are_settled_by_one_unit(self, store: SagaStore, lease: Lease) -> None:
+        refs = [ref for key in ("o-1", "o-2") for ref in await sent(store, lease, await started(store, lease, key), 2)]
+
+        await write(store, lease, UnitOfWork(part=refs[0].part, outbox_done=(refs[0], *refs[2:])))
+
+        assert len({ref.part for ref in refs}) == 2
+        assert [row.ref for row in await store.outbox_page(after=None, limit=10)] == [refs[1]]
+
+    async def test_effects_are_settled_together_or_not_at_all(self, store: SagaStore, lease: Lease) -> None:
+        one, two = await sent(store, lease, await started(store, lease, "o-1"), 2)
+        await write(store, lease, UnitOfWork(part=two.part, outbox_done=(two,)))
+
+        result = await store.commit([UnitOfWork(part=one.part, outbox_done=(one, two))], lease=lease)
+
+        assert kinds(result) == {0: "gone"}
+        assert [row.ref for row in await store.outbox_page(after=None, limit=10)] == [one]
+
     async def test_an_effect_is_not_settled_under_another_partition(self, store: SagaStore, lease: Lease) -> None:
         (ref,) = await sent(store, lease, await started(store, lease, "o-1"))
         elsewhere = RowRef((ref.part + 1) % 64, ref.seq)
 
-        result = await store.commit([UnitOfWork(part=elsewhere.part, outbox_done=elsewhere)], lease=lease)
+        result = await store.commit([UnitOfWork(part=elsewhere.part, outbox_done=(elsewhere,))], lease=lease)
 
         assert kinds(result) == {0: "gone"}
         assert len(await store.outbox_page(after=None, limit=10)) == 1
