@@ -146,8 +146,10 @@ _LOADED: Final = """
 """
 _EFFECTS: Final = """
     SELECT part, seq, v FROM @schema@.saga_runtime_outbox
-    WHERE part = ANY ($1) AND (part, seq) > ($2, $3) ORDER BY part, seq LIMIT $4
+    WHERE (part + 0) = ANY ($1) AND (part, seq) > ($2, $3) ORDER BY part, seq LIMIT $4
 """
+"""The partitions are no condition on the index: with one, each page would begin at the first of them, and so pass over
+all the pages before it."""
 _ARRIVED: Final = """
     SELECT i.part, i.seq, i.v FROM unnest($1::int[], $2::bigint[]) AS c(part, seen)
     CROSS JOIN LATERAL (
