@@ -80,6 +80,11 @@ clean:  ## Remove the environment, the caches and what the demo wrote
 	$(BIN)/uv sync --frozen --all-extras --all-groups
 	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv/arq
 	$(BIN)/uv pip install --quiet --python .venv/arq/bin/python 'arq==0.28.0' 'redis==5.3.1'
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python .venv/restate-sdk
+	$(BIN)/uv pip install --quiet --python .venv/restate-sdk/bin/python 'restate-sdk==1.3.0' 'hypercorn==0.18.0'
+	@npm install --silent --no-audit --no-fund --ignore-scripts --prefix .venv/restate \
+	    "@restatedev/restate-server-$$(node -p 'process.platform + "-" + process.arch')@1.7.12" \
+	    || echo "the server of Restate cannot be installed by npm: line 5 leaves it out" >&2
 	@touch .venv/.installed .venv/.installed-dev $@
 
 $(BIN)/uv:

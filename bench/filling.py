@@ -1,4 +1,5 @@
-"""Fills a store beforehand, through its own `commit`, without syncing: what lines 6, 7 and 8 find when they start.
+"""Fills a store beforehand: what lines 6, 7 and 8 find when they start. A file through the store's own `commit`,
+without syncing; PostgreSQL, after the first thousand, by COPY.
 
 Accounts are live instances with one transition each. `Waiting` says how many of them have something beside that: an
 inbox row (half of them due), an effect whose lane backs off, a timer.
@@ -6,11 +7,13 @@ inbox row (half of them due), an effect whose lane backs off, a timer.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+from bench.databases import database_of, server_url
 from bench.workload import CountingStore, account, account_state, open_store
 from sagaloom.engine.records import (
     EffectSummary,
@@ -52,57 +55,84 @@ def account_id(number: int) -> str:
     return f"a-{number:07d}"
 
 
-async def fill(path: Path, accounts: int, waiting: Waiting = _NOTHING) -> None:
+def fill(path: Path, accounts: int, waiting: Waiting = _NOTHING) -> None:
     """Makes a store with so many live accounts."""
-    now = datetime.now(UTC)
-    codec = account.state_codec
+    first = min(accounts, _BATCH) if server_url() is not None else accounts
+    pk = asyncio.run(_fill(path, first, accounts - first, waiting))
+    if first < accounts:
+        _copied(path, accounts - first, _opened_from, first, pk, datetime.now(UTC), waiting)
 
-    async def write(store: CountingStore, lease: Lease) -> None:
+
+async def _fill(path: Path, accounts: int, others: int, waiting: Waiting) -> int:
+    """Makes the store, and returns the first of the numbers that it has reserved for other accounts."""
+    now = datetime.now(UTC)
+
+    async def write(store: CountingStore, lease: Lease) -> int:
         for first in range(0, accounts, _BATCH):
             numbers = range(first, min(first + _BATCH, accounts))
             pk = await store.reserve_pks(len(numbers))
-            units = [
-                _opened(pk + at, number, now, codec.encode(account_state(account_id(number))), waiting)
-                for at, number in enumerate(numbers)
-            ]
-            await _commit(store, lease, units)
+            await _commit(store, lease, _opened_from(numbers, 0, pk - first, now, waiting))
+        return await store.reserve_pks(others) if others else 0
 
-    await _writing(path, write)
+    return await _writing(path, write)
 
 
-async def add_timers(path: Path, accounts: int, timers: int) -> None:
+def add_timers(path: Path, accounts: int, timers: int) -> None:
     """Gives so many timers to the accounts of a store, due in an hour and later."""
-    now = datetime.now(UTC)
-
-    async def write(store: CountingStore, lease: Lease) -> None:
-        for first in range(0, timers, _BATCH):
-            rows = tuple(_timer(number % accounts, number, now) for number in range(first, first + _BATCH))
-            await _commit(store, lease, [UnitOfWork(part=0, timers_add=rows)])
-
-    await _writing(path, write)
+    _add(path, timers, _timers_of, accounts)
 
 
-async def add_effects(path: Path, accounts: int, effects: int) -> None:
+def add_effects(path: Path, accounts: int, effects: int) -> None:
     """Gives so many effects to the accounts of a store, each in a lane of its own that backs off for an hour."""
+    _add(path, effects, _effects_of, accounts)
+
+
+def _add(path: Path, count: int, make: Callable[..., list[UnitOfWork]], accounts: int) -> None:
     now = datetime.now(UTC)
+    if server_url() is not None:
+        _copied(path, count, make, accounts, now)
+        return
 
-    async def write(store: CountingStore, lease: Lease) -> None:
-        for first in range(0, effects, _BATCH):
-            by_part: dict[int, list[OutboxEffect]] = {part: [] for part in range(PARTITIONS)}
-            for number in range(first, first + _BATCH):
-                by_part[_part(account_id(number % accounts))].append(_effect(number % accounts, number, now))
-            units = [UnitOfWork(part=part, outbox_add=tuple(found)) for part, found in by_part.items() if found]
-            await _commit(store, lease, units)
+    async def write(store: CountingStore, lease: Lease) -> int:
+        for first in range(0, count, _BATCH):
+            await _commit(store, lease, make(range(first, min(first + _BATCH, count)), accounts, now))
+        return count
 
-    await _writing(path, write)
+    asyncio.run(_writing(path, write))
 
 
-async def _writing(path: Path, write: Callable[[CountingStore, Lease], Awaitable[None]]) -> None:
+def _copied(path: Path, count: int, make: Callable[..., list[UnitOfWork]], *arguments: object) -> None:
+    from bench.copying import copied
+
+    copied(asyncio.run(database_of(path)), count, make, *arguments)
+
+
+def _opened_from(numbers: range, first: int, pk: int, now: datetime, waiting: Waiting) -> list[UnitOfWork]:
+    """The accounts `first + number`, with `pk + number`."""
+    return [
+        _opened(pk + at, first + at, now, account.state_codec.encode(account_state(account_id(first + at))), waiting)
+        for at in numbers
+    ]
+
+
+def _timers_of(numbers: range, accounts: int, now: datetime) -> list[UnitOfWork]:
+    return [UnitOfWork(part=0, timers_add=tuple(_timer(number % accounts, number, now) for number in numbers))]
+
+
+def _effects_of(numbers: range, accounts: int, now: datetime) -> list[UnitOfWork]:
+    by_part: dict[int, list[OutboxEffect]] = {part: [] for part in range(PARTITIONS)}
+    for number in numbers:
+        by_part[_part(account_id(number % accounts))].append(_effect(number % accounts, number, now))
+    return [UnitOfWork(part=part, outbox_add=tuple(found)) for part, found in by_part.items() if found]
+
+
+async def _writing(path: Path, write: Callable[[CountingStore, Lease], Awaitable[int]]) -> int:
     _, store = await open_store(path, durable=False)
     try:
         lease = await store.acquire("bench", now=datetime.now(UTC))
-        await write(store, lease)
+        written = await write(store, lease)
         await store.release(lease)
+        return written
     finally:
         await store.close()
 

@@ -1,8 +1,8 @@
 """Line 6: whether a large store makes its busy instances slow.
 
 All of it is ours against ours: 64 publishers on a hot set of 1,000 accounts in a store of 1,000 (the baseline), and
-then in stores of many more, in some of which a timer or an effect waits for each. Cold access goes to accounts that
-nobody has touched since the start, so each of them has to be read.
+then, in turns with it, in a store of many more; then a timer waits for each of those, and at last an effect, too. Cold
+access goes to accounts that nobody has touched since the start, so each of them has to be read.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.databases import copy_store
+from bench.databases import server_url
 from bench.filling import account_id, add_effects, add_timers, fill
 from bench.harness import Bench, Finding, quiet_gc
 from bench.workload import account_messages, open_runtime, publish_all
@@ -57,42 +57,46 @@ async def _paces(path: Path, accounts: int, *, seconds: float, cold: bool) -> li
 
 
 def run(bench: Bench) -> None:
-    accounts = bench.pick(100_000, 20_000)
-    paces: dict[str, list[_Pace]] = {}
+    accounts = bench.pick(1_000_000 if server_url() is not None else 100_000, 20_000)
+    rounds = 2 if server_url() is not None else bench.pick(3, 2)
+    rate: dict[str, tuple[float, float]] = {}
+    cpu_us: dict[str, tuple[float, float]] = {}
     with bench.place() as place:
-        paths = {name: place / f"{name}.db" for name in ("small", "hot", "timers", "outbox")}
-        run_process(fill(paths["small"], _HOT))
-        run_process(fill(paths["hot"], accounts))
-        for name in ("timers", "outbox"):
-            copy_store(paths["hot"], paths[name])
-        run_process(add_timers(paths["timers"], accounts, accounts))
-        run_process(add_effects(paths["outbox"], accounts, accounts))
-        for _ in range(bench.pick(3, 2)):
-            for name, path in paths.items():
-                size = _HOT if name == "small" else accounts
-                hot, *cold = run_process(_paces(path, size, seconds=bench.seconds, cold=name == "hot"))
-                paces.setdefault(name, []).append(hot)
-                paces.setdefault("cold", []).extend(cold)
-    rate = {name: max(pace.rate for pace in found) for name, found in paces.items()}
-    cpu_us = {name: min(pace.cpu_us for pace in found) for name, found in paces.items()}
+        small, large = place / "small.db", place / "large.db"
+        fill(small, _HOT)
+        fill(large, accounts)
+        for name, add in (("hot", None), ("timers", add_timers), ("outbox", add_effects)):
+            if add is not None:
+                add(large, accounts, accounts)
+            paces: dict[str, list[_Pace]] = {}
+            for _ in range(rounds):
+                for kind, path, size in (("small", small, _HOT), (name, large, accounts)):
+                    hot, *cold = run_process(_paces(path, size, seconds=bench.seconds, cold=kind == "hot"))
+                    paces.setdefault(kind, []).append(hot)
+                    paces.setdefault("cold", []).extend(cold)
+            best = {kind: max(pace.rate for pace in found) for kind, found in paces.items() if found}
+            least = {kind: min(pace.cpu_us for pace in found) for kind, found in paces.items() if found}
+            for kind in best.keys() - {"small"}:
+                rate[kind] = best[kind], best["small"]
+                cpu_us[kind] = least[kind], least["small"]
     what = {
         "hot": f"a hot set of {_HOT:,} in a store of {accounts:,}, time a message against a store of {_HOT:,}",
         "cold": f"cold uniform access in a store of {accounts:,}, against the hot set in a store of {_HOT:,}",
         "timers": f"the hot set beside {accounts:,} waiting timers",
-        "outbox": f"the hot set beside {accounts:,} waiting effects",
+        "outbox": f"the hot set beside {accounts:,} waiting effects, and the timers",
     }
     for name, text in what.items():
+        (ours, baseline), (cpu, cpu_baseline) = rate[name], cpu_us[name]
         bench.found(
             Finding(
                 line="6",
                 what=text,
-                ours=f"{rate[name]:,.0f}/s",
-                baseline=f"{rate['small']:,.0f}/s",
-                value=rate["small"] / rate[name],
+                ours=f"{ours:,.0f}/s",
+                baseline=f"{baseline:,.0f}/s",
+                value=baseline / ours,
                 must=_MUST[name],
                 aim=_AIM[name],
                 at_least=False,
-                note=f"CPU a message {cpu_us[name]:.0f} us against {cpu_us['small']:.0f} us, "
-                f"{cpu_us[name] / cpu_us['small']:.2f}x",
+                note=f"CPU a message {cpu:.0f} us against {cpu_baseline:.0f} us, {cpu / cpu_baseline:.2f}x",
             )
         )

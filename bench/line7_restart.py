@@ -8,7 +8,6 @@ At last two processes share the store and one of them is killed: the other one h
 
 from __future__ import annotations
 
-import asyncio
 import time
 from pathlib import Path
 
@@ -31,7 +30,7 @@ def run(bench: Bench) -> None:
     survivals: list[tuple[float, float]] = []
     with bench.place() as place:
         template = place / "full.db"
-        asyncio.run(fill(template, accounts, waiting))
+        fill(template, accounts, waiting)
         for number in range(bench.pick(3, 2)):
             path = place / f"restarted-{number}.db"
             copy_store(template, path)

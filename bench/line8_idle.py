@@ -7,7 +7,6 @@ them.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import time
 from typing import Any
@@ -28,7 +27,7 @@ def run(bench: Bench) -> None:
     seconds = bench.pick(20, 8)
     with bench.place() as place:
         path = place / "durable.db"
-        asyncio.run(fill(path, _ACCOUNTS, Waiting(inbox=0, outbox=100, timers=100)))
+        fill(path, _ACCOUNTS, Waiting(inbox=0, outbox=100, timers=100))
         for name, others in (("idle", 0), ("idle, one of two processes", 1)):
             with contextlib.ExitStack() as stack:
                 servers = [stack.enter_context(Child("bench.serving", "durable", str(path))) for _ in range(1 + others)]
