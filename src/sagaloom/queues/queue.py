@@ -45,6 +45,7 @@ from sagaloom.ports.queue import (
     is_reserved_header,
 )
 from sagaloom.queues.handling import (
+    Deadlines,
     HandlerTimedOut,
     Outcome,
     QueueContext,
@@ -417,7 +418,7 @@ class Queue(Generic[T]):
         for name, seconds in (("visibility_timeout", visibility_timeout), ("handler_timeout", handler_timeout)):
             if seconds is not None and not 0.1 <= seconds <= 86_400:
                 raise ConfigurationError(f"{name}={seconds!r:.40} of queue {self.name!r} is not within 0.1 s and a day")
-        call = called(handler)
+        call, deadlines = called(handler), Deadlines(handler_timeout)
         self._ended, self._is_stopping = asyncio.Event(), False
         try:
             self._reaching = asyncio.create_task(self._opened_patiently(), name=f"sagaloom-queue-reach-{self.name}")
@@ -427,13 +428,14 @@ class Queue(Generic[T]):
             broker = self._reaching.result()
             self._listener = Listener(
                 broker,
-                lambda delivery, settle: self._worked(call, delivery, settle, handler_timeout),
+                lambda delivery, settle: self._worked(call, delivery, settle, deadlines),
                 concurrency=at_once,
                 lease_seconds=visibility_timeout,
                 grace_seconds=grace,
             )
             await self._listener.run()
         finally:
+            deadlines.close()
             if self._reaching is not None:
                 self._reaching.cancel()
             self._reaching = self._listener = None
@@ -475,16 +477,16 @@ class Queue(Generic[T]):
         call: Callable[[Any, QueueContext], Awaitable[None]],
         delivery: Delivery,
         settle: Callable[[Settlement], asyncio.Future[bool]],
-        timeout: float | None,
+        deadlines: Deadlines,
     ) -> Settlement | None:
         headers = delivery.message.headers
         if self.settings.traced and (traceparent := headers.get(_TRACEPARENT)) is not None:
             CARRIED.set(Trace(traceparent, headers.get(_TRACESTATE)))  # for as long as this task lives
         if self._reports is None:
-            settlement = await self._settlement(call, delivery, settle, timeout)
+            settlement = await self._settlement(call, delivery, settle, deadlines)
         else:
             with self._reports.dequeue(self.name, delivery) as dequeueing:
-                settlement = await self._settlement(call, delivery, settle, timeout)
+                settlement = await self._settlement(call, delivery, settle, deadlines)
                 dequeueing.came_to(settlement)
         if isinstance(settlement, Buried) and self._dead_letter_store is not None:
             return await self._buried_elsewhere(settlement, self._dead_letter_store)
@@ -495,7 +497,7 @@ class Queue(Generic[T]):
         call: Callable[[Any, QueueContext], Awaitable[None]],
         delivery: Delivery,
         settle: Callable[[Settlement], asyncio.Future[bool]],
-        timeout: float | None,
+        deadlines: Deadlines,
     ) -> Settlement | None:
         outcome = self._outcome
         if outcome.is_worn_out(delivery):
@@ -515,19 +517,22 @@ class Queue(Generic[T]):
             return await settle(settlement)
 
         context = QueueContext(delivery, outcome, say, self.name)
+        task, is_late = asyncio.current_task(), False
+        assert task is not None
         try:
-            deadline = asyncio.timeout(timeout)
             try:
-                async with deadline:
+                deadlines.begin(task)
+                try:
                     await call(payload, context)
-            except TimeoutError:
-                if not deadline.expired():
-                    raise
-                raise HandlerTimedOut(f"the handler took longer than handler_timeout={timeout:g} seconds") from None
+                finally:
+                    is_late = deadlines.end(task)
             except asyncio.CancelledError as error:
-                task = asyncio.current_task()
-                if task is not None and task.cancelling():
+                if task.cancelling():
                     raise
+                if is_late:
+                    raise HandlerTimedOut(
+                        f"the handler took longer than handler_timeout={deadlines.seconds:g} seconds"
+                    ) from None
                 # It is the handler's own: something that it awaited was cancelled by somebody else.
                 raise RuntimeError("the handler was cancelled from within") from error
         except USER_ERRORS as error:
