@@ -303,6 +303,13 @@ def proofs() -> str:
             cases = ", ".join(f"`[{name}]`" for name in stories)
             rows.append([f"`{shown}`", cases or "not there yet", ", ".join(STORES.values()) if stories else ""])
         page += [f"## {title}\n", _table(["what", "the stories that prove it", "on"], rows)]
+    page.append(
+        "## What makes no sense\n\n"
+        "A query that meddles or awaits, a signal to nobody or too late, a command in vain, a cancel during an "
+        "unwinding, an invariant or a migration that raises, a child that nobody knows: each is answered alike by the "
+        "runtime, over HTTP and on the command line, on a file and on PostgreSQL, and changes nothing. The test is "
+        "`tests/doors/test_bad_input.py`.\n"
+    )
     return "\n".join(page)
 
 
