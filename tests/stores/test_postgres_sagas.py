@@ -97,6 +97,27 @@ async def test_a_statement_that_takes_too_long_is_unavailable_and_the_next_one_w
     await database.close()
 
 
+async def test_many_statements_at_once_share_few_connections(schema: Schema) -> None:
+    database = PostgresDatabase(url=schema.url, connections_max=3)
+
+    rows = await asyncio.gather(*(database.fetch("SELECT pg_backend_pid(), pg_sleep(0.01)") for _ in range(30)))
+
+    assert 1 <= len({row[0]["pg_backend_pid"] for row in rows}) <= 3
+    await database.close()
+
+
+async def test_a_connection_that_was_cut_while_idle_is_not_used_again(schema: Schema) -> None:
+    database, other = PostgresDatabase(url=schema.url), PostgresDatabase(url=schema.url)
+    pid = (await database.fetch("SELECT pg_backend_pid() AS pid"))[0]["pid"]
+
+    await other.write("SELECT pg_terminate_backend($1, 5000)", pid)
+    again = (await database.fetch("SELECT pg_backend_pid() AS pid"))[0]["pid"]
+
+    assert again != pid
+    await database.close()
+    await other.close()
+
+
 async def test_of_many_who_upgrade_at_once_one_takes_each_step(schema: Schema) -> None:
     name = f"{schema.name}_many"
     databases = [PostgresDatabase(url=schema.server_url, schema=name) for _ in range(6)]

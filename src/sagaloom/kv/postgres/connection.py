@@ -18,8 +18,8 @@ import asyncio
 import hashlib
 import re
 import ssl
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Final, TypeVar
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
@@ -37,7 +37,11 @@ OLDEST_SERVER: Final = 13
 _SCHEMES: Final = ("postgresql", "postgres", "postgresql+asyncpg", "postgres+asyncpg")
 _SCHEMA_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_$-]{0,62}")
 _TRIES: Final = 3
+_PAUSE_SECONDS: Final = 0.01
 _DRIVER_ERRORS: Final = (driver.PostgresError, driver.InterfaceError, driver.InternalClientError)
+_GIVEN_UP: Final = (OSError, driver.InternalClientError)
+"""How a statement ends whose answer is not known; a `TimeoutError` is an `OSError`."""
+_CLOSE_SECONDS: Final = 1.0
 _OF_THE_CONNECTION: Final = ("08", "57P01", "57P02", "57P03")
 _LOST_A_RACE: Final = ("40001", "40P01", "55P03")
 _OF_THE_PROXY: Final = ("26000", "42P05")
@@ -46,6 +50,82 @@ _OF_THE_PROXY: Final = ("26000", "42P05")
 
 class RowsChanged(BackendUnavailable):
     """A statement met rows that are not what it expects, and has written nothing."""
+
+
+class _OwnPool:
+    """Connections of our own, at most `most`. Our statements leave nothing behind in a session, so there is nothing to
+    look after between two of them, which is what the driver's own pool spends its time on."""
+
+    def __init__(self, connect: Callable[[], Awaitable[Connection]], most: int) -> None:
+        self._connect = connect
+        self._free = asyncio.Semaphore(most)
+        self._idle: list[Connection] = []
+        self._lent: set[Connection] = set()
+        self._leaving: set[asyncio.Task[None]] = set()
+        self._is_closed = False
+
+    @asynccontextmanager
+    async def acquired(self, *, timeout: float) -> AsyncGenerator[Connection]:
+        """A connection that nobody else uses, waited for at most `timeout` seconds. One whose statement was given up
+        is not used again: what the server still says would be taken for the answer to the next one."""
+        if self._free.locked():
+            async with asyncio.timeout(timeout):
+                await self._free.acquire()
+        else:
+            await self._free.acquire()  # which does not wait
+        try:
+            connection = self._newest_idle() or await self._connect()
+            self._lent.add(connection)
+            is_given_up = True
+            try:
+                yield connection
+                is_given_up = False
+            except Exception as error:
+                is_given_up = isinstance(error, _GIVEN_UP)
+                raise
+            finally:
+                self._lent.discard(connection)
+                if is_given_up or self._is_closed:
+                    self._drop(connection)
+                elif not connection.is_closed():
+                    self._idle.append(connection)
+        finally:
+            self._free.release()
+
+    def _newest_idle(self) -> Connection | None:
+        # The last one used: the server has planned our statements there.
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.is_closed():
+                return connection
+        return None
+
+    def _drop(self, connection: Connection) -> None:
+        leaving = asyncio.create_task(_closing(connection))  # It goes on when we are cancelled.
+        self._leaving.add(leaving)
+        leaving.add_done_callback(self._leaving.discard)
+
+    async def close(self) -> None:
+        """Closes what is idle; what is lent goes when it comes back."""
+        self._is_closed = True
+        idle, self._idle = self._idle, []
+        await asyncio.gather(*map(_closing, idle), *self._leaving)
+
+    def terminate(self) -> None:
+        """Cuts everything."""
+        self._is_closed = True
+        idle, self._idle = self._idle, []
+        for connection in (*idle, *self._lent):
+            connection.terminate()
+
+
+async def _closing(connection: Connection) -> None:
+    """Has the server cancel what it may still be doing for `connection`, and says goodbye, for a second at most."""
+    try:
+        async with asyncio.timeout(_CLOSE_SECONDS):
+            await connection.close()
+    except (*_DRIVER_ERRORS, OSError):  # a TimeoutError is one
+        connection.terminate()
 
 
 class PostgresDatabase:
@@ -78,7 +158,7 @@ class PostgresDatabase:
         self._connections_max = connections_max
         self._application_name = application_name
         self._given = pool
-        self._pool: Pool | None = pool
+        self._pool: Pool | _OwnPool | None = pool
         self._opening = asyncio.Lock()
         self._is_closed = False
         self.statements = 0
@@ -151,9 +231,10 @@ class PostgresDatabase:
                 if state in _OF_THE_PROXY and self._given is None:
                     await self._begin_again(is_pooled=True)
                 lost = state in _LOST_A_RACE or state in _OF_THE_PROXY
-                if attempt < _TRIES and (lost or (may_repeat and _is_of_connection(error))):
-                    continue
-                raise self.translated(error) from error
+                if attempt == _TRIES or not (lost or (may_repeat and _is_of_connection(error))):
+                    raise self.translated(error) from error
+            # Whoever was in our way gets what he waits for, or the same race is lost again.
+            await asyncio.sleep(_PAUSE_SECONDS)
         raise AssertionError("unreachable")
 
     async def _replicated(self, connection: Connection, statement: str, arguments: Sequence[object]) -> list[Row]:
@@ -181,9 +262,11 @@ class PostgresDatabase:
                 pool = self._pool
                 if pool is None:
                     pool = self._pool = await self._opened()
+        if isinstance(pool, _OwnPool):
+            return pool.acquired(timeout=self.deadline_seconds)
         return acquired(pool, timeout=self.deadline_seconds)
 
-    async def _opened(self) -> Pool:
+    async def _opened(self) -> _OwnPool:
         first = await self._connect()
         try:
             version = first.get_server_version().major
@@ -196,14 +279,7 @@ class PostgresDatabase:
                 self._is_pooled = answering != first.get_server_pid()
         finally:
             await first.close(timeout=self.deadline_seconds)
-        pool: Any = driver.create_pool(
-            connect=self._connect_for_pool, min_size=0, max_size=self._connections_max, reset=_leave_as_it_is
-        )
-        opened: Pool = await pool
-        return opened
-
-    async def _connect_for_pool(self, *_: object, **__: object) -> Connection:
-        return await self._connect()
+        return _OwnPool(self._connect, self._connections_max)
 
     async def _connect(self) -> Connection:
         if self._url is None:
@@ -334,7 +410,3 @@ def _without_secrets(url: str) -> str:
     parts = urlsplit(url)
     host = parts.netloc.rpartition("@")[2]
     return f"postgresql://{host}{parts.path}"
-
-
-async def _leave_as_it_is(_: object) -> None:
-    """Our statements leave nothing behind in a session, so there is nothing to reset before the next."""

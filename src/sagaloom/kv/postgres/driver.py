@@ -24,7 +24,6 @@ __all__ = [
     "Row",
     "Transaction",
     "connect",
-    "create_pool",
 ]
 
 
@@ -69,6 +68,8 @@ class Connection(Protocol):
 
     async def close(self, *, timeout: float | None = None) -> None: ...
 
+    def is_closed(self) -> bool: ...
+
     def terminate(self) -> None: ...
 
 
@@ -83,7 +84,6 @@ class Pool(Protocol):
 
 
 connect: Callable[..., Any] = _asyncpg.connect
-create_pool: Callable[..., Any] = _asyncpg.create_pool
 PostgresError: type[Exception] = _asyncpg.PostgresError
 InterfaceError: type[Exception] = _asyncpg.InterfaceError
 InternalClientError: type[Exception] = _asyncpg.InternalClientError
