@@ -220,7 +220,7 @@ async def test_a_commit_that_loses_a_deadlock_is_sent_again_and_its_publisher_se
         await theirs.execute("LOCK TABLE saga_runtime_dedupe IN SHARE MODE")
         publishing = asyncio.create_task(worker.runtime.publish(_charge("a", 2), wait=10))
         waiting = (
-            "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%runtime_begin%'"
+            "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%runtime_commit(%'"
         )
         looking = await asyncpg.connect(url)
         async with asyncio.timeout(10):

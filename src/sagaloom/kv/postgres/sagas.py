@@ -631,6 +631,8 @@ def _batch_of(
     reserve: Mapping[str, int],
 ) -> SagaBatch:
     batch = SagaBatch()
+    heads_new: dict[bytes, tuple[object, ...]] = {}
+    runs_new: dict[tuple[int, int], tuple[object, ...]] = {}
     key: Any  # The first part says of what kind the others are; to match each of them costs twice as much.
     for key, stamp in checks:
         match key[0]:
@@ -638,7 +640,7 @@ def _batch_of(
                 _, part, saga, correlation, above, below, *own = key
                 batch.older.append((part, text(saga), text(correlation), above, below))
                 batch.older_keys.append(key)
-                batch.own += [(seq,) for seq in own]
+                batch.own += own
             case "correlation" if stamp is not None:
                 _, _, hashed = key
                 batch.head_checks.append((hashed, stamp))
@@ -666,10 +668,10 @@ def _batch_of(
                 batch.outbox_new.append(outbox_row(part, value))
             case "state":
                 _, pk, run = key
-                batch.runs_new[pk, run] = run_row(pk, run, value)
+                runs_new[pk, run] = run_row(pk, run, value)
             case "correlation":
                 _, _, hashed = key
-                batch.heads_new[hashed] = head_row(hashed, value)
+                heads_new[hashed] = head_row(hashed, value)
             case "inbox":
                 _, part, _ = key
                 batch.inbox_new.append(inbox_row(part, value))
@@ -684,14 +686,14 @@ def _batch_of(
         match key[0]:
             case "state":
                 _, pk, run = key
-                if (pk, run) in batch.runs_new:
-                    batch.runs_new[pk, run] = run_row(pk, run, value)
+                if (pk, run) in runs_new:
+                    runs_new[pk, run] = run_row(pk, run, value)
                 else:
                     batch.runs.append(run_changes(pk, run, value))
             case "correlation":
                 _, _, hashed = key
-                if hashed in batch.heads_new:
-                    batch.heads_new[hashed] = head_row(hashed, value)
+                if hashed in heads_new:
+                    heads_new[hashed] = head_row(hashed, value)
                 else:
                     batch.heads.append(head_changes(hashed, value))
             case "timer":
@@ -711,10 +713,10 @@ def _batch_of(
                 batch.children.append(child_row((pk, run, status, revision, position), value))
             case "arrivals":
                 _, part = key
-                batch.part_puts.append((part,))
+                batch.part_puts.append(part)
             case "saga_seen":
                 _, saga = key
-                batch.sagas_seen.append((pack((saga,)),))
+                batch.sagas_seen.append(pack((saga,)))
             case _:
                 raise AssertionError(f"a commit of saga rows does not put {key!r}")
     for key in deletes:
@@ -739,7 +741,7 @@ def _batch_of(
                 batch.children_gone.append(tuple(place))
             case "dead_letter":
                 _, letter = key
-                batch.letters_gone.append((letter,))
+                batch.letters_gone.append(letter)
             case _:
                 raise AssertionError(f"a commit of saga rows does not delete {key!r}")
     # In one order, so that no two commits that want the same rows wait for each other. Heads that will be changed are
@@ -751,7 +753,8 @@ def _batch_of(
     batch.marks.sort()
     batch.slots.sort(key=lambda row: row[:3])
     batch.slots_gone.sort()
-    batch.heads_new = dict(sorted(batch.heads_new.items()))
+    batch.heads_new = [row for _, row in sorted(heads_new.items())]
+    batch.runs_new = list(runs_new.values())
     batch.sagas_seen.sort()
     return batch
 
