@@ -75,6 +75,7 @@ class FilePresence:
         self._descriptor: int | None = None
         self._wakes: int | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._resting: asyncio.TimerHandle | None = None
         self._seen: frozenset[str] = frozenset()
         self.buried: set[str] = set()
         """The holders whose files we have found abandoned."""
@@ -128,19 +129,24 @@ class FilePresence:
                 if name.endswith(_PIPE) and not name.startswith(own):
                     _put_byte(self._directory / name)
 
-    def listen(self, on_nudge: Callable[[], None]) -> bool:
-        """Has the running loop call `on_nudge` when somebody nudges, until `leave`; False where there are no pipes."""
+    def listen(self, on_nudge: Callable[[], None], *, rest_seconds: float = 0.0) -> bool:
+        """Has the running loop call `on_nudge` when somebody nudges, until `leave`; False where there are no pipes.
+        After a nudge the next ones are heard together when `rest_seconds` are over: under load there is one for every
+        commit of everybody else."""
         if self._wakes is None:
             return False
-        descriptor = self._wakes
+        descriptor, loop = self._wakes, asyncio.get_running_loop()
 
         def woken() -> None:
             with contextlib.suppress(OSError):
                 os.read(descriptor, 4096)
+            if rest_seconds:
+                loop.remove_reader(descriptor)
+                self._resting = loop.call_later(rest_seconds, loop.add_reader, descriptor, woken)
             on_nudge()
 
-        self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(descriptor, woken)
+        self._loop = loop
+        loop.add_reader(descriptor, woken)
         return True
 
     def leave(self) -> None:
@@ -149,6 +155,9 @@ class FilePresence:
         file, self._file = self._file, None
         wakes, self._wakes = self._wakes, None
         self._believed_until = 0.0
+        resting, self._resting = self._resting, None
+        if resting is not None:
+            resting.cancel()
         if wakes is not None:
             if self._loop is not None and not self._loop.is_closed():
                 self._loop.remove_reader(wakes)

@@ -23,7 +23,9 @@ _log = logging.getLogger("sagaloom.lifeline")
 _STANDING_SECONDS = 0.2
 """How often to look for the dead: a killed process is taken over within about this."""
 _SETTLING_SECONDS = 0.01
-"""How long after a nudge to look for who has come or gone: most nudges are about messages."""
+"""How long after a nudge to look for who has come or gone."""
+_SETTLING_SECONDS_MIN = 0.1
+"""How long after the last such look at least: most nudges are about messages, and there may be hundreds in a second."""
 _NEWS_SECONDS = 0.02
 """How often to look for what others have written, where nobody tells us."""
 _HURRIED_SECONDS = 0.002
@@ -42,6 +44,7 @@ class Lifeline:
         self._receiver = receiver
         self._hurrying: asyncio.Task[None] | None = None
         self._settling: asyncio.TimerHandle | None = None
+        self._settled_at = 0.0
         self._hurried_pause = _HURRIED_SECONDS
         receiver.share.on_waiting = self._hurry
 
@@ -71,10 +74,13 @@ class Lifeline:
         self._on_nudge()
         self._receiver.attend(standing=False)
         if self._settling is None:
-            self._settling = asyncio.get_running_loop().call_later(_SETTLING_SECONDS, self._look_at_standing)
+            loop = asyncio.get_running_loop()
+            at = max(loop.time() + _SETTLING_SECONDS, self._settled_at + _SETTLING_SECONDS_MIN)
+            self._settling = loop.call_at(at, self._look_at_standing)
 
     def _look_at_standing(self) -> None:
         self._settling = None
+        self._settled_at = asyncio.get_running_loop().time()
         try:
             if not self._store.stands():
                 self._receiver.attend(standing=True)

@@ -35,6 +35,8 @@ _log = logging.getLogger("sagaloom.presence")
 _TROUBLE_SECONDS: Final = 0.5
 _RELISTEN_SECONDS: Final = 5.0
 _GOODBYE_SECONDS: Final = 1.0
+_REST_SECONDS: Final = 0.005
+"""How long after a nudge the next one is not listened for."""
 
 _LOOK: Final = """
     WITH ours AS (
@@ -147,7 +149,7 @@ class PostgresPresence:
     def listen(self, on_nudge: Callable[[], None]) -> bool:
         self._on_nudge = on_nudge
         if self._files is not None:
-            self._files.listen(on_nudge)
+            self._files.listen(on_nudge, rest_seconds=_REST_SECONDS)
         if not self._database.is_pooled and self._database.url is not None:
             self._tasks.append(asyncio.create_task(self._listen_for_ever(), name="sagaloom-listen"))
         return True
