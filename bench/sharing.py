@@ -19,6 +19,8 @@ from typing import Any
 from bench.workload import open_runtime, order_messages
 from sagaloom import SagaMessage
 from sagaloom.ids import PARTITIONS
+from sagaloom.process import calm_gc
+from sagaloom.process import run as run_process
 from sagaloom.runtime import SagaRuntime
 
 
@@ -26,6 +28,7 @@ async def _main(path: Path, number: int, of: int, in_flight: int) -> None:
     async with open_runtime(path) as (runtime, _, _):
         while sum(map(runtime.holds, range(PARTITIONS))) != PARTITIONS // of:  # noqa: ASYNC110 - it has no event
             await asyncio.sleep(0.01)
+        calm_gc()
         _say(ready=True)
         loop = asyncio.get_running_loop()
         while line := await loop.run_in_executor(None, sys.stdin.readline):
@@ -49,4 +52,4 @@ def _say(**facts: float | bool) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(_main(Path(sys.argv[1]), *map(int, sys.argv[2:5])))
+    run_process(_main(Path(sys.argv[1]), *map(int, sys.argv[2:5])))
