@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, Final
 
+from sagaloom.engine.records import FeedRecord
 from sagaloom.ids import key_hash, partition_of
 from sagaloom.kv.postgres import driver
 from sagaloom.kv.postgres.columns import entry_row, head_row, inbox_row, outbox_row, run_row, timer_row
@@ -78,9 +79,14 @@ async def _number(connection: driver.Connection, table: str, rows: _Rows) -> Non
 
 def _rows_of(units: Iterable[UnitOfWork]) -> _Rows:
     rows: _Rows = {}
+    feed: list[FeedRecord] = []
     for unit in units:
+        feed += unit.feed
         for table, row in _rows(unit):
             rows.setdefault(table, []).append(row)
+    if feed:
+        # One for all of them, as a commit has it: the feed is pruned row by row.
+        rows["feed"] = [(sum(len(record.moments) for record in feed), encode(feed))]
     return rows
 
 
@@ -100,8 +106,6 @@ def _rows(unit: UnitOfWork) -> Iterator[tuple[str, tuple[object, ...]]]:
     for timer in unit.timers_add:
         due = micros(timer.due_at)
         yield "timer", timer_row(due, timer.id, encode(timer))
-    if unit.feed:
-        yield "feed", (sum(len(record.moments) for record in unit.feed), encode(unit.feed))
 
 
 async def _settle(url: str) -> None:
