@@ -5,7 +5,7 @@ leave out: one transaction a batch that checks the lease, takes numbers, writes 
 outbox rows that the batch before has settled, and commits with synchronous=FULL.
 
 The dedupe is the primary key of its row, the check of the revision is in the UPDATE, and the number of changed rows
-says whether both held. Rows go in key order, one statement a table.
+says whether both held. Rows go in key order, table by table, and new ones sixteen to a statement, as in the store.
 
     python -m bench.bare.loop FILE [ORDERS [BATCH]]
 """
@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -47,18 +48,33 @@ __all__ = [
 
 Row = tuple[Any, ...]
 
-INSERT_CORRELATION = "INSERT INTO t_correlation (k, v, s) VALUES (?, ?, ?)"
-INSERT_STATE = "INSERT INTO t_state (k, v, s) VALUES (?, ?, ?)"
+INSERT_CORRELATION = "INSERT OR ROLLBACK INTO t_correlation (k, v, s) VALUES (?, ?, ?)"
+INSERT_STATE = "INSERT OR ROLLBACK INTO t_state (k, v, s) VALUES (?, ?, ?)"
 UPDATE_STATE = "UPDATE t_state SET v = ?, s = ? WHERE k = ? AND s = ?"
-INSERT_INDEX = "INSERT INTO t_instance_index (k, v, s) VALUES (?, ?, ?)"
+INSERT_INDEX = "INSERT OR ROLLBACK INTO t_instance_index (k, v, s) VALUES (?, ?, ?)"
 DELETE_INDEX = "DELETE FROM t_instance_index WHERE k = ?"
-INSERT_TRANSITION = "INSERT INTO t_transition (k, v, s) VALUES (?, ?, ?)"
-INSERT_DEDUPE = "INSERT INTO t_dedupe (k, v, s) VALUES (?, ?, ?)"
-INSERT_INBOX = "INSERT INTO t_inbox (k, v, s) VALUES (?, ?, ?)"
+INSERT_TRANSITION = "INSERT OR ROLLBACK INTO t_transition (k, v, s) VALUES (?, ?, ?)"
+INSERT_DEDUPE = "INSERT OR ROLLBACK INTO t_dedupe (k, v, s) VALUES (?, ?, ?)"
+INSERT_INBOX = "INSERT OR ROLLBACK INTO t_inbox (k, v, s) VALUES (?, ?, ?)"
 DELETE_INBOX = "DELETE FROM t_inbox WHERE k = ?"
-INSERT_OUTBOX = "INSERT INTO t_outbox (k, v, s) VALUES (?, ?, ?)"
+INSERT_OUTBOX = "INSERT OR ROLLBACK INTO t_outbox (k, v, s) VALUES (?, ?, ?)"
 DELETE_OUTBOX = "DELETE FROM t_outbox WHERE k = ?"
-INSERT_FEED = "INSERT INTO t_feed (k, v, s) VALUES (?, ?, ?)"
+INSERT_FEED = "INSERT OR ROLLBACK INTO t_feed (k, v, s) VALUES (?, ?, ?)"
+
+_ROWS_A_STATEMENT = 16
+_OF_MANY = {
+    statement: statement + ", (?, ?, ?)" * (_ROWS_A_STATEMENT - 1)
+    for statement in (
+        INSERT_CORRELATION,
+        INSERT_STATE,
+        INSERT_INDEX,
+        INSERT_TRANSITION,
+        INSERT_DEDUPE,
+        INSERT_INBOX,
+        INSERT_OUTBOX,
+        INSERT_FEED,
+    )
+}
 
 _CHECK_LEASE = "SELECT s FROM t_lease WHERE k = ?"
 _NEXT_VERSIONSTAMP = "UPDATE kv_counter SET n = n + 1 WHERE name = 'versionstamp'"
@@ -95,7 +111,17 @@ class Batch(NamedTuple):
     @staticmethod
     def of(reserved: tuple[tuple[int, str], ...], statements: Sequence[tuple[str, list[Row]]]) -> Batch:
         written = sum(len(bindings) for _, bindings in statements)
-        return Batch(reserved, tuple(statements), 1 + len(reserved) + written)
+        return Batch(reserved, tuple(_many_rows_a_statement(statements)), 1 + len(reserved) + written)
+
+
+def _many_rows_a_statement(statements: Sequence[tuple[str, list[Row]]]) -> Iterator[tuple[str, list[Row]]]:
+    for statement, bindings in statements:
+        full = len(bindings) - len(bindings) % _ROWS_A_STATEMENT if statement in _OF_MANY else 0
+        if full:
+            groups = [bindings[first : first + _ROWS_A_STATEMENT] for first in range(0, full, _ROWS_A_STATEMENT)]
+            yield _OF_MANY[statement], [tuple(chain.from_iterable(group)) for group in groups]
+        if bindings[full:]:
+            yield statement, bindings[full:]
 
 
 def connect(path: Path) -> Connection:
