@@ -251,7 +251,7 @@ class Chaos:
         for process in self.processes:
             process.send_signal(signal.SIGTERM)
         for process in self.processes:
-            await asyncio.to_thread(process.wait, 40)
+            await self._ended(process)
         self.witness.read()
         letters = await _all_letters(queue)
         depth = await queue.depth()
@@ -287,6 +287,16 @@ class Chaos:
                 print(f"  {what}: {each} {self.kinds.get(each)} done={done.get(each)}{said}")
         return not any(bad.values()) and depth.live == 0 and len(self.acknowledged) == self.count
 
+    async def _ended(self, process: subprocess.Popen[bytes]) -> None:
+        try:
+            await asyncio.to_thread(process.wait, 40)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGUSR1)
+            await asyncio.sleep(1)
+            raise SystemExit(
+                f"a consumer did not end; what it waits for is in {self.place / 'consumers.log'}"
+            ) from None
+
     def _is_explained(self, times: list[tuple[int, float]]) -> bool:
         """Whether each time but the last one was before a death that can have swallowed its acknowledgement: that of
         its process, or of the broker while it was working on it."""
@@ -316,6 +326,7 @@ def main() -> int:
     print(f"SEED={seed}; again: make chaos QUEUE={provider} MESSAGES={messages} KILLS={kills} SEED={seed}", flush=True)
     place = Path(tempfile.mkdtemp(prefix="sagaloom-queue-chaos-"))
     logging.basicConfig(filename=place / "driver.log", level=logging.WARNING)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that consumers and servers end with us
     try:
         run = Chaos(provider, place, messages=messages, kills=kills, consumers=consumers, seed=seed)
         is_clean = asyncio.run(run.run())

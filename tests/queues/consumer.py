@@ -58,8 +58,16 @@ async def main(provider: str, address: str, namespace: str, witness: str) -> Non
     queue = queue_at(provider, address, namespace, concurrency=32)
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, lambda: asyncio.ensure_future(queue.stop()))
+    loop.add_signal_handler(signal.SIGUSR1, _tell_tasks)
     await queue.listen(handler, visibility_timeout=VISIBILITY_SECONDS)
     await queue.close()
+
+
+def _tell_tasks() -> None:
+    """For somebody who wonders why we do not end."""
+    for task in asyncio.all_tasks():
+        print(task.get_name(), file=sys.stderr)
+        task.print_stack(file=sys.stderr)
 
 
 if __name__ == "__main__":
