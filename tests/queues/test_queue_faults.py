@@ -361,6 +361,28 @@ async def test_thousands_of_dead_letters_are_within_reach(
     assert (depth.waiting, depth.dead) == (2_000, 0)
 
 
+@pytest.mark.parametrize("server", [pytest.param("rabbitmq", marks=pytest.mark.server("rabbitmq"))], indirect=True)
+async def test_what_was_sent_twice_under_one_id_is_one_dead_letter(server: Server) -> None:
+    async def handler(_: object) -> None:
+        raise SagasError("no", retryable=False)
+
+    async with queue_at(server) as queue:
+        for _ in range(2):  # as after an answer that was lost; this broker keeps both
+            await queue.enqueue_many(["a", "b", "c"], message_ids=["a", "b", "c"])
+        async with listening(queue, handler):
+            await _until_empty(queue)
+        pages = [[letter.id for letter in await queue.dead_letters(limit=2)]]
+        while pages[-1] and len(pages) < 9:
+            pages.append([letter.id for letter in await queue.dead_letters(limit=2, after=pages[-1][-1])])
+        redriven = await queue.redrive("a")
+        discarded = await queue.discard()
+        depth = await queue.depth()
+
+    assert sorted(each for page in pages for each in page) == ["a", "b", "c"]
+    assert (redriven, discarded) == (1, 2)
+    assert (depth.waiting, depth.dead) == (1, 0)
+
+
 class _Drawer:
     """A home for dead letters of the user's own, which fails at first."""
 

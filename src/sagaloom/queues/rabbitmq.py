@@ -528,7 +528,10 @@ class RabbitMQQueueBroker:
         channel, found = await self._dug_up()
         await channel.close()  # which puts all of them back
         await self._counts(len(found))
-        return sorted(found.values(), key=lambda letter: (letter.failed_at, letter.id))
+        letters: dict[str, QueueDeadLetter] = {}
+        for letter in sorted(found.values(), key=lambda letter: (letter.failed_at, letter.id)):
+            letters.setdefault(letter.id, letter)  # What was sent twice under one id is one letter.
+        return list(letters.values())
 
     async def _dug_up(self) -> tuple[AbstractChannel, dict[int, QueueDeadLetter]]:
         """All dead letters, by tag, and the channel that holds them."""
@@ -585,7 +588,9 @@ class RabbitMQQueueBroker:
             channel, found = await self._dug_up()
             chosen = {tag: letter for tag, letter in found.items() if letter.id in ids}
             if redriven:
-                again = [letter.message for letter in chosen.values() if letter.id not in removed]
+                again = list(
+                    {letter.id: letter.message for letter in chosen.values() if letter.id not in removed}.values()
+                )
                 for first in range(0, len(again), _BATCH_MAX):
                     await self._published([(message, 0, 0) for message in again[first : first + _BATCH_MAX]])
             removed.update(letter.id for letter in chosen.values())
