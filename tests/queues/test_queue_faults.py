@@ -16,6 +16,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import aiormq
 import pytest
 
 from sagaloom.errors import BackendUnavailable, ConfigurationError, MessageRejected, QueueFull, SagasError
@@ -381,6 +382,32 @@ async def test_what_was_sent_twice_under_one_id_is_one_dead_letter(server: Serve
     assert sorted(each for page in pages for each in page) == ["a", "b", "c"]
     assert (redriven, discarded) == (1, 2)
     assert (depth.waiting, depth.dead) == (1, 0)
+
+
+@pytest.mark.parametrize("server", [pytest.param("rabbitmq", marks=pytest.mark.server("rabbitmq"))], indirect=True)
+async def test_a_listener_outlives_its_queue(server: Server) -> None:
+    taken: asyncio.Queue[object] = asyncio.Queue()
+    namespace = f"t{uuid.uuid4().hex[:12]}"
+
+    async with queue_at(server, namespace=namespace) as queue, listening(queue, taken.put):
+        await queue.enqueue("before")
+        first = await asyncio.wait_for(taken.get(), _PATIENCE_SECONDS)
+        operator = await aiormq.connect(server.url)
+        await (await operator.channel()).queue_delete(f"{namespace}.mails")
+        while not await _consumers(operator, f"{namespace}.mails"):  # noqa: ASYNC110 - the broker tells nobody
+            await asyncio.sleep(0.05)
+        await operator.close()
+        await queue.enqueue("after")
+        second = await asyncio.wait_for(taken.get(), _PATIENCE_SECONDS)
+
+    assert (first, second) == ("before", "after")
+
+
+async def _consumers(connection: aiormq.abc.AbstractConnection, queue: str) -> int:
+    with contextlib.suppress(aiormq.exceptions.ChannelNotFoundEntity):
+        channel = await connection.channel()
+        return (await channel.queue_declare(queue, passive=True)).consumer_count or 0
+    return 0
 
 
 class _Drawer:

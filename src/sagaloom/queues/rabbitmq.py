@@ -385,6 +385,8 @@ class RabbitMQQueueBroker:
         self._generation += 1
         channel = await self._connection.channel()
         _when_closed(channel, self._call)
+        # It pushes no more to us when the queue was deleted, or lost its leader; the next one is another connection's.
+        channel.on_consumer_cancel_callbacks.add(lambda _: self._cut())
         # Quorum queues know 16 bits of it.
         await channel.basic_qos(prefetch_count=min(self._prefetch, 65_535))
         self._consuming, self._consumer_tag = channel, None
