@@ -146,13 +146,14 @@ async def test_work_in_flight_goes_on_after_an_upgrade_from_each_version(schema:
     clock, bell = ManualClock(), Bell()
     bell.is_broken = True
     try:
-        await upgrade(database, to=version)
         old = SagaRuntime(
-            OldSqlSagaStore(PostgresSagaRows(database)), definitions=[definition], clock=clock, targets=[bell]
+            SqlSagaStore(PostgresSagaRows(schema.database())), definitions=[definition], clock=clock, targets=[bell]
         )
         await old.start()
         await old.publish({"type": "Note", "payload": {}}, correlation_key="k", wait=5)
         await old.abandon()
+        await upgrade(database, to=version)
+        await _move(schema.name, database)
 
         await upgrade(database)
         bell.is_broken = False
@@ -171,11 +172,25 @@ async def test_work_in_flight_goes_on_after_an_upgrade_from_each_version(schema:
         await database.close()
 
 
-class OldSqlSagaStore(SqlSagaStore):
-    """One that leaves the schema at the version that it finds, as an older program did."""
-
-    async def open(self) -> None:
-        self._store_id = "of an older program"
+async def _move(old: str, database: PostgresDatabase) -> None:
+    """Brings what is stored in schema `old` into the tables of `database`, which may be of an older version: what is
+    there now is there as an older program would have written it, since no step has changed a row."""
+    tables = await database.fetch(
+        "SELECT tablename AS name FROM pg_tables WHERE schemaname = $1 "
+        "AND tablename NOT IN ('saga_runtime_meta', 'saga_runtime_schema')",
+        database.schema,
+    )
+    for table in tables:
+        name = table["name"]
+        await database.write(f"DELETE FROM {database.schema}.{name}")
+        await database.write(f"INSERT INTO {database.schema}.{name} OVERRIDING SYSTEM VALUE SELECT * FROM {old}.{name}")
+    await database.fetch(
+        "SELECT setval(format('%I.%I', $1::text, mine.sequencename)::regclass, theirs.last_value) "
+        "FROM pg_sequences mine JOIN pg_sequences theirs USING (sequencename) "
+        "WHERE mine.schemaname = $1 AND theirs.schemaname = $2 AND theirs.last_value IS NOT NULL",
+        database.schema,
+        old,
+    )
 
 
 class Bell:

@@ -187,12 +187,6 @@ CREATE TABLE @schema@.saga_runtime_feed (
     n    int NOT NULL,
     v    bytea NOT NULL
 ) WITH (fillfactor = 95, autovacuum_vacuum_cost_delay = 0);
-DO $$ BEGIN
-    -- A commit shows up to a hundred kilobytes. The usual compression takes a millisecond for that, this one a tenth.
-    EXECUTE 'ALTER TABLE @schema@.saga_runtime_feed ALTER COLUMN v SET COMPRESSION lz4';
-EXCEPTION WHEN syntax_error OR feature_not_supported THEN
-    NULL; -- a server before 14, or one built without it
-END $$;
 CREATE UNIQUE INDEX saga_runtime_feed_base ON @schema@.saga_runtime_feed (base) WHERE base IS NOT NULL;
 CREATE INDEX saga_runtime_feed_unnumbered ON @schema@.saga_runtime_feed (id) WHERE base IS NULL;
 CREATE TABLE @schema@.saga_runtime_feed_head (
@@ -365,88 +359,23 @@ BEGIN
 END $$;
 
 
--- A commit of a batch of units: for each kind of row what is written, changed and deleted, as one array of the types below.
--- Arrays of rows, not an array for each column: on both sides it is the number of arrays that costs.
-CREATE TYPE @schema@.saga_runtime_older AS (part int, saga text, key text, above bigint, below bigint);
-CREATE TYPE @schema@.saga_runtime_head_check AS (hash bytea, s bigint);
-CREATE TYPE @schema@.saga_runtime_letter_check AS (id text, s bigint);
-CREATE TYPE @schema@.saga_runtime_mark_place AS (pk bigint, hash bytea);
-CREATE TYPE @schema@.saga_runtime_mark AS (pk bigint, hash bytea, v bytea);
-CREATE TYPE @schema@.saga_runtime_head_new AS (
-    hash bytea, saga text, key text, pk bigint, part int, run int, awaits boolean, created timestamptz, v bytea
-);
-CREATE TYPE @schema@.saga_runtime_head_change AS (hash bytea, run int, awaits boolean, v bytea);
-CREATE TYPE @schema@.saga_runtime_run_new AS (
-    pk bigint, run int, saga text, key text, status text, revision int, state text, result text, reason text, type text,
-    paused boolean, created timestamptz, updated timestamptz, ended timestamptz, v bytea
-);
-CREATE TYPE @schema@.saga_runtime_run_change AS (
-    pk bigint, run int, status text, revision int, state text, result text, reason text, type text, paused boolean,
-    updated timestamptz, ended timestamptz, v bytea
-);
-CREATE TYPE @schema@.saga_runtime_entry AS (
-    pk bigint, run int, entry_no int, revision int, disposition text, type text, id text, status text, reason text,
-    at timestamptz, v bytea
-);
-CREATE TYPE @schema@.saga_runtime_number AS (part int, seq bigint);
-CREATE TYPE @schema@.saga_runtime_inbox_new AS (
-    part int, saga text, key text, type text, id text, attempt int, due timestamptz, accepted timestamptz, error text,
-    v bytea
-);
-CREATE TYPE @schema@.saga_runtime_inbox_change AS (
-    part int, seq bigint, attempt int, due timestamptz, error text, v bytea
-);
-CREATE TYPE @schema@.saga_runtime_outbox_new AS (
-    part int, saga text, key text, run int, target text, effect text, created timestamptz, v bytea
-);
-CREATE TYPE @schema@.saga_runtime_outbox_change AS (
-    part int, seq bigint, attempt int, due timestamptz, error text, letter text, v bytea
-);
-CREATE TYPE @schema@.saga_runtime_timer_put AS (
-    due bigint, id text, saga text, key text, run int, name text, type text, at timestamptz, v bytea
-);
-CREATE TYPE @schema@.saga_runtime_timer_place AS (due bigint, id text);
-CREATE TYPE @schema@.saga_runtime_letter_put AS (
-    id text, saga text, key text, hash bytea, type text, code text, reason text, attempts int, at timestamptz, v bytea
-);
-CREATE TYPE @schema@.saga_runtime_child_put AS (
-    pk bigint, parent_run int, status int, revision int, position int, saga text, key text, run int,
-    spawned timestamptz, ended timestamptz, v bytea
-);
-CREATE TYPE @schema@.saga_runtime_child_place AS (pk bigint, parent_run int, status int, revision int, position int);
-CREATE TYPE @schema@.saga_runtime_slot_new AS (
-    saga text, concurrency text, number int, key text, message text, taken timestamptz, v bytea
-);
-CREATE TYPE @schema@.saga_runtime_slot_place AS (saga text, concurrency text, number int);
-
-
--- It tells how it ends: 'committed', or 'member', 'older' (and which), 'checks' or 'marks' when a condition does not hold,
--- and then nothing is written. Other conflicts raise unique_violation or no_data_found, and the caller looks what is
--- there. What a commit has none of is null.
-CREATE FUNCTION @schema@.saga_runtime_commit(
-    p_member bytea, p_member_stamp bigint, p_holder text, p_commit_no bigint,
+-- A commit of a batch of units is one statement that calls the next three functions in their order; they are three
+-- because a function has at most 100 arguments. The first tells how it ends: 'committed', or 'member', 'arrivals' (in
+-- failed_parts), 'checks' or 'marks' when a condition does not hold, and then nothing is written. Other conflicts raise
+-- unique_violation or no_data_found, and the caller looks what is there.
+CREATE FUNCTION @schema@.saga_runtime_begin(
+    p_member bytea, p_member_stamp bigint,
     -- what is decided of messages that older ones may have been brought before: inbox rows of the same key between these
     -- numbers, except those of the writer itself, are in its way
-    p_older @schema@.saga_runtime_older[], p_own bigint[],
-    p_head_checks @schema@.saga_runtime_head_check[], p_letter_checks @schema@.saga_runtime_letter_check[],
+    p_older_part int[], p_older_saga text[], p_older_key text[], p_older_above bigint[], p_older_below bigint[],
+    p_own_seq bigint[],
+    p_head_check_hash bytea[], p_head_check_s bigint[],
+    p_letter_check_id text[], p_letter_check_s bigint[],
     -- dedupe: must be absent, deletes, inserts
-    p_marks_absent @schema@.saga_runtime_mark_place[], p_marks_gone @schema@.saga_runtime_mark_place[],
-    p_marks @schema@.saga_runtime_mark[],
-    p_heads_new @schema@.saga_runtime_head_new[], p_heads @schema@.saga_runtime_head_change[],
-    p_runs_new @schema@.saga_runtime_run_new[], p_runs @schema@.saga_runtime_run_change[],
-    p_entries @schema@.saga_runtime_entry[],
-    p_part_puts int[], p_sagas_seen bytea[],
-    p_inbox_new @schema@.saga_runtime_inbox_new[], p_inbox @schema@.saga_runtime_inbox_change[],
-    p_inbox_gone @schema@.saga_runtime_number[],
-    p_outbox_new @schema@.saga_runtime_outbox_new[], p_outbox @schema@.saga_runtime_outbox_change[],
-    p_outbox_gone @schema@.saga_runtime_number[],
-    p_timers @schema@.saga_runtime_timer_put[], p_timers_gone @schema@.saga_runtime_timer_place[],
-    p_letters @schema@.saga_runtime_letter_put[], p_letters_gone text[],
-    p_children @schema@.saga_runtime_child_put[], p_children_gone @schema@.saga_runtime_child_place[],
-    p_slots @schema@.saga_runtime_slot_new[], p_slots_gone @schema@.saga_runtime_slot_place[],
-    p_feed_n int, p_feed_v bytea,
-    OUT outcome text, OUT older bigint[], OUT stamp bigint,
-    OUT inbox_base bigint, OUT outbox_base bigint, OUT feed_base bigint
+    p_mark_absent_pk bigint[], p_mark_absent_hash bytea[],
+    p_mark_gone_pk bigint[], p_mark_gone_hash bytea[],
+    p_mark_pk bigint[], p_mark_hash bytea[], p_mark_v bytea[],
+    OUT outcome text, OUT older bigint[], OUT stamp bigint
 )
 LANGUAGE plpgsql
 SET enable_hashjoin = off SET enable_mergejoin = off SET enable_seqscan = off SET jit = off
@@ -454,26 +383,22 @@ SET plan_cache_mode = force_generic_plan SET lock_timeout = '4s'
 AS $$
 DECLARE
     v_count bigint;
-    v_stamp bigint;
 BEGIN
-    inbox_base := 0;
-    outbox_base := 0;
-    feed_base := 0;
-
     -- Conditions. The row of the writer first: whoever takes its partitions away waits for us, or we find it changed.
     PERFORM FROM @schema@.saga_runtime_row WHERE tbl = 'member' AND k = p_member AND s = p_member_stamp FOR SHARE;
     IF NOT FOUND THEN
         outcome := 'member';
         RETURN;
     END IF;
-    IF cardinality(p_older) > 0 THEN
+    IF cardinality(p_older_part) > 0 THEN
         -- A plain look, without a lock: what was acknowledged before we were asked is visible by now.
-        SELECT array_agg(c.ordinality ORDER BY c.ordinality) INTO older
-        FROM unnest(p_older) WITH ORDINALITY AS c
+        SELECT array_agg(c.no ORDER BY c.no) INTO older
+        FROM unnest(p_older_part, p_older_saga, p_older_key, p_older_above, p_older_below)
+            WITH ORDINALITY AS c(part, saga, key, above, below, no)
         CROSS JOIN LATERAL (
             SELECT FROM @schema@.saga_runtime_inbox i
             WHERE i.part = c.part AND i.seq > c.above AND i.seq < c.below
-              AND i.correlation_key = c.key AND i.saga_id = c.saga AND i.seq <> ALL (coalesce(p_own, '{}'))
+              AND i.correlation_key = c.key AND i.saga_id = c.saga AND i.seq <> ALL (coalesce(p_own_seq, '{}'))
             LIMIT 1
         ) i
         WHERE c.above >= 0 -- or nothing has been read there, and there is something that others have brought
@@ -483,32 +408,32 @@ BEGIN
             RETURN;
         END IF;
     END IF;
-    IF cardinality(p_head_checks) > 0 THEN
+    IF cardinality(p_head_check_hash) > 0 THEN
         SELECT count(*) INTO v_count
-        FROM unnest(p_head_checks) AS c
+        FROM unnest(p_head_check_hash, p_head_check_s) AS c(hash, s)
         CROSS JOIN LATERAL (
             SELECT h.s FROM @schema@.saga_runtime_correlation h WHERE h.key_hash = c.hash FOR NO KEY UPDATE
         ) h
         WHERE h.s = c.s OR c.s IS NULL; -- without a versionstamp it is only locked
-        IF v_count <> cardinality(p_head_checks) THEN
+        IF v_count <> cardinality(p_head_check_hash) THEN
             outcome := 'checks';
             RETURN;
         END IF;
     END IF;
-    IF cardinality(p_letter_checks) > 0 THEN
+    IF cardinality(p_letter_check_id) > 0 THEN
         SELECT count(*) INTO v_count
-        FROM unnest(p_letter_checks) AS c
+        FROM unnest(p_letter_check_id, p_letter_check_s) AS c(id, s)
         CROSS JOIN LATERAL (
             SELECT d.s FROM @schema@.saga_runtime_dead_letter d WHERE d.id = c.id FOR NO KEY UPDATE
         ) d
         WHERE d.s = c.s;
-        IF v_count <> cardinality(p_letter_checks) THEN
+        IF v_count <> cardinality(p_letter_check_id) THEN
             outcome := 'checks';
             RETURN;
         END IF;
     END IF;
-    IF cardinality(p_marks_absent) > 0 THEN
-        PERFORM FROM unnest(p_marks_absent) AS c
+    IF cardinality(p_mark_absent_pk) > 0 THEN
+        PERFORM FROM unnest(p_mark_absent_pk, p_mark_absent_hash) AS c(pk, hash)
         CROSS JOIN LATERAL (
             SELECT FROM @schema@.saga_runtime_dedupe m WHERE m.pk = c.pk AND m.hash = c.hash LIMIT 1
         ) m;
@@ -517,188 +442,319 @@ BEGIN
             RETURN;
         END IF;
     END IF;
-    IF cardinality(p_marks) > 0 THEN
+    IF cardinality(p_mark_pk) > 0 THEN
         -- Before anything else is written, for these are what nearly every refused commit fails at.
-        IF cardinality(p_marks_gone) > 0 THEN
-            PERFORM FROM unnest(p_marks) AS c
+        IF cardinality(p_mark_gone_pk) > 0 THEN
+            PERFORM FROM unnest(p_mark_pk, p_mark_hash) AS c(pk, hash)
             CROSS JOIN LATERAL (
                 SELECT FROM @schema@.saga_runtime_dedupe m WHERE m.pk = c.pk AND m.hash = c.hash LIMIT 1
             ) m
-            WHERE NOT EXISTS (SELECT FROM unnest(p_marks_gone) AS g WHERE g.pk = c.pk AND g.hash = c.hash);
+            WHERE NOT EXISTS (
+                SELECT FROM unnest(p_mark_gone_pk, p_mark_gone_hash) AS g(pk, hash) WHERE g.pk = c.pk AND g.hash = c.hash
+            );
             IF FOUND THEN
                 outcome := 'marks';
                 RETURN;
             END IF;
             DELETE FROM @schema@.saga_runtime_dedupe m
-            USING unnest(p_marks_gone) AS g WHERE m.pk = g.pk AND m.hash = g.hash;
-            INSERT INTO @schema@.saga_runtime_dedupe SELECT c.* FROM unnest(p_marks) AS c;
+            USING unnest(p_mark_gone_pk, p_mark_gone_hash) AS g(pk, hash) WHERE m.pk = g.pk AND m.hash = g.hash;
+            INSERT INTO @schema@.saga_runtime_dedupe SELECT * FROM unnest(p_mark_pk, p_mark_hash, p_mark_v);
         ELSE
-            INSERT INTO @schema@.saga_runtime_dedupe SELECT c.* FROM unnest(p_marks) AS c ON CONFLICT DO NOTHING;
-            GET DIAGNOSTICS v_count = ROW_COUNT;
-            IF v_count <> cardinality(p_marks) THEN
+            WITH written AS (
+                INSERT INTO @schema@.saga_runtime_dedupe SELECT * FROM unnest(p_mark_pk, p_mark_hash, p_mark_v)
+                ON CONFLICT DO NOTHING RETURNING pk, hash
+            )
+            SELECT count(*) INTO v_count FROM written;
+            IF v_count <> cardinality(p_mark_pk) THEN
                 -- Those that were there have another writer's stamp: a system column tells ours.
                 DELETE FROM @schema@.saga_runtime_dedupe m
-                USING unnest(p_marks) AS c
+                USING unnest(p_mark_pk, p_mark_hash) AS c(pk, hash)
                 WHERE m.pk = c.pk AND m.hash = c.hash AND m.xmin = pg_current_xact_id()::xid;
                 outcome := 'marks';
                 RETURN;
             END IF;
         END IF;
-    ELSIF cardinality(p_marks_gone) > 0 THEN
+    ELSIF cardinality(p_mark_gone_pk) > 0 THEN
         DELETE FROM @schema@.saga_runtime_dedupe m
-        USING unnest(p_marks_gone) AS g WHERE m.pk = g.pk AND m.hash = g.hash;
+        USING unnest(p_mark_gone_pk, p_mark_gone_hash) AS g(pk, hash) WHERE m.pk = g.pk AND m.hash = g.hash;
     END IF;
 
-    v_stamp := nextval('@schema@.saga_runtime_versionstamp');
+    stamp := nextval('@schema@.saga_runtime_versionstamp');
+    outcome := 'committed';
+END $$;
 
-    -- Heads, runs and history.
-    IF cardinality(p_heads_new) > 0 THEN
+
+-- Heads, runs and history. p_stamp is null when the commit has ended before.
+CREATE FUNCTION @schema@.saga_runtime_write_instances(
+    p_stamp bigint,
+    -- correlation: inserts, updates
+    p_head_new_hash bytea[], p_head_new_saga text[], p_head_new_key text[], p_head_new_pk bigint[],
+    p_head_new_part int[], p_head_new_run int[], p_head_new_awaits boolean[], p_head_new_at timestamptz[],
+    p_head_new_v bytea[],
+    p_head_hash bytea[], p_head_run int[], p_head_awaits boolean[], p_head_v bytea[],
+    -- state: inserts, updates
+    p_run_new_pk bigint[], p_run_new_run int[], p_run_new_saga text[], p_run_new_key text[], p_run_new_status text[],
+    p_run_new_revision int[], p_run_new_state text[], p_run_new_result text[], p_run_new_reason text[],
+    p_run_new_type text[], p_run_new_paused boolean[], p_run_new_created timestamptz[], p_run_new_updated timestamptz[],
+    p_run_new_ended timestamptz[], p_run_new_v bytea[],
+    p_run_pk bigint[], p_run_run int[], p_run_status text[], p_run_revision int[], p_run_state text[],
+    p_run_result text[], p_run_reason text[], p_run_type text[], p_run_paused boolean[], p_run_updated timestamptz[],
+    p_run_ended timestamptz[], p_run_v bytea[],
+    -- transition: inserts
+    p_entry_pk bigint[], p_entry_run int[], p_entry_no int[], p_entry_revision int[], p_entry_disposition text[],
+    p_entry_type text[], p_entry_id text[], p_entry_status text[], p_entry_reason text[], p_entry_at timestamptz[],
+    p_entry_v bytea[]
+) RETURNS bigint
+LANGUAGE plpgsql
+SET enable_hashjoin = off SET enable_mergejoin = off SET enable_seqscan = off SET jit = off
+SET plan_cache_mode = force_generic_plan SET lock_timeout = '4s'
+AS $$
+DECLARE
+    v_count bigint;
+BEGIN
+    IF p_stamp IS NULL THEN
+        RETURN NULL;
+    END IF;
+    IF cardinality(p_head_new_hash) > 0 THEN
         INSERT INTO @schema@.saga_runtime_correlation
             (key_hash, saga_id, correlation_key, pk, part, run, awaits_start, created_at, v, s)
-        SELECT c.*, v_stamp FROM unnest(p_heads_new) AS c;
+        SELECT h.*, p_stamp FROM unnest(
+            p_head_new_hash, p_head_new_saga, p_head_new_key, p_head_new_pk, p_head_new_part, p_head_new_run,
+            p_head_new_awaits, p_head_new_at, p_head_new_v
+        ) AS h;
     END IF;
-    IF cardinality(p_heads) > 0 THEN
+    IF cardinality(p_head_hash) > 0 THEN
         UPDATE @schema@.saga_runtime_correlation h
-        SET run = c.run, awaits_start = c.awaits, v = c.v, s = v_stamp
-        FROM unnest(p_heads) AS c WHERE h.key_hash = c.hash;
+        SET run = c.run, awaits_start = c.awaits, v = c.v, s = p_stamp
+        FROM unnest(p_head_hash, p_head_run, p_head_awaits, p_head_v) AS c(hash, run, awaits, v)
+        WHERE h.key_hash = c.hash;
         GET DIAGNOSTICS v_count = ROW_COUNT;
-        IF v_count <> cardinality(p_heads) THEN
+        IF v_count <> cardinality(p_head_hash) THEN
             RAISE EXCEPTION 'a correlation head is gone' USING ERRCODE = 'no_data_found';
         END IF;
     END IF;
-    IF cardinality(p_runs_new) > 0 THEN
+    IF cardinality(p_run_new_pk) > 0 THEN
         INSERT INTO @schema@.saga_runtime_state
             (pk, run, saga_id, correlation_key, status, revision, state, result, reason, last_message_type, is_paused,
              created_at, updated_at, ended_at, v)
-        SELECT c.* FROM unnest(p_runs_new) AS c;
+        SELECT * FROM unnest(
+            p_run_new_pk, p_run_new_run, p_run_new_saga, p_run_new_key, p_run_new_status, p_run_new_revision,
+            p_run_new_state, p_run_new_result, p_run_new_reason, p_run_new_type, p_run_new_paused, p_run_new_created,
+            p_run_new_updated, p_run_new_ended, p_run_new_v
+        );
     END IF;
-    IF cardinality(p_runs) > 0 THEN
+    IF cardinality(p_run_pk) > 0 THEN
         UPDATE @schema@.saga_runtime_state t
         SET status = c.status, revision = c.revision, state = c.state, result = c.result, reason = c.reason,
             last_message_type = c.type, is_paused = c.paused, updated_at = c.updated, ended_at = c.ended, v = c.v
-        FROM unnest(p_runs) AS c WHERE t.pk = c.pk AND t.run = c.run;
+        FROM unnest(
+            p_run_pk, p_run_run, p_run_status, p_run_revision, p_run_state, p_run_result, p_run_reason, p_run_type,
+            p_run_paused, p_run_updated, p_run_ended, p_run_v
+        ) AS c(pk, run, status, revision, state, result, reason, type, paused, updated, ended, v)
+        WHERE t.pk = c.pk AND t.run = c.run;
         GET DIAGNOSTICS v_count = ROW_COUNT;
-        IF v_count <> cardinality(p_runs) THEN
+        IF v_count <> cardinality(p_run_pk) THEN
             RAISE EXCEPTION 'a run is gone' USING ERRCODE = 'no_data_found';
         END IF;
     END IF;
-    IF cardinality(p_entries) > 0 THEN
+    IF cardinality(p_entry_pk) > 0 THEN
         INSERT INTO @schema@.saga_runtime_transition
             (pk, run, entry_no, revision, disposition, message_type, message_id, status, reason, at, v)
-        SELECT c.* FROM unnest(p_entries) AS c;
+        SELECT * FROM unnest(
+            p_entry_pk, p_entry_run, p_entry_no, p_entry_revision, p_entry_disposition, p_entry_type, p_entry_id,
+            p_entry_status, p_entry_reason, p_entry_at, p_entry_v
+        );
     END IF;
+    RETURN p_stamp;
+END $$;
 
-    -- What waits and what is shown.
-    IF cardinality(p_inbox_gone) > 0 THEN
+
+-- What waits and what is shown, and the note of the commit itself. p_stamp is null when the commit has ended before.
+CREATE FUNCTION @schema@.saga_runtime_write_rows(
+    p_stamp bigint, p_holder text, p_commit_no bigint,
+    p_part_put int[],
+    p_saga_seen bytea[],
+    -- inbox: inserts, updates, deletes
+    p_inbox_new_part int[], p_inbox_new_saga text[], p_inbox_new_key text[], p_inbox_new_type text[],
+    p_inbox_new_id text[], p_inbox_new_attempt int[], p_inbox_new_due timestamptz[], p_inbox_new_accepted timestamptz[],
+    p_inbox_new_error text[], p_inbox_new_v bytea[],
+    p_inbox_part int[], p_inbox_seq bigint[], p_inbox_attempt int[], p_inbox_due timestamptz[], p_inbox_error text[],
+    p_inbox_v bytea[],
+    p_inbox_gone_part int[], p_inbox_gone_seq bigint[],
+    -- outbox: inserts, updates, deletes
+    p_outbox_new_part int[], p_outbox_new_saga text[], p_outbox_new_key text[], p_outbox_new_run int[],
+    p_outbox_new_target text[], p_outbox_new_effect text[], p_outbox_new_created timestamptz[], p_outbox_new_v bytea[],
+    p_outbox_part int[], p_outbox_seq bigint[], p_outbox_attempt int[], p_outbox_due timestamptz[],
+    p_outbox_error text[], p_outbox_letter text[], p_outbox_v bytea[],
+    p_outbox_gone_part int[], p_outbox_gone_seq bigint[],
+    -- timer: puts, deletes
+    p_timer_due bigint[], p_timer_id text[], p_timer_saga text[], p_timer_key text[], p_timer_run int[],
+    p_timer_name text[], p_timer_type text[], p_timer_at timestamptz[], p_timer_v bytea[],
+    p_timer_gone_due bigint[], p_timer_gone_id text[],
+    -- dead letters: puts, deletes
+    p_letter_id text[], p_letter_saga text[], p_letter_key text[], p_letter_hash bytea[], p_letter_type text[],
+    p_letter_code text[], p_letter_reason text[], p_letter_attempts int[], p_letter_at timestamptz[], p_letter_v bytea[],
+    p_letter_gone_id text[],
+    -- children: puts, deletes
+    p_child_pk bigint[], p_child_parent_run int[], p_child_status int[], p_child_revision int[], p_child_position int[],
+    p_child_saga text[], p_child_key text[], p_child_run int[], p_child_spawned timestamptz[],
+    p_child_ended timestamptz[], p_child_v bytea[],
+    p_child_gone_pk bigint[], p_child_gone_parent_run int[], p_child_gone_status int[], p_child_gone_revision int[],
+    p_child_gone_position int[],
+    -- slots: inserts, deletes
+    p_slot_saga text[], p_slot_concurrency text[], p_slot_number int[], p_slot_key text[], p_slot_message text[],
+    p_slot_taken timestamptz[], p_slot_v bytea[],
+    p_slot_gone_saga text[], p_slot_gone_concurrency text[], p_slot_gone_number int[],
+    -- the feed
+    p_feed_n int, p_feed_v bytea,
+    OUT inbox_base bigint, OUT outbox_base bigint, OUT feed_base bigint
+)
+LANGUAGE plpgsql
+SET enable_hashjoin = off SET enable_mergejoin = off SET enable_seqscan = off SET jit = off
+SET plan_cache_mode = force_generic_plan SET lock_timeout = '4s'
+AS $$
+DECLARE
+    v_count bigint;
+BEGIN
+    inbox_base := 0;
+    outbox_base := 0;
+    feed_base := 0;
+    IF p_stamp IS NULL THEN
+        RETURN;
+    END IF;
+    IF cardinality(p_inbox_gone_part) > 0 THEN
         DELETE FROM @schema@.saga_runtime_inbox t
-        USING unnest(p_inbox_gone) AS g WHERE t.part = g.part AND t.seq = g.seq;
+        USING unnest(p_inbox_gone_part, p_inbox_gone_seq) AS g(part, seq) WHERE t.part = g.part AND t.seq = g.seq;
         GET DIAGNOSTICS v_count = ROW_COUNT;
-        IF v_count <> cardinality(p_inbox_gone) THEN
+        IF v_count <> cardinality(p_inbox_gone_part) THEN
             RAISE EXCEPTION 'an inbox row is gone' USING ERRCODE = 'no_data_found';
         END IF;
     END IF;
-    IF cardinality(p_inbox) > 0 THEN
+    IF cardinality(p_inbox_part) > 0 THEN
         UPDATE @schema@.saga_runtime_inbox t
         SET attempt = c.attempt, due_at = c.due, last_error = c.error, v = c.v
-        FROM unnest(p_inbox) AS c WHERE t.part = c.part AND t.seq = c.seq;
+        FROM unnest(p_inbox_part, p_inbox_seq, p_inbox_attempt, p_inbox_due, p_inbox_error, p_inbox_v)
+            AS c(part, seq, attempt, due, error, v)
+        WHERE t.part = c.part AND t.seq = c.seq;
         GET DIAGNOSTICS v_count = ROW_COUNT;
-        IF v_count <> cardinality(p_inbox) THEN
+        IF v_count <> cardinality(p_inbox_part) THEN
             RAISE EXCEPTION 'an inbox row is gone' USING ERRCODE = 'no_data_found';
         END IF;
     END IF;
-    IF cardinality(p_outbox_gone) > 0 THEN
+    IF cardinality(p_outbox_gone_part) > 0 THEN
         DELETE FROM @schema@.saga_runtime_outbox t
-        USING unnest(p_outbox_gone) AS g WHERE t.part = g.part AND t.seq = g.seq;
+        USING unnest(p_outbox_gone_part, p_outbox_gone_seq) AS g(part, seq) WHERE t.part = g.part AND t.seq = g.seq;
         GET DIAGNOSTICS v_count = ROW_COUNT;
-        IF v_count <> cardinality(p_outbox_gone) THEN
+        IF v_count <> cardinality(p_outbox_gone_part) THEN
             RAISE EXCEPTION 'an outbox row is gone' USING ERRCODE = 'no_data_found';
         END IF;
     END IF;
-    IF cardinality(p_outbox) > 0 THEN
+    IF cardinality(p_outbox_part) > 0 THEN
         UPDATE @schema@.saga_runtime_outbox t
         SET attempt = c.attempt, due_at = c.due, last_error = c.error, dead_letter_id = c.letter, v = c.v
-        FROM unnest(p_outbox) AS c WHERE t.part = c.part AND t.seq = c.seq;
+        FROM unnest(
+            p_outbox_part, p_outbox_seq, p_outbox_attempt, p_outbox_due, p_outbox_error, p_outbox_letter, p_outbox_v
+        ) AS c(part, seq, attempt, due, error, letter, v)
+        WHERE t.part = c.part AND t.seq = c.seq;
         GET DIAGNOSTICS v_count = ROW_COUNT;
-        IF v_count <> cardinality(p_outbox) THEN
+        IF v_count <> cardinality(p_outbox_part) THEN
             RAISE EXCEPTION 'an outbox row is gone' USING ERRCODE = 'no_data_found';
         END IF;
     END IF;
-    IF cardinality(p_timers_gone) > 0 THEN
+    IF cardinality(p_timer_gone_due) > 0 THEN
         DELETE FROM @schema@.saga_runtime_timer t
-        USING unnest(p_timers_gone) AS g WHERE t.due = g.due AND t.id = g.id;
+        USING unnest(p_timer_gone_due, p_timer_gone_id) AS g(due, id) WHERE t.due = g.due AND t.id = g.id;
     END IF;
-    IF cardinality(p_timers) > 0 THEN
+    IF cardinality(p_timer_due) > 0 THEN
         INSERT INTO @schema@.saga_runtime_timer
             (due, id, saga_id, correlation_key, run, name, message_type, due_at, v)
-        SELECT c.* FROM unnest(p_timers) AS c
+        SELECT * FROM unnest(
+            p_timer_due, p_timer_id, p_timer_saga, p_timer_key, p_timer_run, p_timer_name, p_timer_type, p_timer_at,
+            p_timer_v
+        )
         ON CONFLICT (due, id) DO UPDATE SET v = excluded.v, name = excluded.name, message_type = excluded.message_type;
     END IF;
-    IF cardinality(p_letters_gone) > 0 THEN
-        DELETE FROM @schema@.saga_runtime_dead_letter t USING unnest(p_letters_gone) AS g(id) WHERE t.id = g.id;
+    IF cardinality(p_letter_gone_id) > 0 THEN
+        DELETE FROM @schema@.saga_runtime_dead_letter t USING unnest(p_letter_gone_id) AS g(id) WHERE t.id = g.id;
     END IF;
-    IF cardinality(p_letters) > 0 THEN
+    IF cardinality(p_letter_id) > 0 THEN
         INSERT INTO @schema@.saga_runtime_dead_letter
             (id, saga_id, correlation_key, key_hash, message_type, code, reason, attempts, at, v, s)
-        SELECT c.*, v_stamp FROM unnest(p_letters) AS c
+        SELECT d.*, p_stamp FROM unnest(
+            p_letter_id, p_letter_saga, p_letter_key, p_letter_hash, p_letter_type, p_letter_code, p_letter_reason,
+            p_letter_attempts, p_letter_at, p_letter_v
+        ) AS d
         ON CONFLICT (id) DO UPDATE
         SET reason = excluded.reason, code = excluded.code, attempts = excluded.attempts, at = excluded.at,
             v = excluded.v, s = excluded.s;
     END IF;
-    IF cardinality(p_slots_gone) > 0 THEN
+    IF cardinality(p_slot_gone_saga) > 0 THEN
         DELETE FROM @schema@.saga_runtime_slot t
-        USING unnest(p_slots_gone) AS g
+        USING unnest(p_slot_gone_saga, p_slot_gone_concurrency, p_slot_gone_number) AS g(saga, concurrency, number)
         WHERE t.saga_id = g.saga AND t.concurrency_key = g.concurrency AND t.number = g.number;
     END IF;
-    IF cardinality(p_slots) > 0 THEN
+    IF cardinality(p_slot_saga) > 0 THEN
         INSERT INTO @schema@.saga_runtime_slot
             (saga_id, concurrency_key, number, correlation_key, message_id, taken_at, v)
-        SELECT c.* FROM unnest(p_slots) AS c;
+        SELECT * FROM unnest(
+            p_slot_saga, p_slot_concurrency, p_slot_number, p_slot_key, p_slot_message, p_slot_taken, p_slot_v
+        );
     END IF;
-    IF cardinality(p_children_gone) > 0 THEN
+    IF cardinality(p_child_gone_pk) > 0 THEN
         DELETE FROM @schema@.saga_runtime_child t
-        USING unnest(p_children_gone) AS g
+        USING unnest(
+            p_child_gone_pk, p_child_gone_parent_run, p_child_gone_status, p_child_gone_revision, p_child_gone_position
+        ) AS g(pk, parent_run, status, revision, position)
         WHERE t.pk = g.pk AND t.parent_run = g.parent_run AND t.status = g.status AND t.revision = g.revision
           AND t.position = g.position;
     END IF;
-    IF cardinality(p_children) > 0 THEN
+    IF cardinality(p_child_pk) > 0 THEN
         INSERT INTO @schema@.saga_runtime_child
             (pk, parent_run, status, revision, position, saga_id, correlation_key, run, spawned_at, ended_at, v)
-        SELECT c.* FROM unnest(p_children) AS c
+        SELECT * FROM unnest(
+            p_child_pk, p_child_parent_run, p_child_status, p_child_revision, p_child_position, p_child_saga,
+            p_child_key, p_child_run, p_child_spawned, p_child_ended, p_child_v
+        )
         ON CONFLICT (pk, parent_run, status, revision, position) DO UPDATE
         SET saga_id = excluded.saga_id, correlation_key = excluded.correlation_key, run = excluded.run,
             ended_at = excluded.ended_at, v = excluded.v;
     END IF;
-    IF cardinality(p_sagas_seen) > 0 THEN
-        INSERT INTO @schema@.saga_runtime_row SELECT 'saga_seen', k, '', v_stamp FROM unnest(p_sagas_seen) AS k
+    IF cardinality(p_saga_seen) > 0 THEN
+        INSERT INTO @schema@.saga_runtime_row SELECT 'saga_seen', k, '', p_stamp FROM unnest(p_saga_seen) AS k
         ON CONFLICT DO NOTHING;
     END IF;
 
     -- Numbers last: nothing is refused any more, so they have gaps only where a server has died.
-    IF cardinality(p_inbox_new) > 0 THEN
+    IF cardinality(p_inbox_new_part) > 0 THEN
         -- Behind the lock of their partitions, so that they become visible in their order; as late as can be, for it is
         -- held until the commit is on the disk. All locks in one order, so that two commits cannot wait for each other.
-        PERFORM FROM (SELECT DISTINCT part FROM unnest(p_inbox_new) ORDER BY part) c
+        PERFORM FROM (SELECT DISTINCT part FROM unnest(p_inbox_new_part) AS part ORDER BY part) c
         CROSS JOIN LATERAL (
             SELECT FROM @schema@.saga_runtime_arrivals a WHERE a.part = c.part FOR NO KEY UPDATE
         ) a;
-        IF cardinality(p_part_puts) > 0 THEN
-            UPDATE @schema@.saga_runtime_arrivals a SET s = v_stamp
-            FROM unnest(p_part_puts) AS c(part) WHERE a.part = c.part;
+        IF cardinality(p_part_put) > 0 THEN
+            UPDATE @schema@.saga_runtime_arrivals a SET s = p_stamp
+            FROM unnest(p_part_put) AS c(part) WHERE a.part = c.part;
         END IF;
-        inbox_base := @schema@.saga_runtime_numbers('@schema@.saga_runtime_inbox_number', cardinality(p_inbox_new));
+        inbox_base := @schema@.saga_runtime_numbers('@schema@.saga_runtime_inbox_number', cardinality(p_inbox_new_part));
         INSERT INTO @schema@.saga_runtime_inbox
             (part, seq, saga_id, correlation_key, message_type, message_id, attempt, due_at, accepted_at, last_error, v)
-        SELECT c.part, saga_runtime_commit.inbox_base + c.ordinality - 1, c.saga, c.key, c.type, c.id, c.attempt, c.due,
-            c.accepted, c.error, c.v
-        FROM unnest(p_inbox_new) WITH ORDINALITY AS c;
+        SELECT c.part, inbox_base + c.no - 1, c.saga, c.key, c.type, c.id, c.attempt, c.due, c.accepted, c.error, c.v
+        FROM unnest(
+            p_inbox_new_part, p_inbox_new_saga, p_inbox_new_key, p_inbox_new_type, p_inbox_new_id, p_inbox_new_attempt,
+            p_inbox_new_due, p_inbox_new_accepted, p_inbox_new_error, p_inbox_new_v
+        ) WITH ORDINALITY AS c(part, saga, key, type, id, attempt, due, accepted, error, v, no);
     END IF;
-    IF cardinality(p_outbox_new) > 0 THEN
-        outbox_base := @schema@.saga_runtime_numbers('@schema@.saga_runtime_outbox_number', cardinality(p_outbox_new));
+    IF cardinality(p_outbox_new_part) > 0 THEN
+        outbox_base :=
+            @schema@.saga_runtime_numbers('@schema@.saga_runtime_outbox_number', cardinality(p_outbox_new_part));
         INSERT INTO @schema@.saga_runtime_outbox
             (part, seq, saga_id, correlation_key, run, target, effect_key, attempt, created_at, v)
-        SELECT c.part, saga_runtime_commit.outbox_base + c.ordinality - 1, c.saga, c.key, c.run, c.target, c.effect, 0,
-            c.created, c.v
-        FROM unnest(p_outbox_new) WITH ORDINALITY AS c;
+        SELECT c.part, outbox_base + c.no - 1, c.saga, c.key, c.run, c.target, c.effect, 0, c.created, c.v
+        FROM unnest(
+            p_outbox_new_part, p_outbox_new_saga, p_outbox_new_key, p_outbox_new_run, p_outbox_new_target,
+            p_outbox_new_effect, p_outbox_new_created, p_outbox_new_v
+        ) WITH ORDINALITY AS c(part, saga, key, run, target, effect, created, v, no);
     END IF;
     IF p_feed_n > 0 THEN
         IF @schema@.saga_runtime_number_feed(false) THEN
@@ -708,17 +764,13 @@ BEGIN
             INSERT INTO @schema@.saga_runtime_feed (n, v) VALUES (p_feed_n, p_feed_v);
         END IF;
     END IF;
-
-    -- The note of the commit itself.
     UPDATE @schema@.saga_runtime_worker w
-    SET commit_no = p_commit_no, stamp = v_stamp, inbox_base = saga_runtime_commit.inbox_base,
-        outbox_base = saga_runtime_commit.outbox_base, feed_base = saga_runtime_commit.feed_base
+    SET commit_no = p_commit_no, stamp = p_stamp, inbox_base = saga_runtime_write_rows.inbox_base,
+        outbox_base = saga_runtime_write_rows.outbox_base, feed_base = saga_runtime_write_rows.feed_base
     WHERE w.holder = p_holder;
     IF NOT FOUND THEN
         INSERT INTO @schema@.saga_runtime_worker
             (holder, host, expires_at, commit_no, stamp, inbox_base, outbox_base, feed_base)
-        VALUES (p_holder, '', '-infinity', p_commit_no, v_stamp, inbox_base, outbox_base, feed_base);
+        VALUES (p_holder, '', '-infinity', p_commit_no, p_stamp, inbox_base, outbox_base, feed_base);
     END IF;
-    stamp := v_stamp;
-    outcome := 'committed';
 END $$;
