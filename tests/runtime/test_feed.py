@@ -18,7 +18,7 @@ from sagaloom.runtime.feed import FeedHub, FeedReset, FeedWatch, WatchedEvent, c
 from sagaloom.runtime.runtime import SagaRuntime
 from sagaloom.stores.kv import KvSagaStore
 from sagaloom.testing import ManualClock, MemoryStore, RecordingStore
-from sagaloom.testing.contracts.sagastore import NOW, write
+from sagaloom.testing.contracts.sagastore.samples import NOW, write
 from tests.runtime.conftest import Bench
 
 pytestmark = pytest.mark.anyio

@@ -25,7 +25,7 @@ from sagaloom.ports.keyvalue import Check, Committed, Conflicted, Entry, Key, Ke
 from sagaloom.ports.store import InboxRow, InstanceFilter, Lease, OutboxRow, RowRef, SlotClaim, UnitOfWork
 from sagaloom.stores import KvSagaStore, SqlSagaStore, planning
 from sagaloom.testing import MemoryStore
-from sagaloom.testing.contracts.sagastore import (
+from sagaloom.testing.contracts.sagastore.samples import (
     at,
     child_of,
     dead_letter_of,

@@ -19,7 +19,7 @@ from sagaloom.kv.sqlite import SqliteKeyValue
 from sagaloom.ports.keyvalue import Check, Committed, Conflicted, Entry, Key
 from sagaloom.ports.store import InstanceFilter, Lease, RegisteredDefinition, RowRef, UnitOfWork
 from sagaloom.stores import KvSagaStore, planning, rows
-from sagaloom.testing.contracts.sagastore import (
+from sagaloom.testing.contracts.sagastore.samples import (
     NOW,
     effect_of,
     envelope_of,

@@ -25,7 +25,16 @@ from sagaloom.runtime import PublishReceipt, PublishRejected, SagaRuntime
 from sagaloom.stores import SqlSagaStore
 from sagaloom.stores.rows import encode, head_key
 from sagaloom.testing import ManualClock, MemoryStore
-from sagaloom.testing.contracts.sagastore import NOW, envelope_of, head_of, next_of, part_of, started, step_of, write
+from sagaloom.testing.contracts.sagastore.samples import (
+    NOW,
+    envelope_of,
+    head_of,
+    next_of,
+    part_of,
+    started,
+    step_of,
+    write,
+)
 from tests.schemas import Schema
 
 ORDER = {"type": "OrderPlaced", "payload": {"orderId": "o-1", "amount": 5}}

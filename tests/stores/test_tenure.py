@@ -18,7 +18,7 @@ from sagaloom.kv.sqlite import SqliteKeyValue
 from sagaloom.ports.keyvalue import Entry
 from sagaloom.ports.store import Lease, RowRef, UnitOfWork
 from sagaloom.stores import KvSagaStore, SqlSagaStore
-from sagaloom.testing.contracts.sagastore import (
+from sagaloom.testing.contracts.sagastore.samples import (
     dead_letter_of,
     envelope_of,
     head_of,
