@@ -75,7 +75,7 @@ def make_older(door: Door) -> None:
     runs = door.store.instances_by_run
     for place, instance in runs.items():
         runs[place] = replace(instance, def_version=1)
-    door.runtime._receiver._hot.clear()
+    door.runtime._receiver._memory.clear()
 
 
 async def test_a_saga_is_paused_and_goes_on(door: Door) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from datetime import datetime
 from math import inf
 
@@ -28,9 +28,10 @@ __all__ = ["Backlog"]
 
 
 class Backlog:
-    """The waiting deliveries of one receiver."""
+    """The waiting deliveries of one receiver. `on_due` is told when one that stands aside wants to be brought back."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_due: Callable[[datetime], None]) -> None:
+        self._on_due = on_due
         self._rows: deque[Delivery] = deque()
         self._doors: deque[Delivery] = deque()
         self._starters: dict[InstanceKey, Delivery] = {}
@@ -134,6 +135,7 @@ class Backlog:
         """Has a delivery that stands aside come back now."""
         delivery.until = now
         heapq.heappush(self._due, (now, next(self._count), delivery))
+        self._on_due(now)
 
     def wait_behind(self, delivery: Delivery) -> None:
         """Lines a delivery up behind the starter that holds its key, or the pause of its run."""
@@ -154,6 +156,11 @@ class Backlog:
         self._deferred += delivery.is_deferred
         self._aside.setdefault(delivery.key, []).append(delivery)
         self._await_due(delivery)
+
+    def defer(self, delivery: Delivery, until: datetime | None) -> None:
+        """Lets it stand aside until its instance has moved, at most until then."""
+        delivery.is_deferred, delivery.until = True, until
+        self.put_aside(delivery)
 
     def moved(self, key: InstanceKey, by: Delivery) -> None:
         """An instance has changed: whoever waited for that gets a turn before anyone younger."""
@@ -230,7 +237,7 @@ class Backlog:
     def clear(self) -> list[Delivery]:
         """Empties everything and returns what was there."""
         everything = list(self._everything())
-        self.__init__()  # type: ignore[misc]  # back to the beginning
+        self.__init__(self._on_due)  # type: ignore[misc]  # back to the beginning
         return everything
 
     def _everything(self) -> Iterator[Delivery]:
@@ -246,6 +253,7 @@ class Backlog:
         wakes_at = delivery.wakes_at
         if wakes_at is not None:
             heapq.heappush(self._due, (wakes_at, next(self._count), delivery))
+            self._on_due(wakes_at)
 
 
 def _number(delivery: Delivery) -> float:

@@ -1,11 +1,11 @@
-"""What the receiver works on: deliveries, and the unit of work that each decision becomes."""
+"""What the receiver works on: deliveries, the unit of work that each decision becomes, and work that needs none."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import msgspec
 
@@ -24,12 +24,15 @@ from sagaloom.engine.records import (
 from sagaloom.errors import SagasError
 from sagaloom.ids import content_digest, key_hash, partition_of
 from sagaloom.messages import SagaMessage
-from sagaloom.ports.store import InboxRow, RowRef, UnitOfWork
+from sagaloom.ports.store import Conflict, InboxRow, RowRef, UnitOfWork
+from sagaloom.runtime.cache import Hot
 from sagaloom.runtime.receipts import Outcome
 
 __all__ = [
     "Delivery",
     "InstanceKey",
+    "Planned",
+    "Work",
     "answer",
     "mark_for",
     "refuse",
@@ -91,6 +94,43 @@ class Delivery(msgspec.Struct, eq=False):
     def part(self) -> int:
         """The partition of its instance."""
         return self.row.part if self.row is not None else partition_of(key_hash(*self.key))
+
+
+class Planned(msgspec.Struct, gc=False):
+    """The unit of one delivery and what follows from it, once it is committed: `hot` is what to remember of the key.
+    `decision` is None when the message was only accepted. `waits`: its message is in the inbox now, decided or not.
+    `awaits_slot`: it was accepted, and waits for a slot. `is_deferred`: it stands aside from then on. `holds`: its key
+    waits for it. `is_next`: it was accepted to get its place, and has its turn as soon as it comes. `successor` is the
+    same message as it is found in the inbox from then on, when it waits there for the first time."""
+
+    delivery: Delivery
+    unit: UnitOfWork
+    decision: Decision | None
+    hot: Hot | None
+    waits: bool = True
+    holds: bool = False
+    is_next: bool = False
+    is_deferred: bool = False
+    awaits_slot: bool = False
+    successor: Delivery | None = None
+
+
+class Work(Protocol):
+    """A unit that needs no decision: settled effects, an operator's request. `is_patient`: it waits for a store that
+    does not answer, instead of failing."""
+
+    is_patient: ClassVar[bool]
+
+    @property
+    def unit(self) -> UnitOfWork: ...
+
+    def done(self, trouble: SagasError | Conflict | None) -> None:
+        """Is called once, after the commit, with what stood against it."""
+        ...
+
+    def apart(self) -> Sequence[Work]:
+        """What it is made of, when that is several things which may be committed without each other."""
+        ...
 
 
 def mark_for(envelope: Envelope, run: int) -> Mark:

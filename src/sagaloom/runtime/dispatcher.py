@@ -39,8 +39,8 @@ from sagaloom.ports.store import Conflict, OutboxRow, RowRef, SagaStore, UnitOfW
 from sagaloom.ports.targets import EffectTarget
 from sagaloom.runtime.alarm import Alarm
 from sagaloom.runtime.counters import Counters
+from sagaloom.runtime.deliveries import Work
 from sagaloom.runtime.options import RuntimeOptions
-from sagaloom.runtime.receiver import Work
 from sagaloom.runtime.share import Share
 from sagaloom.telemetry.trace_context import CARRIED, Trace
 

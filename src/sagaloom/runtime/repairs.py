@@ -30,10 +30,11 @@ from sagaloom.errors import BackendUnavailable, DeadLetterNotFound, SagasError
 from sagaloom.ids import derived_id, key_hash, new_message_id, partition_of
 from sagaloom.messages import SagaMessage
 from sagaloom.ports.store import Conflict, OutboxRow, RowRef, SagaStore, UnitOfWork
-from sagaloom.runtime.deliveries import Delivery
+from sagaloom.runtime.deliveries import Delivery, Work
 from sagaloom.runtime.dispatcher import Dispatcher
+from sagaloom.runtime.planner import DISCARD, REDRIVE
 from sagaloom.runtime.receipts import Outcome
-from sagaloom.runtime.receiver import DISCARD, REDRIVE, Receiver, Work
+from sagaloom.runtime.receiver import Receiver
 
 __all__ = ["Repairs", "in_time"]
 

@@ -8,21 +8,26 @@ somebody waits.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Final
 
 import msgspec
 
+from sagaloom.clock import Clock
 from sagaloom.definitions import SagaDefinition
 from sagaloom.engine.concurrency import SlotUse, key_of, needs_slot
+from sagaloom.engine.correlation import DefinitionSet
 from sagaloom.engine.records import Decision, Envelope
 from sagaloom.errors import ConcurrencyLimited
 from sagaloom.ports.store import InboxRow, SlotClaim, UnitOfWork
-from sagaloom.runtime.deliveries import Delivery
+from sagaloom.runtime.backlog import Backlog
+from sagaloom.runtime.counters import Counters
+from sagaloom.runtime.deliveries import Delivery, refuse
 
-__all__ = ["LOOK_AGAIN", "Slots", "limited"]
+__all__ = ["Slots"]
 
-LOOK_AGAIN: Final = timedelta(milliseconds=250)
+_LOOK_AGAIN: Final = timedelta(milliseconds=250)
 _SETTLED: Final = frozenset(("applied", "ignored", "dead_lettered"))
 
 _Where = tuple[str, str]
@@ -30,9 +35,15 @@ _Where = tuple[str, str]
 
 
 class Slots:
-    """Says what each message does to the slots of its saga, and remembers who waits for one."""
+    """Says what each message does to the slots of its saga, and has those that lack one wait in the backlog."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self, clock: Clock, backlog: Backlog, counters: Counters, definitions: Callable[[], DefinitionSet]
+    ) -> None:
+        self._clock = clock
+        self._backlog = backlog
+        self._counters = counters
+        self._definitions = definitions
         self._waiting: dict[_Where, dict[int, Delivery]] = {}
 
     @property
@@ -57,7 +68,7 @@ class Slots:
             return unit
         key = key_of(definition, envelope)
         if delivery.awaits_slot:
-            self.leave(delivery, key)
+            self._leave(delivery, key)
         if is_settled:
             return _with(unit, "pass", envelope, key, policy.limit, now)
         if decision is None:
@@ -66,12 +77,56 @@ class Slots:
             takes = decision.disposition == "pending"
         return _holding(_with(unit, "take", envelope, key, policy.limit, now), key) if takes else unit
 
-    def wait(self, delivery: Delivery, key: str) -> None:
-        """Notes that a message waits for a slot of this concurrency key."""
+    def lacks(self, delivery: Delivery) -> bool:
+        """Does what is to be done about a message that found no free slot; whether it is decided again right away."""
+        definition = self._definitions().get(delivery.key[0])
+        if definition is None or definition.concurrency is None:
+            return True
+        if not delivery.awaits_slot:
+            self._counters.throttled[definition.id] += 1
+        key = key_of(definition, delivery.envelope)
+        if delivery.enters:
+            if delivery.envelope.origin == "door" and definition.concurrency.on_limit == "reject":
+                refuse(delivery, _limited(definition, delivery, key))
+                return False
+            delivery.awaits_slot = True
+            return True
+        if any(each.envelope.slot == key for each in self._backlog.behind(delivery.key)):
+            delivery.goes_without = True
+            return True
+        self._wait(delivery, key)
+        return False
+
+    def wait(self, delivery: Delivery) -> None:
+        """Holds the instance of an accepted message until there is a slot for it."""
+        definition = self._definitions().get(delivery.key[0])
+        assert definition is not None
+        self._wait(delivery, key_of(definition, delivery.envelope))
+
+    def pass_on(self, units: Sequence[UnitOfWork]) -> None:
+        """Gives whoever has waited longest for a slot that one of `units` has given back, or has shown to be free, its
+        turn."""
+        now = self._clock.now()
+        for unit in units:
+            claim = unit.slot
+            if claim is None or claim.use == "take":
+                continue
+            waiting = self._waiting.get((claim.saga_id, claim.key), {})
+            first = next((each for each in waiting.values() if each.is_aside), None)
+            if first is not None:
+                self._backlog.hasten(first, now)
+
+    def _wait(self, delivery: Delivery, key: str) -> None:
         delivery.awaits_slot = True
         self._waiting.setdefault((delivery.key[0], key), {})[id(delivery)] = delivery
+        until = self._clock.now() + _LOOK_AGAIN
+        if delivery.envelope.opens_run:
+            self._backlog.defer(delivery, until)  # Nothing is behind it: its run has yet to be opened.
+            return
+        delivery.is_deferred, delivery.until = True, until
+        self._backlog.hold(delivery)
 
-    def leave(self, delivery: Delivery, key: str) -> None:
+    def _leave(self, delivery: Delivery, key: str) -> None:
         """Notes that it waits no more."""
         where = (delivery.key[0], key)
         waiting = self._waiting.get(where)
@@ -80,19 +135,8 @@ class Slots:
             if not waiting:
                 del self._waiting[where]
 
-    def next_for(self, unit: UnitOfWork) -> Delivery | None:
-        """Who has waited longest for the slot that `unit` has given back, or has shown to be free."""
-        claim = unit.slot
-        if claim is None or claim.use == "take":
-            return None
-        waiting = self._waiting.get((claim.saga_id, claim.key), {})
-        return next((each for each in waiting.values() if each.is_aside), None)
 
-    def clear(self) -> None:
-        self._waiting.clear()
-
-
-def limited(definition: SagaDefinition[Any], delivery: Delivery, key: str) -> ConcurrencyLimited:
+def _limited(definition: SagaDefinition[Any], delivery: Delivery, key: str) -> ConcurrencyLimited:
     """The refusal of a message that finds no slot."""
     assert definition.concurrency is not None
     limit = definition.concurrency.limit
