@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
 import uuid
 from collections.abc import AsyncIterator, Coroutine
@@ -20,7 +21,7 @@ from sagaloom.kv.presence import FilePresence
 from sagaloom.kv.sqlite import SqliteKeyValue
 from sagaloom.queue import Queue, QueueConnectionOptions, create_queue
 from sagaloom.queues.kv import KvQueueBroker
-from sagaloom.queues.patience import within
+from sagaloom.queues.patience import causes, within
 from tests.complaints import complaints
 from tests.servers.server import Server
 
@@ -225,3 +226,14 @@ async def test_what_a_driver_cancels_by_itself_is_a_broken_connection() -> None:
 
     with pytest.raises(ConnectionError, match="the connection broke"):
         await within(1, broken())
+
+
+def test_errors_that_lead_to_each_other_are_looked_through_once() -> None:
+    """Else the process stands still, and hears no signal either: aiormq raises the error of a connection out of the
+    cancellation that it has caused."""
+    lost, cancelled = ConnectionResetError("lost"), asyncio.CancelledError()
+    lost.__cause__, cancelled.__context__ = cancelled, lost
+
+    found = list(itertools.islice(causes(lost), 3))
+
+    assert found == [lost, cancelled]

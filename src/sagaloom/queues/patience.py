@@ -9,10 +9,10 @@ would.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from typing import Any, Final, TypeVar
 
-__all__ = ["end", "within"]
+__all__ = ["causes", "end", "within"]
 
 T = TypeVar("T")
 
@@ -55,6 +55,17 @@ async def end(task: asyncio.Task[Any]) -> None:
         _left.add(task)
         task.add_done_callback(_left.discard)
     task.add_done_callback(_heard)
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """`error`, and what led to it, the nearest first, each once: a driver that raises one error for everybody who waits
+    makes a circle of them, now and then."""
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
 def _heard(task: asyncio.Task[Any]) -> None:

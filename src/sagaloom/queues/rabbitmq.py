@@ -73,7 +73,7 @@ from sagaloom.ports.queue import (
     Token,
     is_reserved_header,
 )
-from sagaloom.queues.patience import within
+from sagaloom.queues.patience import causes, within
 from sagaloom.queues.rows import micros, moment
 
 if TYPE_CHECKING:
@@ -210,6 +210,7 @@ class RabbitMQQueueBroker:
             if channel is not None and not channel.is_closed:
                 return channel
             if self._connection is None or self._connection.is_closed:
+                _cut(self._wire)
                 self._wire = _Wire(TLSTransportFactory() if self._url.startswith("amqps:") else TCPTransportFactory())
                 self._connection = await aiormq.connect(self._url, transport_factory=self._wire)
                 _when_closed(self._connection, self._call)
@@ -226,12 +227,7 @@ class RabbitMQQueueBroker:
 
     async def close(self) -> None:
         self._on_arrival = None
-        connection, self._connection = self._connection, None
-        self._channel = self._delaying = self._consuming = None
-        if connection is not None:
-            with contextlib.suppress(*_TROUBLE):
-                await within(_GOODBYE_SECONDS, connection.close())
-        self._cut()
+        await self._let_go(_GOODBYE_SECONDS)
 
     async def delete(self) -> None:
         """Removes the queue, with everything that is in it and its dead letters."""
@@ -380,13 +376,15 @@ class RabbitMQQueueBroker:
         await self._opened()
         assert self._connection is not None
         # What came by the last one is somebody else's, or comes again.
+        self._consuming = None
         self._arrived.clear()
         self._held.clear()
         self._generation += 1
         channel = await self._connection.channel()
         _when_closed(channel, self._call)
         # It pushes no more to us when the queue was deleted, or lost its leader; the next one is another connection's.
-        channel.on_consumer_cancel_callbacks.add(lambda _: self._cut())
+        wire = self._wire
+        channel.on_consumer_cancel_callbacks.add(lambda _: _cut(wire))
         # Quorum queues know 16 bits of it.
         await channel.basic_qos(prefetch_count=min(self._prefetch, 65_535))
         self._consuming, self._consumer_tag = channel, None
@@ -394,7 +392,8 @@ class RabbitMQQueueBroker:
         return channel
 
     async def _took(self, delivered: DeliveredMessage) -> None:
-        if delivered.channel is self._consuming or self._consuming is None:
+        # What an earlier channel still hands on comes again, and its number may be that of another message by now.
+        if delivered.channel is self._consuming:
             self._arrived.append(delivered)
             self._call()
 
@@ -626,31 +625,31 @@ class RabbitMQQueueBroker:
 
     async def _drop(self) -> None:
         """Lets go of a connection that is broken, or may be."""
-        connection, self._connection = self._connection, None
-        self._channel = self._delaying = self._consuming = None
         self._arrived.clear()
         self._held.clear()
         self._generation += 1
-        if connection is not None:
-            with contextlib.suppress(*_TROUBLE):
-                await within(0.5, connection.close())
-        self._cut()
+        await self._let_go(0.5)
 
-    def _cut(self) -> None:
-        """Ends the connection under the driver, whose tasks end with it and otherwise wait for the server's goodbye."""
-        wire, self._wire = self._wire, None
-        if wire is not None and wire.writer is not None:
-            wire.writer.transport.abort()
+    async def _let_go(self, seconds: float) -> None:
+        """Ends the connection, with a goodbye if that takes no longer than so."""
+        # Both at once: whoever connects anew meanwhile keeps what is his.
+        connection, wire = self._connection, self._wire
+        self._connection = self._wire = None
+        self._channel = self._delaying = self._consuming = None
+        try:
+            if connection is not None:
+                with contextlib.suppress(*_TROUBLE):
+                    await within(seconds, connection.close())
+        finally:
+            _cut(wire)
 
     def _fail(self, error: BaseException) -> NoReturn:
-        cause: BaseException | None = error
-        while cause is not None:
+        for cause in causes(error):
             if isinstance(cause, ssl.SSLCertVerificationError):
                 raise ConfigurationError(
                     f"{self.name}: its certificate cannot be verified ({cause.verify_message}): have its authority "
                     "trusted (?cafile=FILE), or use the name that the certificate is for"
                 ) from error
-            cause = cause.__cause__ or cause.__context__
         if isinstance(
             error, (AuthenticationError, ProbableAuthenticationError, ConnectionNotAllowed, ChannelAccessRefused)
         ):
@@ -677,6 +676,12 @@ class _Wire(TransportFactory):
     async def create(self, url: URL, **options: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         reader, self.writer = await self._factory.create(url, **options)
         return reader, self.writer
+
+
+def _cut(wire: _Wire | None) -> None:
+    """Ends a connection under the driver, whose tasks end with it and otherwise wait for the server's goodbye."""
+    if wire is not None and wire.writer is not None:
+        wire.writer.transport.abort()
 
 
 class _Closing(Protocol):

@@ -53,7 +53,7 @@ from sagaloom.ports.queue import (
     Token,
 )
 from sagaloom.queues import redis_scripts
-from sagaloom.queues.patience import end, within
+from sagaloom.queues.patience import causes, end, within
 from sagaloom.queues.rows import (
     decode_letter,
     decode_message,
@@ -316,14 +316,12 @@ class RedisQueueBroker:
             self._fail(error)
 
     def _fail(self, error: Exception) -> NoReturn:
-        cause: BaseException | None = error
-        while cause is not None:
+        for cause in causes(error):
             if isinstance(cause, ssl.SSLCertVerificationError):
                 raise ConfigurationError(
                     f"{self.name}: its certificate cannot be verified ({cause.verify_message}): have its authority "
                     "trusted (?ssl_ca_certs=FILE), or use the name that the certificate is for"
                 ) from error
-            cause = cause.__cause__ or cause.__context__
         if isinstance(error, (AuthenticationError, AuthorizationError, NoPermissionError)):
             raise ConfigurationError(
                 f"{self.name} does not let us in ({error}): set user and password in the URL, and the rights of "
