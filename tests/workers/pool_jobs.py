@@ -49,6 +49,8 @@ def leave(ctx: Ctx) -> JobResult[str]:
                 sys.exit(3)
             case "abort":
                 os.abort()
+            case "interrupt":
+                raise KeyboardInterrupt
             case _:
                 raise OSError("no")
     return create_success_result("done")

@@ -76,6 +76,7 @@ async def test_what_a_job_says_in_another_process_comes_back(room: Room) -> None
         ("os._exit", "JOB_PROCESS_DIED", "its process ended with status 3 in the middle of it"),
         ("abort", "JOB_PROCESS_DIED", "its process was ended by SIGABRT in the middle of it"),
         ("sys.exit", "JOB_HANDLER_FAILED", "SystemExit: 3"),
+        ("interrupt", "JOB_HANDLER_FAILED", "KeyboardInterrupt"),
         ("raise", "JOB_HANDLER_FAILED", "OSError: no"),
     ],
 )

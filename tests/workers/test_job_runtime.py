@@ -337,7 +337,17 @@ async def test_a_thread_that_takes_too_long_keeps_its_place_until_it_ends() -> N
         assert (after.job_id, after.status) == ("echo", "succeeded")
 
 
-@pytest.mark.parametrize("error", [TimeoutError("the bank"), asyncio.CancelledError(), SystemExit(3), StopIteration()])
+class Bottomless(BaseException):
+    """What no `except Exception` catches."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(TimeoutError("the bank"), asyncio.CancelledError(), StopIteration()),
+        *(SystemExit(3), KeyboardInterrupt(), GeneratorExit(), Bottomless()),
+    ],
+)
 @pytest.mark.parametrize("is_async", [True, False])
 async def test_no_exception_of_a_handler_harms_the_worker(error: BaseException, is_async: bool) -> None:
     def handler(ctx: Ctx) -> JobResult[None]:

@@ -22,7 +22,6 @@ from datetime import timedelta
 from typing import Any, TypeAlias, cast
 
 from sagaloom.clock import Clock
-from sagaloom.engine.retrying import USER_ERRORS
 from sagaloom.errors import SagasError
 from sagaloom.ports.jobs import JobRun, Settlement
 from sagaloom.workers.context import JobContext, Reports
@@ -88,8 +87,9 @@ class Execution:
         try:
             answer = job.handler(context) if job.is_async else await self._in_thread(job, context)
             return Returned(await cast("Any", answer) if inspect.isawaitable(answer) else answer)
-        except (*USER_ERRORS, asyncio.CancelledError) as error:
-            # Caught in the task itself: it would hand SystemExit to the loop, and that to all of us.
+        except BaseException as error:  # noqa: BLE001 - it is the outcome, whatever it is
+            # Caught in the task itself: it would hand SystemExit and KeyboardInterrupt to the loop, and that to all of
+            # us. Ctrl-C comes as a signal to whoever runs the loop, and not by this way.
             return Raised(error)
 
     # -- time -----------------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ import time
 from datetime import datetime, timedelta
 from typing import Any, Final, cast
 
-from sagaloom.engine.retrying import USER_ERRORS
 from sagaloom.errors import DefinitionError, SagasError
 from sagaloom.modules import module_at
 from sagaloom.ports.jobs import Settlement
@@ -134,7 +133,7 @@ def _settlement(task: Task, line: _Line, work: _Work) -> Settlement:
     work.speaker = speaker
     try:
         outcome = _called(job, context, work)
-    except (*USER_ERRORS, asyncio.CancelledError) as error:
+    except BaseException as error:  # noqa: BLE001 - it is the outcome, whatever it is
         outcome = Raised(error)
     finally:
         work.speaker = work.loop = work.task = None
