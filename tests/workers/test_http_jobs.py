@@ -233,7 +233,7 @@ async def test_an_unknown_job_is_404_and_names_those_that_are_known(door: Door) 
         ({"payload": [1]}, "payload of job 'send-mail'"),
         ({"payload": {"to": "me"}, "idempotencykey": "k"}, "unknown field"),
         ({"payload": {"to": "me"}, "priority": 101}, "priority must be 0 to 100"),
-        ({"payload": {"to": "me"}, "priority": "urgent"}, "priority"),
+        ({"payload": {"to": "me"}, "priority": "urgent"}, "or one of low, normal, high, critical, got 'urgent'"),
         ({"payload": {"to": "me"}, "delay": "soon"}, "suffix"),
         ({"payload": {"to": "me"}, "delay": -5}, "non-negative"),
         ({"payload": {"to": "me"}, "idempotencyKey": ""}, "is empty"),

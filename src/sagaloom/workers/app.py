@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, cast
 
 import msgspec
 from fastapi import Path, Query, Request, Response
@@ -26,7 +26,7 @@ from starlette.routing import BaseRoute
 from starlette.types import ASGIApp
 
 from sagaloom.ids import check_key
-from sagaloom.ports.jobs import JobReplyTo, JobRunStatus
+from sagaloom.ports.jobs import JobPriority, JobReplyTo, JobRunStatus
 from sagaloom.web.app import create_web_app
 from sagaloom.web.bodies import BodyReader, JsonBody, body_of, idempotency_key_of, trace_of
 from sagaloom.web.gate import Gate
@@ -241,7 +241,7 @@ def _add_jobs(
         receipt = await runtime.trigger(
             job_id,
             None if isinstance(wanted.payload, msgspec.UnsetType) or _is_null(wanted.payload) else wanted.payload,
-            priority=wanted.priority,
+            priority=cast("JobPriority | int | None", wanted.priority),  # any other text is refused there
             delay=wanted.delay,
             correlation_id=wanted.correlation_id,
             idempotency_key=idempotency_key_of(headers, wanted.idempotency_key),

@@ -13,7 +13,16 @@ from typing import Annotated, Any, Literal, TypeVar
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
 from sagaloom.definitions import CatchUp
-from sagaloom.ports.jobs import JobAttempt, JobFailure, JobProgress, JobReply, JobReplyTo, JobRun, JobRunStatus
+from sagaloom.ports.jobs import (
+    PRIORITIES,
+    JobAttempt,
+    JobFailure,
+    JobProgress,
+    JobReply,
+    JobReplyTo,
+    JobRun,
+    JobRunStatus,
+)
 from sagaloom.web.routes import wire_time
 from sagaloom.workers.handlers import JobDefinition, RunIn
 
@@ -47,6 +56,10 @@ class _Shape(Struct, frozen=True, kw_only=True, rename="camel"):
     pass
 
 
+# Any text is let through to the runtime, which refuses one that is none of these with a list of them.
+PriorityWord = Annotated[str, Meta(extra_json_schema={"enum": list(PRIORITIES)})]
+
+
 class TriggerBody(_Shape, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a run is to be. Unknown fields are refused: a misspelt `idempotencyKey` would otherwise make every retry a
     run of its own."""
@@ -55,7 +68,7 @@ class TriggerBody(_Shape, frozen=True, kw_only=True, forbid_unknown_fields=True)
         Raw | UnsetType, Meta(description="What the job is about, of the type that it declares; by default `{}`.")
     ] = UNSET
     priority: Annotated[
-        int | Literal["low", "normal", "high", "critical"] | None,
+        int | PriorityWord | None,
         Meta(description="0 to 100, or a word for 25, 50, 75, 100; higher goes first. By default 50."),
     ] = None
     delay: Annotated[
