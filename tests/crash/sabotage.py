@@ -33,7 +33,8 @@ SABOTAGES: Final = (DROP_COMMIT, ACK_EARLY, IGNORE_FENCING, SWAP_ORDER, NEW_EFFE
 _COMMITS: Final = 5
 """Every how manyth commit is dropped, of those that take a message in."""
 _EFFECTS: Final = 10
-_EARLY_SECONDS: Final = 0.02
+_EARLY_SECONDS: Final = 0.2
+"""How much later what was acknowledged is published: so late that a kill at any moment finds some of it unwritten."""
 _HELD_BACK: Final = 4
 """Every how manyth message a later one may overtake: often enough that in a short run some are overtaken indeed."""
 _HELD_BACK_SECONDS: Final = 0.3

@@ -47,7 +47,8 @@ def print_sharing(report: Report) -> None:
         f"woken past their lease: {report.woken}; told so when they wrote: {report.refused['write']}, "
         f"when they looked: {report.refused['look']}"
     )
-    shares = " ".join(f"{share * 100:.0f} %" for share in report.shares)
+    pairs = zip(report.shares, report.fair_shares, strict=True)
+    shares = " ".join(f"{share * 100:.0f} % (of {fair * 100:.0f} %)" for share, fair in pairs)
     print(f"shares under load: {shares} ({report.shared_messages} messages applied)", flush=True)
 
 
