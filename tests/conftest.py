@@ -11,6 +11,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.schemas import schema, schema_of_the_session
 from tests.servers.finding import KINDS, found_or_skipped
@@ -23,6 +24,11 @@ GROUPS = (
     *("middleware", "telemetry"),
     *("crash", "chaos", "typing", "examples", "bugs"),
 )
+
+# How long an example takes says how busy the machine is, and nothing of what it is an example of. With
+# --hypothesis-profile=ci the examples are the same each time, so that no change fails by the luck of another.
+settings.register_profile("sagaloom", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("sagaloom")
 
 _HERE = Path(__file__).parent
 _seconds: dict[str, float] = defaultdict(float)

@@ -16,7 +16,7 @@ import pydantic
 import pydantic.dataclasses
 import pytest
 import typing_extensions
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sagaloom import DecodeError, DefinitionError, EncodeError
@@ -107,7 +107,6 @@ AT = datetime(2026, 1, 31, 12, tzinfo=UTC)
 
 
 @given(JSON)
-@settings(deadline=None)
 def test_every_json_value_comes_back_equal(value: object) -> None:
     codec = codec_for(None)
 
@@ -115,7 +114,6 @@ def test_every_json_value_comes_back_equal(value: object) -> None:
 
 
 @given(st.recursive(st.integers() | st.text("ab"), lambda inner: st.lists(inner).map(tuple), max_leaves=8))
-@settings(deadline=None)
 def test_tuples_in_untyped_data_come_back_as_lists(value: object) -> None:
     def listed(part: object) -> object:
         return [listed(one) for one in part] if isinstance(part, tuple) else part
@@ -126,7 +124,6 @@ def test_tuples_in_untyped_data_come_back_as_lists(value: object) -> None:
 
 
 @given(st.builds(Order, id=st.uuids(), lines=st.lists(st.builds(Line, price=st.decimals(allow_nan=False)))))
-@settings(deadline=None)
 def test_every_dataclass_value_comes_back_equal(order: Order) -> None:
     codec = codec_for(Order)
 
@@ -279,7 +276,6 @@ def test_json_that_is_no_such_value_is_refused_with_its_place(
 
 
 @given(st.binary())
-@settings(deadline=None)
 def test_any_bytes_are_decoded_or_refused(data: bytes) -> None:
     for declared in (None, Order, OrderModel, OrderDict):
         with contextlib.suppress(DecodeError):

@@ -5,7 +5,7 @@ from itertools import islice, takewhile
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 from sagaloom.cron import parse_cron
 from sagaloom.errors import DefinitionError
@@ -104,7 +104,6 @@ MOMENTS = st.one_of(
 ).map(lambda moment: moment.replace(tzinfo=UTC))
 
 
-@settings(deadline=None)
 @given(EXPRESSIONS, ZONES, MOMENTS, st.timedeltas(timedelta(), timedelta(days=2)))
 def test_moments_grow_and_do_not_depend_on_where_one_began_to_look(
     expression: str, zone: str, first: datetime, later: timedelta

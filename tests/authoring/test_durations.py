@@ -4,7 +4,7 @@ import contextlib
 from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sagaloom import DefinitionError
@@ -16,26 +16,22 @@ UNITS = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 
 
 @given(st.integers(0, 3650), st.sampled_from(list(UNITS)))
-@settings(deadline=None)
 def test_a_number_with_a_unit_is_that_many_of_the_unit(count: int, unit: str) -> None:
     assert timedelta(milliseconds=count * UNITS[unit]) == parse_duration(f"{count}{unit}")
 
 
 @given(st.floats(0, 1e11))
-@settings(deadline=None)
 def test_a_bare_number_is_milliseconds(milliseconds: float) -> None:
     assert timedelta(milliseconds=milliseconds) == parse_duration(milliseconds)
 
 
 @given(st.text())
-@settings(deadline=None)
 def test_any_text_is_a_delay_or_a_definition_error(text: str) -> None:
     with contextlib.suppress(DefinitionError):
         assert timedelta(0) <= parse_duration(text) <= TEN_YEARS
 
 
 @given(st.integers() | st.floats() | st.timedeltas() | st.integers().map(lambda power: 10 ** (abs(power) % 5000)))
-@settings(deadline=None)
 def test_any_number_is_a_delay_or_a_definition_error(delay: float | timedelta) -> None:
     with contextlib.suppress(DefinitionError):
         assert timedelta(0) <= parse_duration(delay) <= TEN_YEARS

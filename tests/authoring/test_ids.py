@@ -1,7 +1,7 @@
 """Names of sagas, keys and instances."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sagaloom import DefinitionError, MessageRejected
@@ -12,13 +12,11 @@ KEYS = st.text(st.characters(exclude_categories=["Cs"], min_codepoint=0x20), min
 
 
 @given(SAGA_IDS, KEYS, st.integers(1, 10**9 - 1))
-@settings(deadline=None)
 def test_an_instance_id_splits_back_into_its_parts(saga_id: str, key: str, run: int) -> None:
     assert InstanceRef(saga_id, key, run) == parse_instance_id(instance_id(saga_id, key, run))
 
 
 @given(st.text())
-@settings(deadline=None)
 def test_any_text_is_the_instance_id_of_its_parts_or_refused(text: str) -> None:
     try:
         parts = parse_instance_id(text)

@@ -183,13 +183,13 @@ def lived(definition: SagaDefinition[Any], said: list[Any]) -> World:
 
 
 @given(sagas(), messages)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_decision_is_deterministic_and_keeps_the_invariants(definition: Any, said: Any) -> None:
     lived(definition, said)
 
 
 @given(sagas(), messages)
-@settings(max_examples=70, deadline=None)
+@settings(max_examples=70)
 def test_folding_the_history_of_a_run_gives_its_status_revision_and_entries(definition: Any, said: Any) -> None:
     world = lived(definition, said)
 
@@ -209,7 +209,7 @@ def test_folding_the_history_of_a_run_gives_its_status_revision_and_entries(defi
 
 
 @given(sagas(), messages)
-@settings(max_examples=70, deadline=None)
+@settings(max_examples=70)
 def test_no_two_effects_of_all_runs_have_the_same_key_and_positions_grow(definition: Any, said: Any) -> None:
     world = lived(definition, said)
 
@@ -229,7 +229,7 @@ def test_no_two_effects_of_all_runs_have_the_same_key_and_positions_grow(definit
 
 
 @given(sagas(), messages)
-@settings(max_examples=70, deadline=None)
+@settings(max_examples=70)
 def test_the_feed_shows_each_step_and_ends_with_the_end(definition: Any, said: Any) -> None:
     for decision in lived(definition, said).decisions:
         if decision.disposition != "applied":

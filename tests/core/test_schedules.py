@@ -221,7 +221,7 @@ class Course:
                 self.on_time.add(newest)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     cron=CRONS,
     zone=st.sampled_from(["UTC", "Europe/Berlin"]),

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
 from tests.doors.http_door import PREFIX
+from tests.patience import PATIENCE_SECONDS
 
-WITHIN_SECONDS = 20
+WITHIN_SECONDS = PATIENCE_SECONDS
 
 
 class Told(NamedTuple):

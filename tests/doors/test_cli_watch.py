@@ -21,9 +21,11 @@ from sagaloom.cli.client import ApiClient, CommandFailed
 from sagaloom.cli.watching import StreamedEvent, events_of, follow, line_of
 from sagaloom.errors import BackendUnavailable
 from tests.doors.test_http_subscribe import Served, serving
+from tests.patience import PATIENCE_SECONDS
+from tests.servers.server import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
-WITHIN_SECONDS = 60
+WITHIN_SECONDS = PATIENCE_SECONDS
 
 
 # --- Reading and writing ---------------------------------------------------------------------------------------------
@@ -247,15 +249,16 @@ def test_a_watch_outlives_its_server_and_ends_when_interrupted(tmp_path: Path, p
 
     def publish(user: str) -> None:
         message = {"type": "UserSettingsCreated", "payload": {"userId": user}, "correlationId": user}
-        httpx2.post(f"{url}/api/v1/sagas/publish", json=message).raise_for_status()
+        httpx2.post(f"{url}/api/v1/sagas/publish", json=message, timeout=WITHIN_SECONDS).raise_for_status()
 
-    server = begin("dev", "--port", "0")
+    port = str(free_port())  # which nobody gets by chance while the server is away
+    server = begin("dev", "--port", port)
     url = server.line()["url"]
     watch = begin("instances", "watch", "--url", url, "--after", "0")
     publish("a")
     told = [watch.line() for _ in range(4)]
     assert server.end() == 0  # Though somebody watches.
-    server = begin("dev", "--port", url.rpartition(":")[2])
+    server = begin("dev", "--port", port)
     server.line()
     publish("b")
     told += [watch.line() for _ in range(4)]

@@ -16,6 +16,7 @@ from sagaloom.config import configured, define_saga_config, define_saga_group
 from sagaloom.service import create_app
 from tests.doors.http_door import Door, open_door, order_saga, serve
 from tests.doors.sse import subscribed
+from tests.patience import PATIENCE_SECONDS
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ async def test_a_saga_is_shown_with_what_its_configuration_says(door: Door) -> N
 async def test_an_instance_that_was_removed_is_said_to_have_been_there(door: Door) -> None:
     await door.publish("OrderPaid", {}, correlationId="o-1", wait="5s")
     door.clock.advance("8d")
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while (answer := await door.get("/instances/order/o-1")).status_code == 200:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
 

@@ -17,6 +17,7 @@ from sagaloom.engine.limits import Limits
 from sagaloom.runtime import RuntimeOptions
 from sagaloom.service import create_app
 from tests.doors.http_door import PUBLISH, Door, Switch, open_door, order_saga, serve, speak
+from tests.patience import PATIENCE_SECONDS
 
 TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
@@ -380,7 +381,7 @@ async def test_a_store_that_is_down_answers_503_and_recovers_by_itself(door: Doo
     assert "the disk is gone" in refused(response, 503, "BACKEND_UNAVAILABLE")["message"]
 
     door.store.is_down = False
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while not door.runtime.health().ready:  # noqa: ASYNC110  # the store is probed again in real time
             await asyncio.sleep(0.005)
     response = await door.publish("Noted", {}, correlationId="n-1", idempotencyKey="k")

@@ -92,14 +92,14 @@ def test_the_rate_is_a_setting_of_the_server() -> None:
 
 
 async def test_too_many_requests_are_429_and_say_when_to_come_back() -> None:
-    async with open_door(requests_per_second=0.5) as door:
+    async with open_door(requests_per_second=0.1) as door:
         let_in = await door.publish("Noted", {})
         refused = await door.publish("Noted", {})
 
         assert (let_in.status_code, refused.status_code) == (202, 429)
         assert (refused.json()["code"], refused.json()["retryable"]) == ("RATE_LIMITED", True)
         assert refused.headers["retry-after"] == str(refused.json()["data"]["retryAfterSeconds"])
-        assert int(refused.headers["retry-after"]) in (1, 2)
+        assert 1 <= int(refused.headers["retry-after"]) <= 10
         assert len(door.store.instances_by_run) == 1
 
 

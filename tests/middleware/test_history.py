@@ -21,6 +21,7 @@ from sagaloom.testing import ManualClock, MemoryStore
 from sagaloom.testing.faults import Cut, Faults
 from tests.doors.http_door import serve
 from tests.doors.sse import subscribed
+from tests.patience import PATIENCE_SECONDS
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ async def feed(runtime: SagaRuntime) -> list[tuple[str, Any]]:
 
 
 async def until(reached: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while not await reached():  # noqa: ASYNC110 - of what another task has written there is no event
             await asyncio.sleep(0.01)
 

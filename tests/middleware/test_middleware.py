@@ -17,6 +17,7 @@ from sagaloom.middleware import RequestSagas, create_saga_middleware, create_sse
 from sagaloom.presets import start_sagas
 from sagaloom.runtime import PublishReceipt, SagaRuntime
 from sagaloom.testing import ManualClock, MemoryStore
+from tests.patience import PATIENCE_SECONDS
 
 TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
@@ -63,12 +64,12 @@ class Server:
         """Tells the application, and returns its answer."""
         self._news.clear()
         self._inbox.put_nowait({"type": kind})
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             await self._news.wait()
         return self.heard[-1]
 
     async def end(self) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             await self._task
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import socket
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from sagaloom import (
 from sagaloom.integration.publisher import SagaPublisherReceipt, SagaPublisherRejected, SagaPublisherResult
 from sagaloom.publisher import FetchRequest, FetchResponse, create_saga_publisher, create_sync_saga_publisher
 from tests.publisher.conftest import AT_ONCE, Publisher, Service, http, listening, taken
+from tests.servers.server import free_port
 
 TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
@@ -398,8 +398,7 @@ async def test_an_answer_without_end_is_not_read_to_its_end(new_publisher: New) 
 
 
 async def test_a_port_where_nobody_listens_is_a_retryable_refusal(new_publisher: New) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = free_port()
 
     refused = rejected(await new_publisher(f"http://127.0.0.1:{port}").publish("OrderPlaced", {}))
 
@@ -413,13 +412,13 @@ async def test_a_port_where_nobody_listens_is_a_retryable_refusal(new_publisher:
 async def test_a_service_that_hangs_costs_no_more_than_the_timeout(new_publisher: New, service: Service) -> None:
     service.answers = [None]
     twice = RetryPolicy(maximum_attempts=2, initial_interval_ms=1)
-    publisher = new_publisher(service.url, retries=twice, attempt_timeout=0.3)
+    publisher = new_publisher(service.url, retries=twice, attempt_timeout=1.0)
     begun = time.monotonic()
 
     refused = rejected(await publisher.publish("OrderPlaced", {}))
 
-    assert time.monotonic() - begun < 5
-    assert "nothing came within 0.3 s" in refused.reason
+    assert time.monotonic() - begun < 30
+    assert "nothing came within 1 s" in refused.reason
     assert (refused.retryable, refused.may_have_arrived, refused.attempts) == (True, True, 2)
     assert {body["idempotencyKey"] for body in service.bodies} == {refused.idempotency_key}
 
@@ -434,9 +433,9 @@ async def test_a_body_that_trickles_in_does_not_outlast_the_timeout(new_publishe
 
     async with listening(talk) as url:
         begun = time.monotonic()
-        refused = rejected(await new_publisher(url, retries=0, timeout=0.3).publish("OrderPlaced", {}))
+        refused = rejected(await new_publisher(url, retries=0, timeout=0.9).publish("OrderPlaced", {}))
 
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 30
     assert "nothing came within 0." in refused.reason  # what was left of it when the request left
     assert refused.may_have_arrived
 

@@ -132,7 +132,7 @@ async def test_an_overloaded_service_is_asked_again_later(new_publisher: New) ->
         open_door(note_saga(), options=RuntimeOptions(backlog_max=0)) as door,
         serve(create_app(door.runtime)) as port,
     ):
-        publisher = new_publisher(f"http://127.0.0.1:{port}", timeout=0.5)
+        publisher = new_publisher(f"http://127.0.0.1:{port}", timeout=0.9)
         refused = rejected(await publisher.publish("Noted", {}, correlation_key="n-1"))
 
     # It says Retry-After: 1, which is more than this publisher has.

@@ -23,12 +23,12 @@ from sagaloom.queue import Queue, QueueConnectionOptions, create_queue
 from sagaloom.queues.kv import KvQueueBroker
 from sagaloom.queues.patience import causes, within
 from tests.complaints import complaints
+from tests.patience import PATIENCE_SECONDS
 from tests.servers.server import Server
 
 pytestmark = pytest.mark.anyio
 
-_SECONDS_MAX = 8.0
-_PATIENCE_SECONDS = 40.0
+_SECONDS_MAX = 15.0
 _URLS = {
     "redis": "redis://127.0.0.1:{port}/0",
     "postgres": "postgresql://me@127.0.0.1:{port}/db",
@@ -58,14 +58,14 @@ async def _loses_its_broker(
     await queue.enqueue("mail")
     # What was handed out in an answer that came too late is handed out again when its lease is over.
     listening = asyncio.create_task(queue.listen(handler, visibility_timeout=2.0))
-    await asyncio.wait_for(taken.wait(), _PATIENCE_SECONDS)
+    await asyncio.wait_for(taken.wait(), PATIENCE_SECONDS)
     await lose
     refused = None
     while refused is None:  # A process hears of SIGSTOP a moment after it was sent.
         refused = await ended(queue.enqueue("mail"))
     is_gone.set()
     stopped = await ended(queue.stop())
-    await asyncio.wait([listening], timeout=1)
+    await asyncio.wait([listening], timeout=PATIENCE_SECONDS)
     return refused, [stopped, listening.exception(), await ended(queue.close())]
 
 
@@ -191,9 +191,9 @@ async def test_a_listener_that_has_not_reached_its_broker_stops_at_once_and_so_d
         sending = asyncio.create_task(ended(queue.enqueue("mail")))
         await asyncio.sleep(0.05)
 
-        stopped = await ended(queue.stop(), seconds=1)
-        await asyncio.wait([listening], timeout=1)
-        closed = await ended(queue.close(), seconds=4)
+        stopped = await ended(queue.stop(), seconds=3)
+        await asyncio.wait([listening], timeout=PATIENCE_SECONDS)
+        closed = await ended(queue.close(), seconds=8)
         refused = await sending
 
     assert (stopped, listening.exception(), closed) == (None, None, None)
@@ -217,7 +217,7 @@ async def test_a_driver_that_goes_on_after_a_cancellation_is_not_waited_for(time
     took_seconds = time.monotonic() - began
     is_over = True
 
-    assert took_seconds < 5
+    assert took_seconds < 30  # a moment, and not as long as that goes on
 
 
 async def test_what_a_driver_cancels_by_itself_is_a_broken_connection() -> None:

@@ -20,11 +20,11 @@ from sagaloom.engine.records import DeadLetter, OutboxEffect
 from sagaloom.queue import Queue, QueueConnectionOptions, QueueContext, create_queue
 from sagaloom.runtime import SagaRuntime
 from sagaloom.targets import QueueTarget
+from tests.patience import PATIENCE_SECONDS
 from tests.servers.server import Server
 
 pytestmark = pytest.mark.anyio
 
-_PATIENCE_SECONDS = 40.0
 _TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 Make = Callable[[str], Queue[Any]]
@@ -64,7 +64,7 @@ class _Heard:
         self._more.set()
 
     async def have(self, count: int) -> None:
-        async with asyncio.timeout(_PATIENCE_SECONDS):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while len(self.messages) < count:
                 await self._more.wait()
                 self._more.clear()
@@ -150,7 +150,7 @@ async def test_an_effect_waits_for_a_broker_that_is_down(server: Server, tmp_pat
 
     async with running(tmp_path / "sagas.db", target, attempts=1_000) as runtime:
         await publish(runtime)
-        await asyncio.wait_for(target.failed.wait(), _PATIENCE_SECONDS)
+        await asyncio.wait_for(target.failed.wait(), PATIENCE_SECONDS)
         await asyncio.to_thread(server.start)
         async with listening(create("mails")) as heard:
             await heard.have(1)
@@ -182,7 +182,7 @@ async def test_an_effect_that_no_broker_took_is_a_dead_letter_and_leaves_when_it
 
 
 async def the_dead_letter(runtime: SagaRuntime) -> DeadLetter:
-    async with asyncio.timeout(_PATIENCE_SECONDS):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while not (letters := await runtime.dead_letters()):  # noqa: ASYNC110 - nobody is told
             await asyncio.sleep(0.02)
     return letters[0]

@@ -26,13 +26,12 @@ from sagaloom.ports.queue import QueueDeadLetter, QueueMessage
 from sagaloom.queue import Queue, QueueConnectionOptions, QueueContext, create_queue, create_typed_queue
 from sagaloom.queues.kv import KvQueueBroker
 from sagaloom.queues.sending import Outgoing, Sender
+from tests.patience import PATIENCE_SECONDS
 from tests.servers.finding import own
 from tests.servers.others import Redis
 from tests.servers.server import Server, free_port
 
 pytestmark = pytest.mark.anyio
-
-_PATIENCE_SECONDS = 40.0
 
 
 def queue_at(server: Server, *, namespace: str | None = None, **options: Any) -> Queue[Any]:
@@ -47,7 +46,7 @@ async def listening(queue: Queue[Any], handler: Any, **options: Any) -> AsyncIte
         yield
     finally:
         await queue.stop()
-        await asyncio.wait_for(task, _PATIENCE_SECONDS)
+        await asyncio.wait_for(task, PATIENCE_SECONDS)
 
 
 async def test_a_listener_waits_for_a_broker_that_is_down_and_enqueueing_says_so(server: Server) -> None:
@@ -58,14 +57,14 @@ async def test_a_listener_waits_for_a_broker_that_is_down_and_enqueueing_says_so
 
     await asyncio.to_thread(server.stop)
     async with queue_at(server) as queue, listening(queue, handler):
-        async with asyncio.timeout(12):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             with pytest.raises(BackendUnavailable) as refused:
                 await queue.enqueue("mail")
             while (problem := queue.problem) is None:  # noqa: ASYNC110 - the listener's own attempt may end later
                 await asyncio.sleep(0.01)
         await asyncio.to_thread(server.start)
         await queue.enqueue("mail")
-        await asyncio.wait_for(handled.wait(), _PATIENCE_SECONDS)
+        await asyncio.wait_for(handled.wait(), PATIENCE_SECONDS)
         works_again = queue.problem
 
     assert refused.value.retryable
@@ -87,7 +86,7 @@ async def test_a_broker_that_dies_between_work_and_acknowledgement_costs_a_repea
         receipt = await queue.enqueue("mail")
         can_count = (await queue.open()).exact_depth
         async with listening(queue, handler):
-            async with asyncio.timeout(_PATIENCE_SECONDS):
+            async with asyncio.timeout(PATIENCE_SECONDS):
                 # A broker that comes back and cannot tell what it has says that it has nothing.
                 while not can_count and len(attempts) < 2:  # noqa: ASYNC110 - handlers tell nobody
                     await asyncio.sleep(0.05)
@@ -100,7 +99,7 @@ async def test_a_broker_that_dies_between_work_and_acknowledgement_costs_a_repea
 
 
 async def _until_empty(queue: Queue[Any]) -> None:
-    async with asyncio.timeout(_PATIENCE_SECONDS):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while True:
             with contextlib.suppress(BackendUnavailable):
                 if (await queue.depth()).live == 0:
@@ -139,13 +138,13 @@ async def test_a_delay_queue_that_rabbitmq_forgot_is_replaced_for_senders_and_fo
         await _enqueued(sender, "delayed", delay=500)
         await _enqueued(sender, "retried")
         async with listening(queue, handler):
-            await asyncio.wait_for(both.wait(), _PATIENCE_SECONDS)
+            await asyncio.wait_for(both.wait(), PATIENCE_SECONDS)
 
     assert "early" in handled
 
 
 async def _enqueued(queue: Queue[Any], payload: object, **options: Any) -> None:
-    async with asyncio.timeout(_PATIENCE_SECONDS):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while True:
             with contextlib.suppress(BackendUnavailable):
                 await queue.enqueue(payload, **options)
@@ -304,7 +303,7 @@ async def _die_with_it(path: Path) -> None:
     import sys
 
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", _CONSUMER, str(path))
-    assert await asyncio.wait_for(process.wait(), _PATIENCE_SECONDS) == 7
+    assert await asyncio.wait_for(process.wait(), PATIENCE_SECONDS) == 7
 
 
 @pytest.mark.parametrize("jump", [timedelta(days=400), timedelta(days=-400)])
@@ -391,14 +390,14 @@ async def test_a_listener_outlives_its_queue(server: Server) -> None:
 
     async with queue_at(server, namespace=namespace) as queue, listening(queue, taken.put):
         await queue.enqueue("before")
-        first = await asyncio.wait_for(taken.get(), _PATIENCE_SECONDS)
+        first = await asyncio.wait_for(taken.get(), PATIENCE_SECONDS)
         operator = await aiormq.connect(server.url)
         await (await operator.channel()).queue_delete(f"{namespace}.mails")
         while not await _consumers(operator, f"{namespace}.mails"):  # noqa: ASYNC110 - the broker tells nobody
             await asyncio.sleep(0.05)
         await operator.close()
         await queue.enqueue("after")
-        second = await asyncio.wait_for(taken.get(), _PATIENCE_SECONDS)
+        second = await asyncio.wait_for(taken.get(), PATIENCE_SECONDS)
 
     assert (first, second) == ("before", "after")
 

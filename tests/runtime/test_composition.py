@@ -48,7 +48,7 @@ async def test_an_injected_kv_stays_open() -> None:
     kv = MemoryKeyValue()
 
     async with create_durable_saga_runtime("kv", kv=kv, definitions=sagas) as durable:
-        await durable.runtime.publish(SETTINGS_CREATED, wait=5)
+        await durable.runtime.publish(SETTINGS_CREATED, wait=30)
 
     async with create_durable_saga_runtime(kv=kv, definitions=sagas) as durable:
         assert await durable.runtime.get_instance("user-settings-saga", "u-1") is not None
@@ -62,7 +62,7 @@ async def test_without_a_choice_the_kv_store_is_opened_said_and_closed(
 
     with caplog.at_level(logging.INFO, logger="sagaloom"):
         async with create_durable_saga_runtime(definitions=sagas) as durable:
-            receipt = await durable.runtime.publish(SETTINGS_CREATED, wait=5)
+            receipt = await durable.runtime.publish(SETTINGS_CREATED, wait=30)
 
     assert isinstance(receipt, PublishReceipt)
     assert receipt.outcomes[0].status == "completed"
@@ -126,7 +126,7 @@ async def test_two_runtimes_on_one_file_share_its_work(tmp_path: Path) -> None:
         create_durable_saga_runtime(path=path, definitions=sagas) as second,
     ):
         receipts = [
-            await durable.runtime.publish(SETTINGS_CREATED, correlation_key=f"{name}-{n}", wait=5)
+            await durable.runtime.publish(SETTINGS_CREATED, correlation_key=f"{name}-{n}", wait=30)
             for name, durable in (("first", first), ("second", second))
             for n in range(8)
         ]
@@ -150,7 +150,7 @@ async def test_targets_of_the_host_get_the_effects_and_stay_the_hosts() -> None:
     saga = welcome_saga()
 
     async with start_sagas([saga], kv=MemoryKeyValue(), targets=[callable_target("email", seen.append)]) as started:
-        await started.bus.publish({"type": "SignedUp", "correlation_key": "u-1"}, wait=5)
+        await started.bus.publish({"type": "SignedUp", "correlation_key": "u-1"}, wait=30)
         await started.runtime.settled()
 
     assert [(request.target_id, request.payload, request.attempt) for request in seen] == [
@@ -168,7 +168,7 @@ async def test_addresses_beside_a_service_target_of_the_host_are_refused() -> No
 async def test_start_sagas_gives_a_running_system() -> None:
     started = await start_sagas(sagas, kv=MemoryKeyValue())
 
-    receipt = await started.bus.publish(SETTINGS_CREATED, wait=5)
+    receipt = await started.bus.publish(SETTINGS_CREATED, wait=30)
 
     assert receipt.published
     assert started.saga_count == 2

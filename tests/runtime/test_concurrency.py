@@ -16,6 +16,7 @@ from sagaloom.ports.store import SagaStore
 from sagaloom.runtime import PublishReceipt, PublishRejected, SagaRuntime, create_durable_saga_runtime
 from sagaloom.service.metrics import metrics_text
 from sagaloom.testing import ManualClock, MemoryStore, check_invariants
+from tests.patience import PATIENCE_SECONDS
 from tests.runtime.conftest import STORES, Bench
 from tests.runtime.test_sharing import keys_held_by, parts_of, until
 from tests.schemas import Schema
@@ -289,7 +290,7 @@ async def test_a_slot_that_another_process_gives_back_is_found_by_looking_again(
     assert await works(other.runtime, theirs) == "pending"
 
     FAILS.clear()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while await done(other.runtime, theirs) == 0:
             bench.clock.advance("1s")
             await asyncio.sleep(0.01)
@@ -325,7 +326,7 @@ async def test_no_slot_survives_its_message_when_its_process_is_killed(
     script = HOLDER.format(root=str(Path(__file__).parents[2]), url=url, path=str(tmp_path / "killed.db"))
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stdout=asyncio.subprocess.PIPE)
     assert process.stdout is not None
-    assert await asyncio.wait_for(process.stdout.readline(), 30) == b"pending\n"
+    assert await asyncio.wait_for(process.stdout.readline(), PATIENCE_SECONDS) == b"pending\n"
     process.send_signal(signal.SIGKILL)
     await process.wait()
 
@@ -335,7 +336,7 @@ async def test_no_slot_survives_its_message_when_its_process_is_killed(
     async with made:
         store = made.store
         assert await holders(store) == ["a"]
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while await holders(store):  # noqa: ASYNC110 - the next attempt is a second away, in real time
                 await asyncio.sleep(0.05)
 

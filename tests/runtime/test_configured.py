@@ -49,7 +49,7 @@ async def test_another_saga_that_handles_the_type_gets_it_all_the_same(bench: Be
     other = define_saga("other").state({}).on("Begin", _begin).build()
     life = await bench.live(configured(SAGA, ENTRY.disabled().build()), other)
 
-    outcome = await life.publish("Begin", key="k", wait=5)
+    outcome = await life.publish("Begin", key="k", wait=30)
 
     assert outcome.saga_id == "other"
 
@@ -58,7 +58,7 @@ async def test_what_was_accepted_waits_until_the_saga_is_enabled_again(bench: Be
     """A sender by id is the one door that a disabled saga has: what it accepts stays in the inbox."""
     sender = define_saga("sender").state({}).on("Go", lambda saga, event, context: [send("saga:s", {})]).build()
     first = await bench.live(sender, configured(SAGA, ENTRY.disabled().build()))
-    await first.publish("Go", key="k", wait=5)
+    await first.publish("Go", key="k", wait=30)
     await bench.advance("1d")
     waiting = await first.runtime.get_instance("s", "k")
     await bench.end(first)
@@ -88,9 +88,9 @@ async def test_the_schedule_of_a_disabled_saga_rests(bench: Bench) -> None:
 
 async def test_a_run_that_takes_longer_than_its_configuration_allows_is_cancelled(bench: Bench) -> None:
     life = await bench.live(configured(SAGA, ENTRY.timeout("30m").build()))
-    await life.publish("Begin", key="slow", wait=5)
-    await life.publish("Begin", key="quick", wait=5)
-    await life.publish("End", key="quick", wait=5)
+    await life.publish("Begin", key="slow", wait=30)
+    await life.publish("Begin", key="quick", wait=30)
+    await life.publish("End", key="quick", wait=30)
 
     await bench.advance("31m")
 
@@ -105,7 +105,7 @@ async def test_a_run_that_takes_longer_than_its_configuration_allows_is_cancelle
 async def test_a_timeout_outlives_the_process(bench: Bench) -> None:
     saga = configured(SAGA, ENTRY.timeout("30m").build())
     first = await bench.live(saga)
-    await first.publish("Begin", key="k", wait=5)
+    await first.publish("Begin", key="k", wait=30)
     await bench.die(first)
 
     second = await bench.live(saga)

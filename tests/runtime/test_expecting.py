@@ -13,6 +13,7 @@ from sagaloom.ports.store import SagaStore
 from sagaloom.runtime import PublishReceipt, SagaRuntime
 from sagaloom.testing import ManualClock, check_invariants
 from tests.core.test_expecting import joined_orders, keyed, moving, orders
+from tests.patience import PATIENCE_SECONDS
 from tests.runtime.conftest import STORES, Bench, Life
 from tests.runtime.test_sharing import keys_held_by, parts_of, until
 
@@ -73,7 +74,7 @@ async def test_a_deferred_message_is_answered_as_such_and_applied_later(store: S
 async def test_who_waits_for_a_deferred_message_hears_of_its_end(store: SagaStore) -> None:
     async with SagaRuntime(store, definitions=[CHAIN], clock=ManualClock()) as runtime:
         await published(runtime, keyed("Begin"))
-        waiting = asyncio.create_task(published(runtime, keyed("B"), wait=5))
+        waiting = asyncio.create_task(published(runtime, keyed("B"), wait=30))
         await asyncio.sleep(0.05)
         await published(runtime, keyed("A"))
 
@@ -134,7 +135,7 @@ async def test_another_process_takes_deferred_messages_over(bench: Bench) -> Non
         await published(one.runtime, to(name))
     await bench.die(one)
     await until(lambda: len(parts_of(other)) == 64)
-    await published(other.runtime, to("A"), wait=5)
+    await published(other.runtime, to("A"), wait=30)
     await other.runtime.settled()
 
     assert await seen(other.runtime, key=key) == ["Begin", "A", "B", "C"]
@@ -150,7 +151,7 @@ async def test_messages_from_another_process_are_deferred_by_the_holder(bench: B
         life = (one, other)[n % 2]
         await published(life.runtime, SagaMessage(name, {}, correlation_key=key, id=f"{name}-{key}"), wait=0.2)
 
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while await seen(one.runtime, key=key) != ["Begin", "A", "B", "C"]:  # noqa: ASYNC110 - it happens in another runtime
             await asyncio.sleep(0.01)
 

@@ -22,6 +22,7 @@ from sagaloom.engine.records import Child
 from sagaloom.errors import InstanceNotFound
 from sagaloom.runtime.runtime import SagaRuntime
 from sagaloom.testing import ManualClock, MemoryStore, check_invariants
+from tests.patience import PATIENCE_SECONDS
 from tests.runtime.conftest import Bench, Life
 from tests.runtime.test_sharing import both
 
@@ -77,7 +78,7 @@ async def _counts(life: Life) -> dict[str, int]:
 
 async def _until_counted(life: Life, **wanted: int) -> None:
     """Waits for what two processes do together, of which neither knows when it is done."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while not wanted.items() <= (await _counts(life)).items():  # noqa: ASYNC110 - see above
             await asyncio.sleep(0.01)
 
@@ -221,7 +222,7 @@ async def test_cancels_of_many_children_go_on_after_a_kill(bench: Bench) -> None
 async def test_children_that_another_process_holds_end_with_their_parent(bench: Bench) -> None:
     one, other = await both(bench, _parent(), _child())
     await one.publish("Bear", {"count": 40}, key="p")
-    await one.publish("Done", {"n": 0}, key="c-0", wait=5)
+    await one.publish("Done", {"n": 0}, key="c-0", wait=30)
     await _until_counted(one, completed=1)
 
     await other.runtime.cancel("parent", "p")

@@ -19,6 +19,7 @@ from sagaloom.runtime.runtime import SagaRuntime
 from sagaloom.stores.kv import KvSagaStore
 from sagaloom.testing import ManualClock, MemoryStore, RecordingStore
 from sagaloom.testing.contracts.sagastore.samples import NOW, write
+from tests.patience import PATIENCE_SECONDS
 from tests.runtime.conftest import Bench
 
 pytestmark = pytest.mark.anyio
@@ -77,7 +78,7 @@ async def feed() -> AsyncIterator[Feed]:
 
 async def take(watch: FeedWatch, count: int) -> list[tuple[str, WatchedEvent]]:
     """The next `count` events, within seconds."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         return [await anext(watch) for _ in range(count)]
 
 
@@ -249,7 +250,7 @@ async def test_watches_that_wait_at_a_head_that_is_pruned_away_are_reset(feed: F
 
     feed.hub.committed()
 
-    assert await asyncio.wait_for(reading, 10) == ["expired", "4", "5"]
+    assert await asyncio.wait_for(reading, PATIENCE_SECONDS) == ["expired", "4", "5"]
 
 
 async def test_a_reset_reaches_a_watch_whatever_it_filters(feed: Feed) -> None:
@@ -447,7 +448,7 @@ async def test_a_closed_watch_ends_even_while_it_waits(feed: Feed) -> None:
 
     watch.close()
 
-    assert await asyncio.wait_for(reading, 10) is None
+    assert await asyncio.wait_for(reading, PATIENCE_SECONDS) is None
     watch.close()
     assert await anext(watch, None) is None
 
@@ -458,7 +459,7 @@ async def test_a_hub_that_closes_ends_every_watch_and_starts_no_other(feed: Feed
 
     feed.hub.close("stopping")
 
-    assert await asyncio.wait_for(asyncio.gather(*reading), 10) == [None, None, None]
+    assert await asyncio.wait_for(asyncio.gather(*reading), PATIENCE_SECONDS) == [None, None, None]
     with pytest.raises(BackendUnavailable, match="the runtime is stopping"):
         feed.hub.watch()
 
@@ -484,7 +485,7 @@ async def test_a_store_that_fails_is_told_to_everybody_who_waits_and_they_can_go
     store.error = error
     await feed.add()
 
-    found = await asyncio.wait_for(asyncio.gather(*reading, return_exceptions=True), 10)
+    found = await asyncio.wait_for(asyncio.gather(*reading, return_exceptions=True), PATIENCE_SECONDS)
     store.error = None
 
     assert found == [error] * 3
@@ -507,7 +508,7 @@ async def test_commits_of_another_process_on_the_same_file_are_noticed(tmp_path:
     await other.add(2)
     await other.add()
 
-    assert await asyncio.wait_for(reading, 10) == [1, 2, 3]
+    assert await asyncio.wait_for(reading, PATIENCE_SECONDS) == [1, 2, 3]
     hub.close("stopped")
     await here.close()
     await there.close()
@@ -532,7 +533,7 @@ async def test_looking_out_for_others_reads_nothing_until_they_commit(tmp_path: 
     await rounds()
     statements = kv.statements
 
-    await asyncio.wait_for(looked.wait(), 10)
+    await asyncio.wait_for(looked.wait(), PATIENCE_SECONDS)
 
     assert kv.statements == statements
     hub.close("stopped")
@@ -562,7 +563,7 @@ async def test_a_store_that_cannot_tell_is_read_now_and_then() -> None:
 
     await write(inner, lease, UnitOfWork(part=0, feed=shown_as(event(1))))
 
-    assert await asyncio.wait_for(reading, 10) == [1]
+    assert await asyncio.wait_for(reading, PATIENCE_SECONDS) == [1]
     hub.close("stopped")
 
 
@@ -594,7 +595,7 @@ async def told(runtime: SagaRuntime, *, after: int | str = 0, **filters: Any) ->
     _, newest = await runtime.store.feed_bounds()
     end = cursor_of(runtime.store.store_id, newest)
     found: list[FeedEvent] = []
-    async with asyncio.timeout(10), runtime.watch(after=after, **filters) as watch:
+    async with asyncio.timeout(PATIENCE_SECONDS), runtime.watch(after=after, **filters) as watch:
         while watch.cursor != end:
             page = await watch.next_page()
             assert page is not None
@@ -775,7 +776,7 @@ async def test_a_runtime_that_stops_ends_its_watches(bench: Bench) -> None:
 
     await bench.end(life)
 
-    assert await asyncio.wait_for(reading, 10) is None
+    assert await asyncio.wait_for(reading, PATIENCE_SECONDS) is None
     with pytest.raises(BackendUnavailable) as refused:
         life.runtime.watch()
     assert refused.value.code == "SAGA_NOT_STARTED"
@@ -788,5 +789,5 @@ async def test_watches_can_be_ended_before_the_runtime(bench: Bench) -> None:
 
     life.runtime.end_watches()
 
-    assert await asyncio.wait_for(reading, 10) is None
+    assert await asyncio.wait_for(reading, PATIENCE_SECONDS) is None
     assert (await life.publish("Placed", key="a")).disposition == "applied"

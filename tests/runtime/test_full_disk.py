@@ -14,6 +14,7 @@ from sagaloom.kv.sqlite import SqliteKeyValue
 from sagaloom.runtime import PublishReceipt, PublishRejected, SagaRuntime
 from sagaloom.stores import KvSagaStore
 from sagaloom.testing.disk import FullDiskVfs
+from tests.patience import PATIENCE_SECONDS
 from tests.runtime.conftest import Receiver
 
 pytestmark = pytest.mark.anyio
@@ -65,10 +66,10 @@ async def test_a_full_disk_refuses_publishes_says_so_and_is_got_over_without_a_r
     assert not runtime.health().ready
 
     disk.full = False
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while not runtime.health().ready:  # noqa: ASYNC110 - nobody tells, and that is what is tested
             await asyncio.sleep(0.001)
-    again = await runtime.publish(_placed(2), wait=5)
+    again = await runtime.publish(_placed(2), wait=30)
     await runtime.settled()
 
     assert isinstance(again, PublishReceipt)

@@ -5,6 +5,7 @@ import pytest
 
 from sagaloom.errors import DefinitionError
 from sagaloom.testing.clock import ManualClock
+from tests.patience import PATIENCE_SECONDS
 
 
 def test_the_clock_starts_where_it_is_told_and_stands_still() -> None:
@@ -39,7 +40,7 @@ def test_a_start_without_a_time_zone_is_refused() -> None:
 async def test_a_moment_that_is_over_is_not_slept_for() -> None:
     clock = ManualClock()
 
-    await asyncio.wait_for(clock.sleep_until(clock.now()), 1)
+    await asyncio.wait_for(clock.sleep_until(clock.now()), PATIENCE_SECONDS)
 
     assert clock.sleepers == 0
 
@@ -53,7 +54,7 @@ async def test_a_sleeper_wakes_when_its_moment_comes_and_not_before() -> None:
     await asyncio.sleep(0)
     was_done_early = sleeper.done()
     clock.advance("1s")
-    await asyncio.wait_for(sleeper, 1)
+    await asyncio.wait_for(sleeper, PATIENCE_SECONDS)
 
     assert not was_done_early
     assert clock.next_wake_at is None

@@ -13,6 +13,7 @@ from sagaloom.errors import BackendUnavailable, ConfigurationError
 from sagaloom.runtime import RuntimeOptions, SagaRuntime
 from sagaloom.runtime.feed import FeedReset
 from sagaloom.testing import ManualClock, MemoryStore, RecordingStore
+from tests.patience import PATIENCE_SECONDS
 from tests.runtime.conftest import Bench
 
 pytestmark = pytest.mark.anyio
@@ -105,7 +106,7 @@ async def test_a_watch_that_lags_behind_the_pruner_hears_one_reset(bench: Bench)
         await life.runtime.settled()
         oldest, newest = await life.runtime.store.feed_bounds()
 
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             (_, reset), *rest = [await anext(watch) for _ in range(newest - oldest + 2)]
 
     assert isinstance(reset, FeedReset)

@@ -17,6 +17,7 @@ from sagaloom.errors import BackendUnavailable
 from sagaloom.ports.targets import EffectTarget
 from sagaloom.queue import QueueConnectionOptions, create_queue
 from sagaloom.targets import QueueTarget
+from tests.patience import PATIENCE_SECONDS
 
 TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
@@ -61,7 +62,7 @@ async def test_an_effect_that_is_sent_twice_is_one_message_with_its_key(tmp_path
 
     queue = create("mails")
     listening = asyncio.create_task(queue.listen(handler))
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         first, second = await heard.get(), await heard.get()
     depth = await queue.depth()
     await queue.close()

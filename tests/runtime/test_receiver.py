@@ -21,6 +21,7 @@ from sagaloom import (
 )
 from sagaloom.errors import BackendUnavailable
 from sagaloom.runtime.receipts import PublishReceipt, PublishRejected
+from tests.patience import PATIENCE_SECONDS
 from tests.runtime.conftest import STORES, Bench
 
 __all__ = ["STORES"]
@@ -222,7 +223,7 @@ async def test_a_starter_that_is_given_up_frees_its_key(bench: Bench) -> None:
 async def test_a_waiting_publisher_hears_of_the_attempt_that_worked(bench: Bench) -> None:
     life = await bench.live(_flaky(Flaky(1)))
 
-    waiting = asyncio.create_task(life.publish("Add", {"n": 1}, key="k", wait=5.0))
+    waiting = asyncio.create_task(life.publish("Add", {"n": 1}, key="k", wait=30))
     await asyncio.sleep(0)
     await life.runtime.settled()
     await bench.advance("1s")
@@ -555,7 +556,7 @@ async def test_a_store_that_comes_back_is_used_again_without_being_asked(bench: 
     assert not life.runtime.health().ready
 
     life.kv.commit = works  # type: ignore[method-assign]
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while not life.runtime.health().ready:  # noqa: ASYNC110 - nobody tells, and that is what is tested
             await asyncio.sleep(0.001)
 

@@ -16,6 +16,7 @@ from sagaloom.runtime import RuntimeOptions, SagaRuntime
 from sagaloom.stores import SqlSagaStore
 from sagaloom.targets import EffectRequest, callable_target
 from sagaloom.testing import check_invariants
+from tests.patience import PATIENCE_SECONDS
 from tests.runtime.conftest import STORES, Bench, Life
 from tests.runtime.test_sharing import PARTITIONS, both, parts_of, until
 from tests.servers.finding import own
@@ -103,7 +104,7 @@ async def test_a_worker_that_drains_claims_nothing_again(bench: Bench, monkeypat
     await until(lambda: min(len(parts_of(each)) for each in (leaving, dying, staying)) >= PARTITIONS // 3)
     bench.receiver.gate = asyncio.Event()  # What is on its way keeps the drain from ending.
     for number in range(KEYS):
-        (await leaving.runtime.publish(_charge(number), wait=5)).raise_for_rejected()
+        (await leaving.runtime.publish(_charge(number), wait=30)).raise_for_rejected()
     gained: list[Collection[int]] = []
     store = leaving.runtime.store
     tend = store.tend
@@ -132,7 +133,7 @@ async def test_a_worker_that_drains_claims_nothing_again(bench: Bench, monkeypat
 
 
 async def until_published(life: Life, message: SagaMessage[Any]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while not (await life.runtime.publish(message)).published:  # noqa: ASYNC110 - a client that tries again
             await asyncio.sleep(0.02)
 

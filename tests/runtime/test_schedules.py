@@ -22,6 +22,7 @@ from sagaloom.runtime.scheduler import ScheduleStatus
 from sagaloom.testing.clock import ManualClock
 from sagaloom.testing.faults import Cut
 from sagaloom.testing.memory_store import MemoryStore
+from tests.patience import PATIENCE_SECONDS
 from tests.runtime.conftest import STORES, Bench, Life
 
 __all__ = ["STORES"]
@@ -305,7 +306,7 @@ async def test_a_tick_whose_payload_a_release_has_changed_meanwhile_is_not_repea
 
 
 async def _until_runs(store: MemoryStore, count: int) -> int:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while len(runs := await store.runs("report", TICKS)) < count:  # noqa: ASYNC110 - the store has no event for it
             await asyncio.sleep(0)
     return len(runs)
@@ -373,7 +374,7 @@ async def test_a_year_of_hourly_ticks_with_kills_is_applied_once_each(bench: Ben
         if number % 2 == 0:
             knife.at_cursor(life)
         bench.clock.advance(timedelta(days=14))
-        await asyncio.wait_for(knife.has_cut.wait(), 10)
+        await asyncio.wait_for(knife.has_cut.wait(), PATIENCE_SECONDS)
         (status,) = await life.runtime.schedules()
         overdue.append(bench.clock.now() - (status.last_tick_at or NEW_YEAR))
         await bench.die(life)
@@ -399,14 +400,14 @@ async def test_a_year_of_hourly_ticks_over_two_processes_with_kills_is_applied_o
     for number in range(24):
         begun = await counted(lives[0])
         bench.clock.advance(timedelta(hours=8760 // 24))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             # One of the two dies in the middle of the round: now the one that fires the ticks, now the other.
             while await counted(lives[0]) == begun:  # noqa: ASYNC110 - it is another runtime that gets on
                 await asyncio.sleep(0.001)
         await bench.die(lives[number % 2])
         applied.append(await counted(lives[1 - number % 2]))
         lives[number % 2] = await bench.live(saga)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while await counted(lives[0]) < 8760:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     await lives[0].runtime.settled(20)
@@ -512,7 +513,7 @@ async def test_two_processes_on_one_store_fire_each_tick_once(bench: Bench) -> N
 
     for _ in range(3):
         bench.clock.advance("1h")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             # Either of the two may be the one that fires.
             while (await one.runtime.schedules())[0].last_tick_at != bench.clock.now():  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
@@ -613,7 +614,7 @@ async def test_a_runtime_that_stops_in_the_middle_of_a_year_of_ticks_stops_soon(
     for _ in range(20):
         await asyncio.sleep(0)
 
-    await asyncio.wait_for(bench.end(first), 5)
+    await asyncio.wait_for(bench.end(first), PATIENCE_SECONDS)
     life = await bench.live(report("* * * * *", catch_up="all"))
     await life.runtime.settled()
 

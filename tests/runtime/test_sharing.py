@@ -15,6 +15,7 @@ from sagaloom.kv.presence import FilePresence
 from sagaloom.ports.store import Holding, Lease
 from sagaloom.runtime.deliveries import Delivery
 from sagaloom.stores.kv import KvSagaStore
+from tests.patience import PATIENCE_SECONDS
 from tests.runtime.conftest import STORES, Bench, Life
 
 __all__ = ["STORES"]
@@ -65,7 +66,7 @@ REMINDERS = (
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while not condition():  # noqa: ASYNC110 - what is waited for happens in two runtimes, and has no event
             await asyncio.sleep(0.005)
 
@@ -100,7 +101,7 @@ async def test_whoever_takes_a_message_in_it_is_applied_and_its_outcome_told(ben
 
     for n in range(20):
         for life in (first, second):
-            outcome = await life.publish("Note", {"n": n}, key=f"k-{n}", wait=5)
+            outcome = await life.publish("Note", {"n": n}, key=f"k-{n}", wait=30)
             assert outcome.disposition == "applied"
 
     assert [(await first.instance("notes", f"k-{n}")).revision for n in range(20)] == [2] * 20
@@ -112,10 +113,10 @@ async def test_messages_of_one_instance_keep_the_order_of_acceptance_whoever_too
     for n in range(60):
         await asyncio.gather(*(lives[n % 2].publish("Note", {"n": n}, key=f"k-{k}") for k in range(5)))
     await until(lambda: all(life.runtime.health().backlog == 0 for life in lives))
-    await lives[0].publish("Note", {"n": 60}, key="k-0", wait=5)
+    await lives[0].publish("Note", {"n": 60}, key="k-0", wait=30)
 
     for k in range(1, 5):
-        outcome = await lives[1].publish("Note", {"n": 60}, key=f"k-{k}", wait=5)
+        outcome = await lives[1].publish("Note", {"n": 60}, key=f"k-{k}", wait=30)
         assert outcome.state == {"seen": list(range(61))}
 
 
@@ -123,7 +124,7 @@ async def test_a_message_accepted_twice_by_different_doors_is_applied_once(bench
     first, second = await both(bench, NOTES)
 
     outcomes = [
-        await life.publish("Note", {"n": 1}, key=f"k-{k}", idempotency_key="once", wait=5)
+        await life.publish("Note", {"n": 1}, key=f"k-{k}", idempotency_key="once", wait=30)
         for k in range(10)
         for life in (first, second)
     ]
@@ -136,10 +137,10 @@ async def test_sends_to_sagas_reach_partitions_of_the_other(bench: Bench) -> Non
     first, second = await both(bench, RELAY, KEYED_NOTES)
     keys = [f"k-{n}" for n in range(12)]
 
-    await first.publish("Relay", {"n": 7, "to": keys}, key="r", wait=5)
+    await first.publish("Relay", {"n": 7, "to": keys}, key="r", wait=30)
     await until(lambda: all(life.runtime.health().backlog == 0 for life in (first, second)))
     for key in keys:
-        outcome = await second.publish("Note", {"n": 8, "key": key}, wait=5)
+        outcome = await second.publish("Note", {"n": 8, "key": key}, wait=30)
         assert outcome.state == {"seen": [7, 8]}
 
 
@@ -173,7 +174,7 @@ async def test_when_one_ends_properly_nothing_is_delivered_twice(bench: Bench) -
 async def test_timers_fire_once_whoever_set_them(bench: Bench) -> None:
     first, second = await both(bench, REMINDERS)
     for n in range(20):
-        await first.publish("Start", key=f"k-{n}", wait=5)
+        await first.publish("Start", key=f"k-{n}", wait=30)
 
     await bench.die(first)
     await until(lambda: len(parts_of(second)) == PARTITIONS)
@@ -187,7 +188,7 @@ async def test_one_who_does_not_work_takes_messages_in_for_those_who_do(bench: B
     worker = await bench.live(NOTES)
     door = await bench.live(NOTES, works=False)
 
-    outcomes = [await door.publish("Note", {"n": n}, key="k", wait=5) for n in range(5)]
+    outcomes = [await door.publish("Note", {"n": n}, key="k", wait=30) for n in range(5)]
 
     assert [outcome.state["seen"] for outcome in outcomes] == [list(range(n + 1)) for n in range(5)]
     assert len(parts_of(worker)) == PARTITIONS
@@ -199,7 +200,7 @@ async def test_messages_for_nobody_wait_for_the_first_worker(bench: Bench) -> No
     accepted = await door.publish("Note", {"n": 1}, key="k", wait=0.05)
 
     await bench.live(NOTES)
-    outcome = await door.publish("Note", {"n": 2}, key="k", wait=5)
+    outcome = await door.publish("Note", {"n": 2}, key="k", wait=30)
 
     assert accepted.disposition == "pending"
     assert outcome.state == {"seen": [1, 2]}
@@ -207,13 +208,13 @@ async def test_messages_for_nobody_wait_for_the_first_worker(bench: Bench) -> No
 
 async def test_one_who_was_stopped_past_its_lease_is_refused_and_joins_again(bench: Bench) -> None:
     sleeper, other = await both(bench, NOTES, lease_seconds=0.3)
-    await sleeper.publish("Note", {"n": 0}, key="k", wait=5)
+    await sleeper.publish("Note", {"n": 0}, key="k", wait=30)
 
     # The loop of the sleeper stands still: its lease runs out, while its lock is still there.
     sleeper.runtime.store._tenure._presence.renew = lambda: True  # type: ignore[attr-defined]
     await until(lambda: len(parts_of(other)) == PARTITIONS)
     del sleeper.runtime.store._tenure._presence.renew  # type: ignore[attr-defined]
-    outcomes = [await sleeper.publish("Note", {"n": n}, key=f"k-{n}", wait=5) for n in range(10)]
+    outcomes = [await sleeper.publish("Note", {"n": n}, key=f"k-{n}", wait=30) for n in range(10)]
     await until(lambda: len(parts_of(sleeper)) == PARTITIONS // 2)
 
     assert [outcome.disposition for outcome in outcomes] == ["applied"] * 10
@@ -253,7 +254,7 @@ async def test_one_who_comes_while_another_gets_its_share_gets_one_too(
 async def test_an_operator_reaches_a_run_that_another_process_holds(bench: Bench) -> None:
     lives = await both(bench, NOTES)
     for n in range(8):
-        await lives[0].publish("Note", {"n": 0}, key=f"k-{n}", wait=5)
+        await lives[0].publish("Note", {"n": 0}, key=f"k-{n}", wait=30)
 
     outcomes = [await lives[n % 2].runtime.cancel("notes", f"k-{n}", reason="enough") for n in range(8)]
 
@@ -263,12 +264,12 @@ async def test_an_operator_reaches_a_run_that_another_process_holds(bench: Bench
 async def test_a_pause_holds_whoever_takes_messages_in(bench: Bench) -> None:
     first, second = await both(bench, NOTES)
     for key in ("k-0", "k-1", "k-2", "k-3"):
-        await first.publish("Note", {"n": 0}, key=key, wait=5)
+        await first.publish("Note", {"n": 0}, key=key, wait=30)
         await second.runtime.pause("notes", key)
         waits = [(await life.publish("Note", {"n": 1}, key=key, wait=0.05)).disposition for life in (first, second)]
 
         await first.runtime.resume("notes", key)
-        outcome = await second.publish("Note", {"n": 2}, key=key, wait=5)
+        outcome = await second.publish("Note", {"n": 2}, key=key, wait=30)
 
         assert waits == ["pending", "pending"]
         assert outcome.state == {"seen": [0, 1, 1, 2]}
@@ -278,7 +279,7 @@ async def test_dead_letters_are_repaired_whoever_is_asked(bench: Bench) -> None:
     first, second = await both(bench, CHARGES)
     bench.receiver.answer = lambda effect: DeliveryFailed("refused", retryable=False)
     for n in range(8):
-        await first.publish("Charge", {"n": n}, key=f"k-{n}", wait=5)
+        await first.publish("Charge", {"n": n}, key=f"k-{n}", wait=30)
     await until(lambda: sum(life.runtime.health().stalled_lanes for life in (first, second)) == 8)
     bench.receiver.answer = lambda effect: ()
     bench.receiver.got.clear()
@@ -303,12 +304,12 @@ async def test_a_discarded_key_is_free_for_everybody(bench: Bench) -> None:
 
     lives = await both(bench, define_saga("numbers").state({}).on("Number", failing).build())
     for n in range(6):
-        given_up = await lives[0].publish("Number", {"n": -1}, key=f"k-{n}", idempotency_key="one", wait=5)
+        given_up = await lives[0].publish("Number", {"n": -1}, key=f"k-{n}", idempotency_key="one", wait=30)
         for letter in await lives[1].runtime.dead_letters():
             await lives[1].runtime.discard(letter.id)
 
         outcomes = [
-            await life.publish("Number", {"n": 1}, key=f"k-{n}", idempotency_key="one", wait=5) for life in lives
+            await life.publish("Number", {"n": 1}, key=f"k-{n}", idempotency_key="one", wait=30) for life in lives
         ]
 
         assert given_up.disposition == "dead_lettered"
@@ -335,7 +336,7 @@ async def test_what_another_process_took_in_comes_before_what_the_holder_takes_i
     for key in keys:
         await other.publish("Open", {"n": 0}, key=key)
         await holder.publish("Note", {"n": 1}, key=key)
-    outcomes = await asyncio.gather(*(other.publish("Note", {"n": 2}, key=key, wait=5) for key in keys))
+    outcomes = await asyncio.gather(*(other.publish("Note", {"n": 2}, key=key, wait=30) for key in keys))
 
     assert [outcome.state for outcome in outcomes] == [{"seen": [0, 1, 2]}] * 20
     assert await holder.runtime.dead_letters() == []
@@ -357,7 +358,7 @@ async def test_messages_behind_a_failing_starter_keep_their_order_whoever_took_t
         for n, life in enumerate((holder, other, holder)):
             await life.publish("Note", {"n": n}, key=key)
     await bench.advance("10s")
-    outcomes = await asyncio.gather(*(other.publish("Note", {"n": 3}, key=key, wait=5) for key in keys))
+    outcomes = await asyncio.gather(*(other.publish("Note", {"n": 3}, key=key, wait=30) for key in keys))
 
     assert [outcome.state for outcome in outcomes] == [{"seen": [0, 1, 2, 3]}] * 20
 
@@ -369,13 +370,13 @@ async def test_a_send_to_a_saga_comes_behind_what_another_process_took_in_before
     relays = keys_held_by(holder, "relay", 20)
     keys = keys_held_by(holder, "notes", 20)
     for key in keys:
-        await holder.publish("Note", {"n": 0, "key": key}, wait=5)
+        await holder.publish("Note", {"n": 0, "key": key}, wait=30)
 
     for relay, key in zip(relays, keys, strict=True):
         await other.publish("Note", {"n": 1, "key": key})
         await holder.publish("Relay", {"n": 2, "to": [key]}, key=relay)
     await until(lambda: all(life.runtime.health().backlog == 0 for life in (holder, other)))
-    outcomes = await asyncio.gather(*(other.publish("Note", {"n": 3, "key": key}, wait=5) for key in keys))
+    outcomes = await asyncio.gather(*(other.publish("Note", {"n": 3, "key": key}, wait=30) for key in keys))
 
     assert [outcome.state for outcome in outcomes] == [{"seen": [0, 1, 2, 3]}] * 20
 
@@ -387,7 +388,7 @@ async def test_effects_of_a_partition_that_could_not_be_read_at_once_are_deliver
     first, second = await both(bench, CHARGES)
     bench.receiver.gate = asyncio.Event()
     for key in keys_held_by(first, "charges", 10):
-        await first.publish("Charge", {}, key=key, wait=5)
+        await first.publish("Charge", {}, key=key, wait=30)
     dispatcher = second.runtime._dispatcher
     load = dispatcher.load
 
@@ -419,7 +420,7 @@ async def test_whoever_waits_for_another_process_is_answered_though_the_store_fa
         raise BackendUnavailable("the disk has hiccups")
 
     monkeypatch.setattr(other.runtime.store, "history", fail)
-    outcome = await other.publish("Note", {"n": 1}, key=key, wait=5)
+    outcome = await other.publish("Note", {"n": 1}, key=key, wait=30)
 
     assert outcome.disposition == "applied"
 
@@ -438,7 +439,7 @@ async def test_one_who_is_taken_for_dead_while_it_starts_begins_again(
     life = await bench.live(NOTES)
 
     assert len(parts_of(life)) == PARTITIONS
-    assert (await life.publish("Note", {"n": 1}, key="k", wait=5)).disposition == "applied"
+    assert (await life.publish("Note", {"n": 1}, key="k", wait=30)).disposition == "applied"
 
 
 async def test_rows_that_could_not_be_queued_at_once_are_queued_later(

@@ -31,6 +31,7 @@ from sagaloom import (
 from sagaloom.ports.store import SagaStore
 from sagaloom.runtime import SagaRuntime
 from sagaloom.testing import ManualClock, check_invariants
+from tests.patience import PATIENCE_SECONDS
 from tests.runtime.conftest import STORES, Bench
 from tests.runtime.test_sharing import keys_held_by, parts_of, until
 
@@ -104,7 +105,7 @@ async def runtime(store: SagaStore) -> AsyncIterator[SagaRuntime]:
 
 
 async def opened(runtime: SagaRuntime, key: str = "a") -> None:
-    receipt = await runtime.publish({"type": "Open", "correlationKey": key}, wait=5)
+    receipt = await runtime.publish({"type": "Open", "correlationKey": key}, wait=30)
     receipt.raise_for_rejected()
 
 
@@ -289,7 +290,7 @@ async def test_an_update_is_answered_after_its_handler_has_recovered(store: Saga
         await opened(runtime)
         MOODS["bad"] = True
         waiting = asyncio.create_task(runtime.update("account", "a", ADD, 3))
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while not runtime.health().backlog:  # noqa: ASYNC110 - the attempt that fails has no event of its own
                 await asyncio.sleep(0.001)
         MOODS["bad"] = False
@@ -312,7 +313,7 @@ async def test_an_answer_survives_the_process_that_gave_it(store: SagaStore) -> 
 async def test_only_an_update_may_answer(store: SagaStore) -> None:
     chatty = define_saga("chatty").state({}).on("Talk", lambda saga, event, context: [answer(1)]).build()
     async with SagaRuntime(store, definitions=[chatty], clock=ManualClock()) as runtime:
-        receipt = await runtime.publish({"type": "Talk", "correlationKey": "a"}, wait=5)
+        receipt = await runtime.publish({"type": "Talk", "correlationKey": "a"}, wait=30)
 
     (outcome,) = receipt.raise_for_rejected().outcomes
     assert outcome.disposition == "dead_lettered"
@@ -372,7 +373,7 @@ async def test_what_cannot_be_asked_is_refused(runtime: SagaRuntime, ask: Any, e
 async def test_a_query_that_goes_wrong_says_how(store: SagaStore, query: Any, said: str) -> None:
     definition = define_saga("s").state({}).on("Go", lambda *_: []).on_query(TOTAL, query).build()
     async with SagaRuntime(store, definitions=[definition], clock=ManualClock()) as runtime:
-        await runtime.publish({"type": "Go", "correlationKey": "a"}, wait=5)
+        await runtime.publish({"type": "Go", "correlationKey": "a"}, wait=30)
         with pytest.raises(QueryFailed, match=said):
             await runtime.query("s", "a", TOTAL)
 

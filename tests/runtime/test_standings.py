@@ -83,7 +83,7 @@ async def test_other_sagas_go_on_meanwhile(bench: Bench) -> None:
     life = await bench.live(SAGA, OTHER)
     await life.runtime.pause_saga("s")
 
-    outcome = await life.publish("Other", key="k", wait=5)
+    outcome = await life.publish("Other", key="k", wait=30)
 
     assert outcome.disposition == "applied"
 

@@ -24,6 +24,8 @@ from sagaloom.errors import DefinitionError
 from sagaloom.ports.targets import EffectTarget
 from sagaloom.targets import CallableTarget, EffectRequest, ServiceTarget, callable_target
 from sagaloom.testing.clock import ManualClock
+from tests.patience import PATIENCE_SECONDS
+from tests.servers.server import free_port
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
@@ -266,7 +268,7 @@ async def test_a_service_that_does_not_answer_is_given_up_at_the_deadline() -> N
         )
 
         with pytest.raises(DeliveryFailed, match="did not answer") as caught:
-            await asyncio.wait_for(target.deliver(an_effect()), 5)
+            await asyncio.wait_for(target.deliver(an_effect()), PATIENCE_SECONDS)
 
         await target.close()
 
@@ -274,9 +276,7 @@ async def test_a_service_that_does_not_answer_is_given_up_at_the_deadline() -> N
 
 
 async def test_a_service_that_is_not_there_is_tried_again() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as gone:
-        port = gone.getsockname()[1]
-    target = ServiceTarget({"payments": f"http://user:secret@127.0.0.1:{port}"}, read_env=lambda _: None)
+    target = ServiceTarget({"payments": f"http://user:secret@127.0.0.1:{free_port()}"}, read_env=lambda _: None)
 
     with pytest.raises(DeliveryFailed, match="could not be reached") as caught:
         await target.deliver(an_effect())

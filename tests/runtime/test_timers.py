@@ -13,6 +13,7 @@ from sagaloom import SagaMessage, cancel_scheduled, define_saga, saga_complete, 
 from sagaloom.errors import MessageRejected, TimerNotFound
 from sagaloom.runtime.timers import WaitingTimer
 from sagaloom.testing import check_invariants
+from tests.patience import PATIENCE_SECONDS
 from tests.runtime.conftest import STORES, Bench, Life
 
 __all__ = ["STORES"]
@@ -343,7 +344,7 @@ async def test_a_timer_of_another_process_is_moved_there(bench: Bench) -> None:
     one = await bench.live(_saga(), lease_seconds=1.0)
     two = await bench.live(_saga(), lease_seconds=1.0)
     for number in range(8):
-        await one.publish("Begin", key=f"k{number}", wait=5)
+        await one.publish("Begin", key=f"k{number}", wait=30)
 
     for number, timer in enumerate(await one.runtime.timers(limit=8)):
         life = (one, two)[number % 2]
@@ -351,7 +352,7 @@ async def test_a_timer_of_another_process_is_moved_there(bench: Bench) -> None:
             await life.runtime.cancel_timer(timer.id)
         else:
             await life.runtime.move_timer(timer.id, NEW_YEAR - HOUR)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while await one.runtime.timers():  # noqa: ASYNC110 - either process may be the one that fires them
             await asyncio.sleep(0.001)
     await one.runtime.settled()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import PATIENCE_SECONDS
 from tests.servers import finding
 from tests.servers.finding import find, own
 from tests.servers.others import MariaDB, Nats, RabbitMQ, Redis, amqp_takes, mariadb_greets, nats_answers, redis_answers
@@ -114,7 +115,7 @@ def test_a_server_goes_with_the_process_that_started_it() -> None:
     process.wait()
     process.stdout.close()
 
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while directory.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert _processes_in(directory) == []
@@ -174,7 +175,7 @@ def _asks(url: str) -> str:
 
 
 def _asks_until_it_answers(url: str) -> str:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not (answer := _asks(url)) and time.monotonic() < deadline:
         time.sleep(0.05)
     return answer

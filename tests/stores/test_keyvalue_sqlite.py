@@ -17,10 +17,9 @@ from sagaloom.errors import BackendUnavailable, ConfigurationError, StoreCorrupt
 from sagaloom.kv.sqlite import SqliteKeyValue, require_sound_sqlite
 from sagaloom.ports.keyvalue import Check, Committed, Conflicted, Key, Slot
 from sagaloom.testing.disk import BrokenDiskVfs, FullDiskVfs, PowerLossVfs, ReadOnlyVfs
+from tests.patience import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.anyio
-
-_PATIENCE_SECONDS = 30
 
 
 @pytest.fixture
@@ -112,7 +111,7 @@ async def test_closing_moves_the_log_into_the_file(path: Path) -> None:
 def test_importing_the_package_does_not_load_sqlite() -> None:
     script = "import sagaloom.kv, sys; assert 'apsw' not in sys.modules; sagaloom.kv.SqliteKeyValue; import apsw"
 
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=_PATIENCE_SECONDS)
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=PATIENCE_SECONDS)
 
 
 # -- other connections ------------------------------------------------------------------------------------------------
@@ -237,7 +236,7 @@ async def test_processes_that_create_one_file_at_once_share_one_store(path: Path
         )
         for _ in range(3)
     ]
-    outputs = [await asyncio.wait_for(process.communicate(), _PATIENCE_SECONDS) for process in processes]
+    outputs = [await asyncio.wait_for(process.communicate(), PATIENCE_SECONDS) for process in processes]
     async with opened(path) as store:
         outcome = await store.commit(reserve={"n": 1})
 
@@ -319,7 +318,7 @@ asyncio.run(main())
 @pytest.mark.parametrize("step", ["kv:checked", "kv:half_written", "kv:written", "kv:committed"])
 async def test_a_killed_process_leaves_all_of_a_commit_or_nothing(path: Path, step: str) -> None:
     killed = await asyncio.create_subprocess_exec(sys.executable, "-c", _COMMIT_AND_DIE, str(path), step)
-    assert await asyncio.wait_for(killed.wait(), _PATIENCE_SECONDS) == -signal.SIGKILL
+    assert await asyncio.wait_for(killed.wait(), PATIENCE_SECONDS) == -signal.SIGKILL
 
     async with opened(path) as store:
         values = {entry.value for entry in await store.scan(("k",))}
@@ -630,6 +629,8 @@ import asyncio, sys
 from sagaloom.kv.sqlite import SqliteKeyValue
 from sagaloom.testing.disk import PowerLossVfs
 
+from tests.patience import PATIENCE_SECONDS
+
 async def main() -> None:
     disk = PowerLossVfs(kill_at_sync=int(sys.argv[2]))
     store = await SqliteKeyValue.open(sys.argv[1], vfs=disk.name)
@@ -646,7 +647,7 @@ async def test_a_power_loss_at_any_sync_leaves_exactly_the_acknowledged_commits(
     killed = await asyncio.create_subprocess_exec(
         sys.executable, "-c", _COMMIT_UNTIL_THE_POWER_FAILS, str(path), str(sync), stdout=asyncio.subprocess.PIPE
     )
-    output, _ = await asyncio.wait_for(killed.communicate(), _PATIENCE_SECONDS)
+    output, _ = await asyncio.wait_for(killed.communicate(), PATIENCE_SECONDS)
     assert killed.returncode == -signal.SIGKILL
 
     async with opened(path) as store:

@@ -23,13 +23,13 @@ from sagaloom.stores import SqlSagaStore
 from sagaloom.targets import EffectRequest, callable_target
 from sagaloom.testing import check_invariants
 from tests.complaints import complaints
+from tests.patience import PATIENCE_SECONDS
 from tests.servers.cutting import Cutter, Where
 from tests.servers.finding import own
 from tests.servers.postgres import Postgres
 
 pytestmark = pytest.mark.server("postgres")
 
-_PATIENCE_SECONDS = 40.0
 
 State = dict[str, Any]
 
@@ -66,7 +66,7 @@ class _Worker:
 
     async def publish(self, key: str, n: int, **more: Any) -> PublishReceipt:
         """Publishes until it is taken, as a client does."""
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while True:
                 receipt = await self.runtime.publish(_charge(key, n, **more), wait=5)
                 if isinstance(receipt, PublishReceipt):
@@ -91,7 +91,7 @@ async def _working(url: str, **options: Any) -> AsyncIterator[_Worker]:
         await worker.store.close()
 
 
-async def _until(condition: Callable[[], bool], seconds: float = 15.0) -> None:
+async def _until(condition: Callable[[], bool], seconds: float = PATIENCE_SECONDS) -> None:
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110 - nobody sets an event
             await asyncio.sleep(0.01)
@@ -153,7 +153,7 @@ async def test_what_is_given_up_leaves_no_error_behind_and_its_connection_comes_
         finally:
             await asyncio.to_thread(server.thaw)
         del asking
-    database.deadline_seconds = _PATIENCE_SECONDS
+    database.deadline_seconds = PATIENCE_SECONDS
     answers = await database.fetch("SELECT 7")
     await database.close()
 
@@ -165,9 +165,9 @@ async def test_the_server_is_told_of_a_statement_that_was_given_up(server: Postg
 
     with pytest.raises(BackendUnavailable, match="no answer within 1 s"):
         await database.write("SELECT pg_sleep(50) /* too long */")
-    database.deadline_seconds = _PATIENCE_SECONDS
+    database.deadline_seconds = PATIENCE_SECONDS
     active = "SELECT 1 FROM pg_stat_activity WHERE state = 'active' AND pid != pg_backend_pid() AND query LIKE "
-    async with asyncio.timeout(_PATIENCE_SECONDS):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while await database.fetch(f"{active} '%too long%'"):  # noqa: ASYNC110 - nobody tells but when asked
             await asyncio.sleep(0.02)
     await database.close()
@@ -223,7 +223,7 @@ async def test_a_commit_that_loses_a_deadlock_is_sent_again_and_its_publisher_se
             "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%runtime_commit(%'"
         )
         looking = await asyncpg.connect(url)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while not await looking.fetchval(waiting):  # noqa: ASYNC110 - the server sets no event
                 await asyncio.sleep(0.01)
 
@@ -235,7 +235,7 @@ async def test_a_commit_that_loses_a_deadlock_is_sent_again_and_its_publisher_se
         assert isinstance(receipt, PublishReceipt)
         assert receipt.outcomes[0].disposition == "applied"
         assert await worker.seen("a") == [1, 2]
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while await looking.fetchval(deadlocks) != 1:
                 await looking.execute("SELECT pg_stat_clear_snapshot()")
                 await asyncio.sleep(0.05)

@@ -15,6 +15,7 @@ from sagaloom.runtime import PublishReceipt, PublishRejected, SagaRuntime
 from sagaloom.stores import SqlSagaStore
 from sagaloom.targets import EffectRequest, callable_target
 from sagaloom.testing import check_invariants
+from tests.patience import PATIENCE_SECONDS
 from tests.servers.finding import own
 from tests.servers.postgres import Postgres
 
@@ -52,7 +53,7 @@ class _Archive:
         raise AssertionError("the disk is never full")
 
     async def publish(self, n: int) -> PublishReceipt:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while not isinstance(answer := await self.runtime.publish(_message(n), wait=5), PublishReceipt):  # noqa: ASYNC110 - a client that tries again
                 await asyncio.sleep(0.02)
         return answer

@@ -35,6 +35,7 @@ from sagaloom.testing.contracts.sagastore.samples import (
     step_of,
     write,
 )
+from tests.patience import PATIENCE_SECONDS
 from tests.schemas import Schema
 
 ORDER = {"type": "OrderPlaced", "payload": {"orderId": "o-1", "amount": 5}}
@@ -47,7 +48,7 @@ def without_database(url: str, **parts: Any) -> str:
 
 async def test_a_runtime_keeps_its_sagas_in_the_database_at_an_address(schema: Schema) -> None:
     async with create_durable_saga_runtime("sql", url=schema.url, definitions=sagas) as durable:
-        receipt = await durable.runtime.publish(ORDER, wait=5)
+        receipt = await durable.runtime.publish(ORDER, wait=30)
         assert receipt.published
         assert durable.store.id == "sql-saga-store"
 
@@ -61,7 +62,7 @@ async def test_a_runtime_keeps_its_sagas_in_the_database_at_an_address(schema: S
 async def test_a_pool_is_used_and_left_open(schema: Schema) -> None:
     async with asyncpg.create_pool(schema.server_url, min_size=1, max_size=4) as pool:
         async with create_durable_saga_runtime(engine=pool, schema=schema.name, definitions=sagas) as durable:
-            receipt = await durable.runtime.publish(ORDER, wait=5)
+            receipt = await durable.runtime.publish(ORDER, wait=30)
 
         assert receipt.published
         assert await pool.fetchval("SELECT 1") == 1
@@ -78,7 +79,7 @@ async def test_a_server_that_is_not_there_is_unavailable_within_its_deadline() -
     database = PostgresDatabase(url="postgresql://postgres@127.0.0.1:9/test", deadline_seconds=1)
 
     with pytest.raises(BackendUnavailable, match=r"127.0.0.1:9/test"):
-        await asyncio.wait_for(database.fetch("SELECT 1"), 5)
+        await asyncio.wait_for(database.fetch("SELECT 1"), PATIENCE_SECONDS)
 
 
 async def test_a_user_without_privileges_is_told_what_to_grant(schema: Schema) -> None:
@@ -101,6 +102,7 @@ async def test_a_statement_that_takes_too_long_is_unavailable_and_the_next_one_w
 
     with pytest.raises(BackendUnavailable, match=r"no answer within 0.3 s"):
         await database.write("SELECT pg_sleep(10)")
+    database.deadline_seconds = PATIENCE_SECONDS
     assert [tuple(row) for row in await database.fetch("SELECT 7")] == [(7,)]
 
     await database.close()
@@ -159,7 +161,7 @@ async def test_work_in_flight_goes_on_after_an_upgrade_from_each_version(schema:
             SqlSagaStore(PostgresSagaRows(schema.database())), definitions=[definition], clock=clock, targets=[bell]
         )
         await old.start()
-        await old.publish({"type": "Note", "payload": {}}, correlation_key="k", wait=5)
+        await old.publish({"type": "Note", "payload": {}}, correlation_key="k", wait=30)
         await old.abandon()
         await upgrade(database, to=version)
         await _move(schema.name, database)
@@ -247,8 +249,8 @@ async def test_people_find_in_views_what_a_saga_has_done(schema: Schema) -> None
     runtime = SagaRuntime(SqlSagaStore(PostgresSagaRows(schema.database())), definitions=[definition])
     connection = await schema.connect()
     async with runtime:
-        await runtime.publish({"type": "Note", "payload": {"text": "a\0b"}}, correlation_key="k/1", wait=5)
-        await runtime.publish({"type": "Note", "payload": {"bad": True}}, correlation_key="k/1", wait=5)
+        await runtime.publish({"type": "Note", "payload": {"text": "a\0b"}}, correlation_key="k/1", wait=30)
+        await runtime.publish({"type": "Note", "payload": {"bad": True}}, correlation_key="k/1", wait=30)
 
         (instance,) = await connection.fetch("SELECT * FROM saga_instances WHERE saga_id = 'notes'")
         (same,) = await connection.fetch("SELECT * FROM saga_instance('notes', 'k/1')")
@@ -429,7 +431,7 @@ async def test_what_is_decided_waits_for_nobody_who_brings(schema: Schema) -> No
     bringing = UnitOfWork(part=part_of(instance.key), inbox_add=(envelope_of(instance.key, "m-1"),))
     brought = asyncio.create_task(other.commit([bringing], lease=two))
 
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         result = await holder.commit([step_of(instance, next_of(instance))], lease=one)
 
     assert not result.conflicts
@@ -476,7 +478,7 @@ NOTES = define_saga("notes").state({"seen": []}).on("Note", noting).build()
 
 
 async def seen_by(runtime: SagaRuntime, key: str, *expected: int) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while True:
             instance = await runtime.get_instance("notes", key)
             if instance is not None and json.loads(instance.state) == {"seen": [*expected]}:
@@ -496,10 +498,10 @@ async def test_a_message_within_a_transaction_comes_with_its_commit_and_goes_wit
         await taken_back.start()
         await runtime.publish({"type": "Note", "payload": {"n": 2}}, correlation_key="k", within=connection)
         await taken_back.rollback()
-        await runtime.publish({"type": "Note", "payload": {"n": 3}}, correlation_key="other", wait=5)
+        await runtime.publish({"type": "Note", "payload": {"n": 3}}, correlation_key="other", wait=30)
 
         await seen_by(runtime, "k", 1)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while await connection.fetchval("SELECT count(*) FROM saga_runtime_left"):  # noqa: ASYNC110 - no event
                 await asyncio.sleep(0.01)
     await connection.close()
@@ -549,7 +551,7 @@ async def test_a_transaction_that_stays_open_holds_nobody_up(schema: Schema) -> 
             {"type": "Note", "payload": {"n": 1}}, correlation_key="k", idempotency_key="same", wait=5
         )
         await transaction.commit()
-        await durable.runtime.publish({"type": "Note", "payload": {"n": 2}}, correlation_key="k", wait=5)
+        await durable.runtime.publish({"type": "Note", "payload": {"n": 2}}, correlation_key="k", wait=30)
 
         await seen_by(durable.runtime, "k", 1, 2)
     await connection.close()

@@ -18,6 +18,7 @@ from sagaloom.runtime import PublishReceipt, RuntimeOptions, SagaRuntime
 from sagaloom.runtime.receipts import PublishRejected
 from sagaloom.stores.sql import SqlSagaStore
 from sagaloom.targets import EffectRequest, callable_target
+from tests.patience import PATIENCE_SECONDS
 from tests.servers.finding import own
 from tests.servers.postgres import Postgres
 
@@ -83,7 +84,7 @@ async def _serving(url: str, charged: list[str]) -> AsyncIterator[SagaRuntime]:
         await store.close()
 
 
-async def _until(condition: Any, seconds: float = 10.0) -> None:
+async def _until(condition: Any, seconds: float = PATIENCE_SECONDS) -> None:
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110 - nobody sets an event
             await asyncio.sleep(0.01)
@@ -124,7 +125,7 @@ async def test_another_process_calls_a_message_a_duplicate_only_when_it_is_on_th
 
         assert isinstance(answer, PublishRejected)
         await asyncio.to_thread(standby.thaw)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while not isinstance(answer, PublishReceipt) and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
             answer = await second.publish(_order("precious", "o-b"))

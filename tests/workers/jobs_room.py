@@ -15,8 +15,7 @@ from sagaloom.stores.kv_jobs import KvJobRunStore
 from sagaloom.telemetry import TelemetryProviders
 from sagaloom.testing import ManualClock
 from sagaloom.workers import JobDefinition, JobOptions, JobRuntime, RepliesPort
-
-PATIENCE_SECONDS = 10
+from tests.patience import PATIENCE_SECONDS
 
 
 class SharedMemory(MemoryKeyValue):

@@ -20,10 +20,15 @@ from tests.workers.jobs_room import PATIENCE_SECONDS, Room, open_room
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="a socket cannot be handed over")
 
 
+_POOLED = (
+    *(jobs.square, jobs.square_async, jobs.talk, jobs.leave, jobs.hang, jobs.endless, jobs.endless_async),
+    jobs.nothing,
+)
+
+
 @pytest.fixture
 async def room() -> AsyncIterator[Room]:
-    pooled = (jobs.square, jobs.square_async, jobs.talk, jobs.leave, jobs.hang, jobs.endless, jobs.endless_async)
-    async with open_room(*pooled, jobs.nothing, processes=2, cancel_grace_seconds=0.2, drain_seconds=0.1) as opened:
+    async with open_room(*_POOLED, processes=2, cancel_grace_seconds=0.2, drain_seconds=0.1) as opened:
         yield opened
 
 
@@ -93,6 +98,7 @@ async def test_a_job_that_ends_its_process_takes_nothing_else_down(room: Room, h
 
 
 async def test_a_job_that_hangs_is_killed_at_its_deadline(room: Room, tmp_path: Path) -> None:
+    await room.run("square", {"n": 1})  # its process has loaded everything, and has its time for the job
     run = await room.run("hang", {"file": str(tmp_path / "pid")})
 
     assert run.failure is not None
@@ -104,18 +110,20 @@ async def test_a_job_that_hangs_is_killed_at_its_deadline(room: Room, tmp_path: 
     ("job", "listens", "survives"), [("endless", True, True), ("endless-async", False, True), ("endless", False, False)]
 )
 async def test_a_job_in_another_process_is_asked_to_end_and_killed_when_it_does_not(
-    room: Room, tmp_path: Path, job: str, listens: bool, survives: bool
+    tmp_path: Path, job: str, listens: bool, survives: bool
 ) -> None:
-    receipt = await room.runtime.trigger(job, {"file": str(tmp_path / "pid"), "listens": listens})
-    pid = await written(tmp_path / "pid")
+    grace_seconds = PATIENCE_SECONDS if survives else 0.2
+    async with open_room(*_POOLED, processes=2, cancel_grace_seconds=grace_seconds, drain_seconds=0.1) as room:
+        receipt = await room.runtime.trigger(job, {"file": str(tmp_path / "pid"), "listens": listens})
+        pid = await written(tmp_path / "pid")
 
-    await room.runtime.cancel(receipt.run_id, reason="enough")
-    run = await room.settled()
+        await room.runtime.cancel(receipt.run_id, reason="enough")
+        run = await room.settled()
 
-    assert (run.status, run.cancel_reason) == ("cancelled", "enough")
-    if not survives:
-        await gone(pid)
-    assert is_alive(pid) == survives
+        assert (run.status, run.cancel_reason) == ("cancelled", "enough")
+        if not survives:
+            await gone(pid)
+        assert is_alive(pid) == survives
 
 
 async def test_a_run_under_way_is_given_back_when_the_worker_stops(room: Room, tmp_path: Path) -> None:

@@ -191,7 +191,7 @@ def test_modules_may_be_named_by_the_project(tmp_path: Path, start: Callable[...
     (tmp_path / "pyproject.toml").write_text('[tool.sagaloom]\njobs = ["work_module:greet"]\n')
     server = start("sagaloom", "jobs", "serve", "--port", "0", "--json")
 
-    jobs = httpx2.get(f"{server.url}/api/v1/workers/jobs").json()["jobs"]
+    jobs = httpx2.get(f"{server.url}/api/v1/workers/jobs", timeout=30).json()["jobs"]
 
     assert [job["id"] for job in jobs] == ["greet"]
 
@@ -316,7 +316,7 @@ def test_a_saga_that_sends_to_a_job_reaches_the_other_port(tmp_path: Path, start
         timeout=30,
     ).raise_for_status()
     run_id = until(
-        lambda: [run["runId"] for run in httpx2.get(f"{jobs.url}/api/v1/workers/runs").json()["runs"]],
+        lambda: [run["runId"] for run in httpx2.get(f"{jobs.url}/api/v1/workers/runs", timeout=30).json()["runs"]],
         "the effect becomes a run",
     )[0]
 
@@ -357,7 +357,8 @@ def kill_both_before_it_was_told(tmp_path: Path, start: Callable[..., Server], *
     until((tmp_path / "begun-1").exists, "the job begins")
     sagas.signal(signal.SIGSTOP)  # it takes the reply in no more
     (tmp_path / "go").touch()
-    [run_id] = [run["runId"] for run in httpx2.get(f"{jobs.url}/api/v1/workers/runs").json()["runs"]]
+    runs = httpx2.get(f"{jobs.url}/api/v1/workers/runs", timeout=30).json()["runs"]
+    [run_id] = [run["runId"] for run in runs]
     told = ended(jobs.url, run_id)["reply"]
     jobs.signal(signal.SIGKILL)
     sagas.signal(signal.SIGKILL)
@@ -457,7 +458,7 @@ def test_ctrl_c_ends_both_in_good_order(demo: Demo) -> None:
     pids = [demo.pid("sagas"), demo.pid("jobs")]
 
     demo.server.signal(signal.SIGINT)
-    status = demo.server.ended(4)
+    status = demo.server.ended()
 
     assert status == 0
     assert not any(map(is_alive, pids))

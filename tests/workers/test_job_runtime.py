@@ -23,7 +23,7 @@ from sagaloom.workers import (
     create_success_result,
     define_job_handler,
 )
-from tests.workers.jobs_room import SharedMemory, open_room
+from tests.workers.jobs_room import PATIENCE_SECONDS, SharedMemory, open_room
 
 AT_ONCE = RetryPolicy(maximum_attempts=3, initial_interval_ms=1_000, jitter=0)
 Ctx = JobContext[dict[str, Any]]
@@ -59,7 +59,7 @@ async def test_a_sync_handler_runs_in_a_thread_and_does_not_hold_up_the_others()
 
     def blocking(ctx: Ctx) -> JobResult[str]:
         names.append(threading.current_thread().name)
-        assert release.wait(10)
+        assert release.wait(PATIENCE_SECONDS)
         return create_success_result("done")
 
     async with open_room(job(blocking), echo) as room:
@@ -320,7 +320,7 @@ async def test_a_thread_that_takes_too_long_keeps_its_place_until_it_ends() -> N
     release = threading.Event()
 
     def handler(ctx: Ctx) -> JobResult[None]:
-        release.wait(10)
+        release.wait(PATIENCE_SECONDS)
         return create_success_result(None)
 
     async with open_room(job(handler, timeout=10), echo, concurrency=1) as room:
@@ -428,7 +428,7 @@ async def test_a_lease_is_renewed_while_the_work_goes_on() -> None:
         for _ in range(10):
             await room.clock.advance_through("2s")
         gate.set()
-        holders = await asyncio.wait_for(_first(room.settled(), other.settled()), timeout=10)
+        holders = await asyncio.wait_for(_first(room.settled(), other.settled()), timeout=PATIENCE_SECONDS)
 
         assert (holders.run_id, holders.result) == (receipt.run_id, b"1")
         assert other.store.settled.qsize() == 0
@@ -459,7 +459,7 @@ async def test_an_attempt_whose_claim_was_lost_is_ended_and_settles_nothing() ->
         later = room.clock.now() + timedelta(minutes=1)
         [taken] = (await room.store.claim("thief", ["job"], now=later, until=later, limit=1)).runs
         await room.clock.advance_through("2s")
-        await asyncio.wait_for(ended.wait(), 10)
+        await asyncio.wait_for(ended.wait(), PATIENCE_SECONDS)
 
         assert (await room.runtime.get_run(receipt.run_id)) == taken
         assert room.store.settled.qsize() == 0
@@ -517,7 +517,7 @@ async def test_work_resumes_by_itself_when_the_store_answers_again() -> None:
         await room.runtime.trigger("echo")
         room.store.trouble = "the disk is gone"
         await room.runtime.start()
-        await asyncio.wait_for(room.store.tried.get(), 10)
+        await asyncio.wait_for(room.store.tried.get(), PATIENCE_SECONDS)
         for _ in range(5):
             await asyncio.sleep(0)
         health = room.runtime.health()
@@ -541,7 +541,7 @@ async def test_a_result_is_offered_until_the_store_takes_it() -> None:
 
     async with open_room(job(handler)) as room:
         await room.runtime.trigger("job")
-        while await asyncio.wait_for(room.store.tried.get(), 10) != "settle":
+        while await asyncio.wait_for(room.store.tried.get(), PATIENCE_SECONDS) != "settle":
             pass
         room.store.trouble = None
         run = await room.settled()
