@@ -44,6 +44,7 @@ APPROVAL = (
     .on_signal(define_signal("end/now"), lambda saga, event, context: [saga_complete()])
     .on_query(define_query("by"), lambda state: state["by"])
     .on_query(define_query("meddle"), meddling)
+    .on_query(define_query("missing"), lambda state: state["no such field"])
     .build()
 )
 AT = "/instances/approval/a%2Fsignals%2Fhurry"
@@ -137,13 +138,27 @@ async def test_a_query_is_answered_with_the_run_it_speaks_of(door: Door) -> None
     assert (response.status_code, found["answer"], found["version"], found["run"]) == (200, "ann", 2, 1)
 
 
-async def test_a_query_that_meddles_is_an_error_and_changes_nothing(door: Door) -> None:
+async def test_a_query_that_meddles_is_refused_and_changes_nothing(door: Door) -> None:
     before = await state(door)
 
     response = await door.get(f"{AT}/queries/meddle")
 
-    assert (response.status_code, response.json()["code"]) == (500, "SAGA_QUERY_MUTATED")
+    assert (response.status_code, response.json()["code"]) == (422, "SAGA_QUERY_MUTATED")
+    assert not response.json()["retryable"]
     assert before == await state(door)
+
+
+async def test_a_query_that_raises_is_refused_and_the_log_has_where_that_was(
+    door: Door, caplog: pytest.LogCaptureFixture
+) -> None:
+    response = await door.get(f"{AT}/queries/missing")
+
+    problem = response.json()
+    assert (response.status_code, problem["code"]) == (422, "SAGA_QUERY_FAILED")
+    assert "query 'missing' of 'approval:a/signals/hurry' raised KeyError: 'no such field'" in problem["message"]
+    [record] = [record for record in caplog.records if record.name == "sagaloom.web"]
+    assert problem["traceId"] in record.getMessage()
+    assert "test_http_talking.py" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -192,7 +207,7 @@ async def test_a_saga_is_described_with_its_signals_updates_and_queries(door: Do
     assert found["updates"] == [
         {"name": "approve", "schema": {"type": "object", "additionalProperties": {"type": "string"}}}
     ]
-    assert [one["name"] for one in found["queries"]] == ["by", "meddle"]
+    assert [one["name"] for one in found["queries"]] == ["by", "meddle", "missing"]
 
 
 # --- On the command line ---------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import AsyncIterator
 from typing import Any
 
+import msgspec
 import pytest
 
 from sagaloom import (
@@ -28,6 +29,7 @@ from sagaloom import (
     define_signal,
     saga_complete,
 )
+from sagaloom.engine.queries import answer_query
 from sagaloom.ports.store import SagaStore
 from sagaloom.runtime import SagaRuntime
 from sagaloom.testing import ManualClock, check_invariants
@@ -347,6 +349,16 @@ async def test_a_query_that_does_more_than_read_is_an_error_and_changes_nothing(
 
     assert (caught.value.code, caught.value.retryable) == (code, False)
     assert await runtime.query("account", "a", TOTAL) == 0
+
+
+async def test_a_state_that_no_query_can_read_is_no_fault_of_the_query(runtime: SagaRuntime) -> None:
+    found = await runtime.get_instance("account", "a")
+    assert found is not None
+
+    with pytest.raises(QueryFailed, match="the stored state cannot be read") as caught:
+        answer_query(ACCOUNT, msgspec.structs.replace(found, state=b"{"), "total")
+
+    assert (caught.value.code, caught.value.retryable) == ("SAGA_STATE_UNREADABLE", False)
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,9 @@ def _state(definition: SagaDefinition[Any], instance: Instance, where: str) -> t
     except MadeByNewer as newer:
         raise BackendUnavailable(f"{where}: {newer}", code="SAGA_NOT_LOADED") from newer
     except SagasError as error:
-        raise QueryFailed(f"{where}: the stored state cannot be read: {error.message}") from error
+        raise QueryFailed(
+            f"{where}: the stored state cannot be read: {error.message}", code="SAGA_STATE_UNREADABLE"
+        ) from error
 
 
 def _refuse_awaitable(where: str, returned: object) -> None:

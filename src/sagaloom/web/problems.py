@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import msgspec
 
-from sagaloom.errors import MessageRejected, SagasError
+from sagaloom.errors import HandlerError, MessageRejected, SagasError
 
 __all__ = [
     "STATUS_OF_CODE",
@@ -71,13 +71,15 @@ STATUS_OF_CODE: Final[Mapping[str, int]] = {
     "IDEMPOTENCY_KEY_REUSED": 422,
     "MESSAGE_TYPE_RESERVED": 422,
     "SAGA_UPDATE_REFUSED": 422,
+    # The same every time: whoever counts 5xx, or repeats what got one, is not to take it for an outage.
+    "SAGA_QUERY_FAILED": 422,
+    "SAGA_QUERY_MUTATED": 422,
+    "SAGA_QUERY_ASYNC": 422,
     "RATE_LIMITED": 429,
     "INTERNAL": 500,
     "STORE_CORRUPT": 500,
     "CONFIGURATION_ERROR": 500,
-    "SAGA_QUERY_FAILED": 500,
-    "SAGA_QUERY_MUTATED": 500,
-    "SAGA_QUERY_ASYNC": 500,
+    "SAGA_STATE_UNREADABLE": 500,
     "SAGA_UPDATE_FAILED": 500,
     "BACKEND_UNAVAILABLE": 503,
     "SAGA_FENCED": 503,
@@ -126,7 +128,7 @@ def answer_error(error: SagasError, request_headers: Headers) -> Answer:
     """The answer to a request that `error` ended."""
     status = status_of(error)
     trace_id = trace_id_of(request_headers)
-    if status == 500:
+    if status == 500 or isinstance(error, HandlerError):  # whoever has written the handler wants to see where it was
         text = "%s: %s (trace %s)"
         _log.error(text, error.code, error.message, trace_id, exc_info=error, extra={"trace_id": trace_id})
     extra: list[Header] = []
