@@ -157,6 +157,11 @@ def test_commands_say_in_one_line_why_they_failed(tmp_path: Path, start: Callabl
         (("sagaloom.durations",), {"NETSCRIPT_SAGA_STORE": "kv"}, "must export jobs"),
         (("sagaloom.demo",), {}, "Saga store backend is required"),
         (("sagaloom.demo",), {"NETSCRIPT_SAGA_STORE": "sql"}, "set DATABASE_URL="),
+        (
+            ("work_module.py",),
+            {"NETSCRIPT_SAGA_STORE": "sql", "DATABASE_URL": "postgresql://postgres@127.0.0.1:9/sagas"},
+            "Connection refused (is it running, and reachable from here? who runs already goes on when it answers",
+        ),
         (("work_module.py", "broken.py", "--strict"), {"NETSCRIPT_SAGA_STORE": "kv"}, "ZeroDivisionError"),
         (("sagaloom.demo", "--host", "0.0.0.0"), {"NETSCRIPT_SAGA_STORE": "kv"}, "without a token"),
     ],

@@ -341,7 +341,8 @@ class PostgresDatabase:
             "55P03": "another transaction holds its rows: look for one left open",
             "25006": "the server takes no writes: connect to the primary",
         }
-        hint = hints.get(state, "it resumes by itself when the database answers again")
+        # Said to one who starts as well, and ends with it: what resumes is whoever runs already.
+        hint = hints.get(state, "is it running, and reachable from here? who runs already goes on when it answers")
         if isinstance(error, TimeoutError):
             said = f"no answer within {self.deadline_seconds:g} s"
         return BackendUnavailable(f"{where}: {said} ({hint})", data=outcome)
