@@ -380,6 +380,29 @@ async def test_what_is_brought_while_its_holder_adds_rows_elsewhere_is_found(sch
     await holder.close()
 
 
+async def test_one_row_tells_whoever_missed_a_nudge_that_messages_were_brought(schema: Schema) -> None:
+    """A row that changes is looked at once more by every commit that waits for it: one for each partition was dear."""
+    holder, other = SqlSagaStore(PostgresSagaRows(schema.database())), SqlSagaStore(PostgresSagaRows(schema.database()))
+    await holder.acquire("holder", now=NOW)
+    two = await other.join("other")
+    keys = [f"o-{n}" for n in range(4)]
+    connection = await schema.connect()
+    renewed: list[int] = []
+    newest = [0]
+    for round_ in range(2):
+        units = [UnitOfWork(part=part_of(key), inbox_add=(envelope_of(key, f"{key}-{round_}"),)) for key in keys]
+        await write(other, two, *units)
+        newest.append(await connection.fetchval("SELECT max(s) FROM saga_runtime_arrivals"))
+        renewed.append(await connection.fetchval("SELECT count(*) FROM saga_runtime_arrivals WHERE s = $1", newest[-1]))
+    await connection.close()
+
+    assert len({part_of(key) for key in keys}) == 4
+    assert newest == sorted(set(newest))
+    assert renewed == [4, 1]  # The first time each of them has to say that something was ever brought there.
+    await other.close()
+    await holder.close()
+
+
 class Counting(PostgresSagaRows):
     """The rows, and how their commits ended."""
 

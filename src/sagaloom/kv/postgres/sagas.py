@@ -136,7 +136,7 @@ _COUNTED: Final = """
     ) AS found
 """
 _LOADED: Final = """
-    SELECT c.no, h.v AS head, h.s, t.v AS run FROM unnest($1::bytea[]) WITH ORDINALITY AS c(hash, no)
+    SELECT c.no, h.v AS head, h.s, t.v AS run FROM unnest((SELECT $1::bytea[])) WITH ORDINALITY AS c(hash, no)
     CROSS JOIN LATERAL (
         SELECT pk, run, v, s FROM @schema@.saga_runtime_correlation h WHERE h.key_hash = c.hash LIMIT 1
     ) h
@@ -144,6 +144,8 @@ _LOADED: Final = """
         SELECT v FROM @schema@.saga_runtime_state t WHERE t.pk = h.pk AND t.run = h.run LIMIT 1
     ) t ON true
 """
+"""The array is behind a SELECT of its own, so that its length is no reason to plan the statement anew each time:
+planning costs more than reading."""
 _EFFECTS: Final = """
     SELECT part, seq, v FROM @schema@.saga_runtime_outbox
     WHERE (part + 0) = ANY ($1) AND (part, seq) > ($2, $3) ORDER BY part, seq LIMIT $4
