@@ -1,8 +1,8 @@
 """The saga store: where everything durable lives, behind one atomic `commit`.
 
-A `UnitOfWork` is what one message (or one settled effect) writes: all of it or none of it. A commit carries many
-units; each stands or falls alone, so a conflict never takes its neighbours down. The store assigns the two orders
-that only a commit can know: inbox numbers (the order of acceptance, I9) and outbox numbers.
+A `UnitOfWork` is what one message writes (or a settled effect, or both as one): all of it or none of it. A commit
+carries many units; each stands or falls alone, so a conflict never takes its neighbours down. The store assigns the two
+orders that only a commit can know: inbox numbers (the order of acceptance, I9) and outbox numbers.
 
 Guarantees every implementation gives, and `sagaloom.testing.contracts` checks:
 
@@ -126,7 +126,8 @@ class SlotClaim(msgspec.Struct, frozen=True):
 
 
 class UnitOfWork(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """All that one message writes, or what settles some effects. `part` is the partition of its instance.
+    """All that one message writes, or what settles some effects; a message that answers an effect does both. `part` is
+    the partition of its instance.
 
     `instance` must be exactly one revision ahead of the stored one, or have the same revision and no fewer entries (a
     message that changed nothing was noted or counted), as told by `revision_before` and `entries_before`; a new run has

@@ -1,6 +1,7 @@
 """What waits for the receiver, in memory: an index over the inbox that knows whose turn it is.
 
-    rows    deliveries that the store has, in the order of acceptance; what `take` gives out first
+    rows    deliveries that the store has, in the order of acceptance; what `take` gives out first. Timers and answers
+            to effects stand among them as they come: they have no place in that order yet
     doors   deliveries that nobody has acknowledged yet; they get their turn when every row has had its own
     held    keys whose starter failed: nothing behind it can be applied before it, so the rest of the key waits here;
             so do messages to a paused run, until it goes on
@@ -53,14 +54,14 @@ class Backlog:
         return len(self._rows) + len(self._doors) + self._standing + self._lined_up
 
     def add(self, delivery: Delivery) -> None:
-        if delivery.row is None and delivery.timer is None:
+        if delivery.enters:
             self._doors.append(delivery)
         else:
             self._rows.append(delivery)
 
     def add_in_order(self, deliveries: Sequence[Delivery]) -> None:
         """Queues rows, each before those of its instance that were accepted after it and are queued already, and before
-        its timers."""
+        its timers and answers."""
         oldest: dict[InstanceKey, float] = {}
         for delivery in deliveries:
             oldest.setdefault(delivery.key, _number(delivery))
@@ -257,7 +258,7 @@ class Backlog:
 
 
 def _number(delivery: Delivery) -> float:
-    """Its place in the order of acceptance. A timer gets one when it fires."""
+    """Its place in the order of acceptance. A timer and an answer get one with the commit that has them applied."""
     return delivery.row.seq if delivery.row is not None else inf
 
 

@@ -1,9 +1,19 @@
-"""What the receiver works on: deliveries, the unit of work that each decision becomes, and work that needs none."""
+"""What the receiver works on: deliveries, the unit of work that each decision becomes, and work that needs none.
+
+A delivery comes from one of four places, and its unit consumes what it comes from:
+
+| from | is in the store | until its turn | the unit |
+|---|---|---|---|
+| a door | no | its publisher waits, and is told to try again when it cannot be committed | leaves a mark |
+| an inbox row | yes | waits in its row | consumes the row |
+| a timer | yes | waits in its row, where it can be cancelled | consumes the row |
+| the answer to an effect | no, but its effect is | the lane of its effect waits | settles the effect |
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any, ClassVar, Protocol
 
@@ -30,12 +40,14 @@ from sagaloom.runtime.receipts import Outcome
 
 __all__ = [
     "Delivery",
+    "HandedOver",
     "InstanceKey",
     "Planned",
     "Work",
     "answer",
     "mark_for",
     "refuse",
+    "settling",
     "unit_of_accept",
     "unit_of_decision",
     "unit_of_loss",
@@ -44,24 +56,35 @@ __all__ = [
 InstanceKey = tuple[str, str]
 
 
+class HandedOver(msgspec.Struct):
+    """An effect that its target has taken over, and answered with one message: the unit which first mentions the answer
+    settles it. Until then it stands in outbox row `ref`, at the head of its lane. `happened` is what the feed shows of
+    it, before what the answer causes. `done` is called once: with None when it is settled, else with what stood against
+    it: a conflict of its row, or why nothing can be committed any more."""
+
+    ref: RowRef
+    happened: FeedRecord
+    done: Callable[[SagasError | Conflict | None], None]
+
+
 class Delivery(msgspec.Struct, eq=False):
     """One message on its way through the receiver.
 
-    It comes from a door (`row` and `timer` are None: it enters the store with the commit that first mentions it), from
-    an inbox row, or from a timer row. `key` is the saga id and the correlation key of its envelope. `answered` resolves
-    when the message is durable, `settled` when it is done with. `is_aside`: it waits for its next attempt; `is_offer`:
-    it is tried in between, because its instance has moved; `is_lined_up`: it waits behind a starter or a pause;
-    `awaits_slot`: it needs a slot of its concurrency key; `goes_without`: one behind it holds that slot;
-    `is_deferred`: it stands aside for its instance to change or appear, at most until `until`;
-    `yielded`: how often it was decided without knowing of something older that others had brought. `typed` is the
-    message as it was read at the door, until a handler has had it in its hands. `refusal`: the store can never write
-    what the message asked for.
+    It comes from a door, from an inbox `row`, from the row of a `timer`, or is the answer to an `effect`. `key` is the
+    saga id and the correlation key of its envelope. `answered` resolves when the message is durable, `settled` when it
+    is done with. `is_aside`: it waits for its next attempt; `is_offer`: it is tried in between, because its instance
+    has moved; `is_lined_up`: it waits behind a starter or a pause; `awaits_slot`: it needs a slot of its concurrency
+    key; `goes_without`: one behind it holds that slot; `is_deferred`: it stands aside for its instance to change or
+    appear, at most until `until`; `yielded`: how often it was decided without knowing of something older that others
+    had brought. `typed` is the message as it was read at the door, until a handler has had it in its hands. `refusal`:
+    the store can never write what the message asked for.
     """
 
     envelope: Envelope
     key: InstanceKey
     row: RowRef | None = None
     timer: PendingTimer | None = None
+    effect: HandedOver | None = None
     typed: SagaMessage[Any] | None = None
     answered: asyncio.Future[Outcome] | None = None
     settled: asyncio.Future[Outcome] | None = None
@@ -77,8 +100,13 @@ class Delivery(msgspec.Struct, eq=False):
 
     @property
     def enters(self) -> bool:
-        """Whether the store does not have it yet."""
-        return self.row is None and self.timer is None
+        """Whether it comes from a door: the store knows nothing of it until the commit that first mentions it."""
+        return self.row is None and self.timer is None and self.effect is None
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether it has a row in which it can wait for another turn; else it gets one by being accepted."""
+        return self.row is not None or self.timer is not None
 
     @property
     def passes(self) -> bool:
@@ -233,6 +261,11 @@ def unit_of_decision(
         feed = (*unit.feed, *(_gave_up(letter, instance) for letter in dead_letters))
         unit = msgspec.structs.replace(unit, dead_letters_add=tuple(dead_letters), feed=feed)
     return unit
+
+
+def settling(unit: UnitOfWork, effect: HandedOver) -> UnitOfWork:
+    """`unit`, which decides about the answer to `effect` or accepts it, and settles the effect with it."""
+    return msgspec.structs.replace(unit, outbox_done=(effect.ref,), feed=(effect.happened, *unit.feed))
 
 
 def shown_by(decision: Decision) -> tuple[FeedRecord, ...]:

@@ -9,6 +9,9 @@ crash. Lanes are independent; `dispatch_concurrency` of them are served at once.
                                      +--failed--> backing off --due--> ready
                                      +--given up--> stalled --redriven or discarded--> ready
 
+Most effects are answered with one message or with none. The one is decided about by the commit that settles the effect;
+those without are settled together; several answers are accepted by the settling commit, and decided about by the next.
+
 An effect is delivered at least once, always under the same effect key: after a crash between delivery and settlement
 it leaves again. Every failed attempt is counted in the store before the next one is made.
 """
@@ -23,6 +26,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import msgspec
@@ -39,7 +43,7 @@ from sagaloom.ports.store import Conflict, OutboxRow, RowRef, SagaStore, UnitOfW
 from sagaloom.ports.targets import EffectTarget
 from sagaloom.runtime.alarm import Alarm
 from sagaloom.runtime.counters import Counters
-from sagaloom.runtime.deliveries import Work
+from sagaloom.runtime.deliveries import Delivery, HandedOver, Work
 from sagaloom.runtime.options import RuntimeOptions
 from sagaloom.runtime.share import Share
 from sagaloom.telemetry.trace_context import CARRIED, Trace
@@ -145,6 +149,7 @@ class Dispatcher:
         targets: dict[str, EffectTarget],
         share: Share,
         submit: Callable[[Work], None],
+        offer: Callable[[Delivery], None],
     ) -> None:
         self._store = store
         self._clock = clock
@@ -153,6 +158,7 @@ class Dispatcher:
         self._targets = targets
         self._share = share
         self._submit = submit
+        self._offer = offer
         self._lanes: dict[str, _Lane] = {}
         self._ready: deque[_Lane] = deque()
         self._idle: deque[asyncio.Future[None]] = deque()
@@ -328,6 +334,7 @@ class Dispatcher:
                 server.began = None
             if replies:
                 envelopes = tuple([self._reply(sent, number, reply) for number, reply in enumerate(replies)])
+                _check_is_text(envelopes)
         except Exception as error:  # noqa: BLE001 - whatever a target raises is that attempt's failure, not ours
             if sending is not None:
                 sending.failed(error)
@@ -338,7 +345,10 @@ class Dispatcher:
             self._counters.effects[effect.target_kind, "dispatched"] += 1
             self._options.on_step("dispatched")
             happened = _shown(_DISPATCHED, effect, self._clock.now())
-            if envelopes:
+            if len(envelopes) == 1:
+                handed_over = HandedOver(ref, happened, partial(self._go_on, lane, effect))
+                self._offer(Delivery(envelopes[0], (effect.saga_id, effect.key), effect=handed_over))
+            elif envelopes:
                 unit = UnitOfWork(part=ref.part, outbox_done=(ref,), inbox_add=envelopes, feed=(happened,))
                 self._submit(_Served(unit, lane, effect, self._go_on))
             else:
@@ -518,6 +528,15 @@ class Dispatcher:
         lane = self._lanes.get(lane_name)
         if lane is not None and lane.state == "stalled":
             self._next(lane)
+
+
+def _check_is_text(answers: Sequence[Envelope]) -> None:
+    """Raises `DeliveryFailed` for what no store can write, and no decision can be made about: lone surrogates."""
+    try:
+        for answer in answers:
+            msgspec.msgpack.encode((answer.type, answer.id, answer.traceparent, answer.tracestate))
+    except UnicodeEncodeError as error:
+        raise DeliveryFailed(f"its answer cannot be stored: {error}", retryable=False) from error
 
 
 def _no_target(effect: OutboxEffect) -> DeliveryFailed:

@@ -7,7 +7,7 @@ A unit that conflicts drops what is remembered of its instance, and its message 
 |---|---|
 | revision, mark | is decided again on what the store really has |
 | behind | has its turn after what it did not know of |
-| moved | is accepted for the new holder; one that has its row is left to it |
+| moved | is accepted for the new holder; one that has its row, or whose effect has, is left to it |
 | limit | is turned away or waits for a slot |
 | gone | was consumed elsewhere: nothing is left to do |
 | refused | is decided again, knowing that the store cannot write what it asks for |
@@ -26,7 +26,7 @@ from sagaloom.ids import key_hash, partition_of
 from sagaloom.ports.store import CommitResult, Conflict, RowRef, UnitOfWork
 from sagaloom.runtime.backlog import Backlog
 from sagaloom.runtime.counters import Counters
-from sagaloom.runtime.deliveries import Delivery, Planned, Work, answer, refuse
+from sagaloom.runtime.deliveries import Delivery, HandedOver, Planned, Work, answer, refuse
 from sagaloom.runtime.memory import Memory
 from sagaloom.runtime.options import RuntimeOptions, no_step
 from sagaloom.runtime.outcomes import outcome_of
@@ -71,6 +71,7 @@ class FollowUp:
         conflicts = result.conflicts
         accepted: list[Planned] = []
         decided: list[Planned] = []
+        settled: list[HandedOver] = []
         for number, each in enumerate(planned):
             if number in conflicts:
                 continue
@@ -85,6 +86,8 @@ class FollowUp:
                 # Marks of partitions that others hold may be taken back without our hearing of it.
                 marks[unit.mark_pk, unit.mark.dedupe_key] = unit.mark
             (decided if each.decision is not None else accepted).append(each)
+            if each.delivery.effect is not None:
+                settled.append(each.delivery.effect)
         self._memory.bound_marks()
         self._counters.committed([*accepted, *decided], conflicts=len(conflicts))
         for number, work in enumerate(works, len(planned)):
@@ -101,6 +104,8 @@ class FollowUp:
                 self._wait_on(each)
             else:
                 self._go_on(each)
+        for effect in settled:
+            effect.done(None)
         for number, work in enumerate(works, len(planned)):
             if number not in conflicts:
                 work.done(None)
@@ -173,6 +178,8 @@ class FollowUp:
                 if delivery.enters or conflict.kind == "behind":
                     delivery.yielded += conflict.kind == "behind" and delivery.row is None
                     again.append(delivery)
+                elif delivery.effect is not None:
+                    delivery.effect.done(conflict)
                 else:
                     self._share.wait_abroad(delivery)
                 continue
@@ -182,9 +189,14 @@ class FollowUp:
                 continue
             if conflict.kind == "gone":
                 # Somebody else consumed its row: whatever it asked for has been done there.
+                if delivery.effect is not None:
+                    delivery.effect.done(conflict)
                 refuse(delivery, BackendUnavailable(f"message {delivery.envelope.id} was taken over elsewhere"))
                 continue
             if conflict.kind == "refused":
+                if delivery.effect is not None and delivery.refusal is not None:
+                    delivery.effect.done(conflict)  # It is the answer itself that the store cannot write.
+                    continue
                 delivery.refusal = SagasError(
                     f"the store cannot write what {delivery.envelope.type!r} asked for: {conflict.what}",
                     code="SAGA_NOT_STORABLE",
@@ -200,6 +212,8 @@ class FollowUp:
         for each in planned:
             if each.unit.mark is not None and each.waits:
                 step("accepted")
+            if each.unit.outbox_done:
+                step("settled")
             entry = each.unit.entry
             if entry is not None and any(moment.phase == "compensate" for moment in entry.steps):
                 step("compensated")

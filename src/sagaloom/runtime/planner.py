@@ -1,10 +1,10 @@
 """The planner: decides the messages of a turn, and says what the store is to write of each.
 
 Each message of a batch is decided on top of what those before it in the batch decided. Most become the unit that their
-decision asks for. Some have no turn yet: what enters the store then is only accepted, what has its row already costs
-nothing and waits in the backlog.
+decision asks for. Some have no turn yet: what has no row then is only accepted, what has one already costs nothing and
+waits in the backlog. The answer to an effect settles the effect, whatever else its unit does.
 
-| | has its row | enters the store |
+| | has its row | is in none yet |
 |---|---|---|
 | its partition is another's | is left alone | accepted |
 | a starter or a pause holds its key | lines up | accepted, lines up |
@@ -44,7 +44,7 @@ from sagaloom.engine.records import (
 from sagaloom.engine.retrying import traceback_text
 from sagaloom.errors import IdempotencyKeyReused, SagasError, StoreCorrupt
 from sagaloom.ids import content_digest
-from sagaloom.ports.store import SagaStore
+from sagaloom.ports.store import Conflict, SagaStore
 from sagaloom.runtime.backlog import Backlog
 from sagaloom.runtime.cache import Hot
 from sagaloom.runtime.counters import Counters
@@ -54,6 +54,7 @@ from sagaloom.runtime.deliveries import (
     Planned,
     answer,
     refuse,
+    settling,
     unit_of_accept,
     unit_of_decision,
     unit_of_loss,
@@ -143,7 +144,10 @@ class Planner:
                     continue
             if head.part not in parts:
                 if not delivery.enters:
-                    continue  # Its holder has it. To bring it once more would be to apply it twice.
+                    # Its holder has it. To bring it once more would be to apply it twice.
+                    if delivery.effect is not None:
+                        delivery.effect.done(Conflict("moved", f"partition {head.part} is held by another process"))
+                    continue
                 unit = unit_of_accept(delivery, head, known.head)
                 newest[key] = Hot(head, known.instance)
                 step = Planned(delivery, unit, None, None)
@@ -151,23 +155,23 @@ class Planner:
                 self._on_repair(delivery)
                 continue
             elif (holds_some and self._backlog.is_held(delivery)) or (key in holding and not delivery.passes):
-                if not delivery.enters:
+                if delivery.is_stored:
                     self._backlog.wait_behind(delivery)
                     continue
                 unit = unit_of_accept(delivery, head, known.head)
                 step = Planned(delivery, unit, None, Hot(head, known.instance))
             elif (delivery.yielded or placing) and (
-                delivery.yielded > (delivery.timer is not None) or (delivery.enters and key in placing)
+                delivery.yielded > (delivery.timer is not None) or (key in placing and not delivery.is_stored)
             ):
                 placing.add(key)
                 unit = unit_of_accept(delivery, head, known.head)
                 step = Planned(delivery, unit, None, Hot(head, known.instance), is_next=True)
-            elif limited_ids and delivery.awaits_slot and delivery.enters:
+            elif limited_ids and delivery.awaits_slot and not delivery.is_stored:
                 unit = unit_of_accept(delivery, head, known.head)
                 step = Planned(delivery, unit, None, Hot(head, known.instance), holds=True, awaits_slot=True)
             else:
                 addressed = known.instance
-                if envelope.run is not None and envelope.run != head.run:
+                if envelope.run is not None and envelope.run != head.run and key not in corrupt:
                     # Rare: a reply, timer or child of a run that is not the newest. Such runs are read each time.
                     addressed = await self._store.load_run(envelope.saga_id, envelope.key, envelope.run)
                 if telemetry is None:
@@ -182,10 +186,10 @@ class Planner:
                     continue
                 if decision.stands_aside:
                     deferring.add(key)
-                    if not delivery.enters:
+                    if delivery.is_stored:
                         self._backlog.defer(delivery, decision.retry_at)
                         continue
-                if decision.disposition == "deferred" and not delivery.enters:
+                if decision.disposition == "deferred" and delivery.is_stored:
                     self._backlog.wait_behind(delivery)  # A timer keeps its row, so that it can still be cancelled.
                     continue
                 if decision.disposition == "deferred":
@@ -205,6 +209,8 @@ class Planner:
                     and (key in deferring or self._backlog.has_deferred(key))
                 ):
                     stopped.add(key)
+            if delivery.effect is not None:
+                step.unit = settling(step.unit, delivery.effect)
             if envelope.slot is not None or (limited_ids and key[0] in limited_ids):
                 step.unit = self._slots.claim(definitions.get(key[0]), delivery, step.unit, step.decision, now)
             if step.holds or (envelope.origin != "door" and ends_pause(envelope)):

@@ -9,6 +9,7 @@ stay small enough for a store to take them in time: a turn ends when what it dec
 that failed the next takes half as much.
 
 1. A message that comes through a door is accepted and applied in one commit; its publisher hears after that commit.
+   So is the only answer to an effect, and the same commit settles the effect.
 2. Per (saga, key) the order of the backlog is the order of acceptance (I9). One exception: a message whose attempt
    failed steps aside until it is due, and younger ones go on.
 3. Except a starter that fails: its key is *held*, for nothing can be applied before the instance exists. Messages
@@ -240,6 +241,8 @@ class Receiver:
         self._alarm.clear()
         for delivery in self._backlog.clear():
             refuse(delivery, error)
+            if delivery.effect is not None:
+                delivery.effect.done(error)
         for work in self._work:
             work.done(error)
         self._work.clear()
@@ -359,7 +362,11 @@ class Receiver:
         """Forgets what is remembered, and what waits in `parts`; returns the latter."""
         # Of a partition that comes back, what was remembered when it went may not be true any more.
         self._memory.clear()
-        return self._backlog.drop(parts)
+        dropped = self._backlog.drop(parts)
+        for delivery in dropped:
+            if delivery.effect is not None:
+                delivery.effect.done(Conflict("moved", f"partition {delivery.part} is held by another process"))
+        return dropped
 
     async def _add_rows(self, page: list[InboxRow]) -> None:
         """Queues rows that were found in the store. Those between two attempts go where they were before."""

@@ -130,6 +130,7 @@ class SagaRuntime(Senders, Operators):
             targets=self._targets,
             share=self._receiver.share,
             submit=self._receiver.submit,
+            offer=self._receiver.offer,
         )
         self._timekeeper = Timekeeper(store, self.clock, self.options, holds=self.holds, offer=self._receiver.offer)
         self._scheduler = Scheduler(

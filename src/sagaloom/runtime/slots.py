@@ -85,7 +85,7 @@ class Slots:
         if not delivery.awaits_slot:
             self._counters.throttled[definition.id] += 1
         key = key_of(definition, delivery.envelope)
-        if delivery.enters:
+        if not delivery.is_stored:
             if delivery.envelope.origin == "door" and definition.concurrency.on_limit == "reject":
                 refuse(delivery, _limited(definition, delivery, key))
                 return False

@@ -15,12 +15,14 @@ from sagaloom.testing.contracts.sagastore.samples import (
     at,
     child_of,
     claims,
+    current,
     dead_letter_of,
     effect_of,
     envelope_of,
     feed_of,
     head_of,
     kinds,
+    next_of,
     part_of,
     pending_of,
     sent,
@@ -179,6 +181,36 @@ class Waiting(SagaStoreCase):
         assert kinds(result) == {1: "gone"}
         assert kinds(await store.commit([done], lease=lease)) == {0: "gone"}
         assert await store.outbox_page(after=None, limit=10) == []
+
+    async def test_an_answer_is_applied_by_the_unit_that_settles_its_effect_or_not_at_all(
+        self, store: SagaStore, lease: Lease
+    ) -> None:
+        instance = await started(store, lease, "o-1")
+        (ref,) = await sent(store, lease, instance)
+        second, third = next_of(instance), next_of(next_of(instance))
+        follow_up = effect_of(second)
+
+        await write(store, lease, step_of(instance, second, outbox_done=(ref,), outbox_add=(follow_up,)))
+        again = await store.commit([step_of(second, third, outbox_done=(ref,))], lease=lease)
+        stale = await store.commit([step_of(instance, second, outbox_done=(ref,))], lease=lease)
+
+        assert kinds(again) == {0: "gone"}
+        assert list(kinds(stale).values()) in (["gone"], ["revision"])
+        assert await current(store, instance) == second
+        assert [row.effect for row in await store.outbox_page(after=None, limit=10)] == [follow_up]
+
+    async def test_an_effect_stays_when_the_decision_about_its_answer_conflicts(
+        self, store: SagaStore, lease: Lease
+    ) -> None:
+        instance = await started(store, lease, "o-1")
+        (ref,) = await sent(store, lease, instance)
+        moved = next_of(instance)
+        await write(store, lease, step_of(instance, moved))
+
+        result = await store.commit([step_of(instance, moved, outbox_done=(ref,))], lease=lease)
+
+        assert kinds(result) == {0: "revision"}
+        assert [row.ref for row in await store.outbox_page(after=None, limit=10)] == [ref]
 
     async def test_effects_of_several_partitions_are_settled_by_one_unit(self, store: SagaStore, lease: Lease) -> None:
         refs = [ref for key in ("o-1", "o-2") for ref in await sent(store, lease, await started(store, lease, key), 2)]
