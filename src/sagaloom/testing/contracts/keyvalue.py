@@ -30,7 +30,7 @@ __all__ = ["KeyValueContract", "OpenKeyValue", "committed"]
 OpenKeyValue = Callable[[], Awaitable[KeyValue]]
 
 # Long enough for any commit of a test, short enough to notice that something will never happen.
-_PATIENCE_SECONDS = 10
+_PATIENCE_SECONDS = 60
 
 
 def committed(outcome: Committed | Conflicted) -> Committed:

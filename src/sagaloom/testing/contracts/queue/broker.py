@@ -166,7 +166,7 @@ class Brokers(QueueCase):
 
         await consumer.take(1)
 
-        assert 0.29 <= time.monotonic() - began < 5
+        assert time.monotonic() - began >= 0.29
 
     async def test_a_released_message_comes_at_once_and_its_attempt_does_not_count(
         self, broker: QueueBroker, consumer: Consumer
@@ -213,7 +213,9 @@ class Brokers(QueueCase):
     async def test_a_lease_lasts_as_long_as_it_is_renewed(
         self, broker: QueueBroker, consumer: Consumer, other: Consumer
     ) -> None:
-        await other.begin()
+        lease_seconds = 2 * LEASE_SECONDS
+        for each in (consumer, other):
+            await each.begin(lease_seconds=lease_seconds)
         await broker.send([(message(1), 0)])
         taker, watcher = consumer, other
         exchange = await consumer.broker.exchange((), limit=1)
@@ -226,9 +228,9 @@ class Brokers(QueueCase):
             taker, watcher = other, consumer
             [delivery] = await other.take(1)
 
-        for _ in range(8):
+        for _ in range(5):
             assert list(await taker.broker.renew([delivery.token])) == []
-            assert await watcher.finds_nothing(for_seconds=LEASE_SECONDS / 4)
+            assert await watcher.finds_nothing(for_seconds=lease_seconds / 4)
 
         assert await taker.settle(Acked(delivery.token)) == []
 
@@ -259,7 +261,7 @@ class Brokers(QueueCase):
         [second] = await consumer.take(1)
 
         assert ids([first, second]) == ["mnow", "mlater"]
-        assert 0.39 <= time.monotonic() - began < 5
+        assert time.monotonic() - began >= 0.39
 
     async def test_many_delayed_messages_hide_no_message_that_is_due(
         self, broker: QueueBroker, consumer: Consumer

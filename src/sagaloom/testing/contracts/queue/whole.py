@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections import Counter
 from typing import Any
@@ -15,6 +16,7 @@ from sagaloom.queues.handling import QueueContext
 from sagaloom.testing.contracts.queue.base import OpenBroker, QueueCase
 from sagaloom.testing.contracts.queue.samples import (
     LEASE_SECONDS,
+    PATIENCE_SECONDS,
     Consumer,
     listened,
     message,
@@ -33,11 +35,15 @@ class WholeQueues(QueueCase):
         async with queue_over(broker) as queue:
             await queue.enqueue_many(range(40))
             running, most, done = 0, 0, 0
+            are_all_there = asyncio.Event()
 
             async def handler(_: object) -> None:
                 nonlocal running, most, done
                 running += 1
                 most = max(most, running)
+                if running == 8:
+                    are_all_there.set()
+                await are_all_there.wait()
                 await asyncio.sleep(0.02)
                 running -= 1
                 done += 1
@@ -193,29 +199,25 @@ class WholeQueues(QueueCase):
 
     async def test_a_plain_handler_runs_beside_the_loop(self, broker: QueueBroker) -> None:
         async with queue_over(broker) as queue:
-            ticks, blocked = 0, 0.0
+            has_begun, goes_on = asyncio.Event(), threading.Event()
+            was_let_go: list[bool] = []
 
             def handler(payload: str, context: QueueContext) -> None:
-                nonlocal blocked
-                began = time.monotonic()
-                time.sleep(0.2)
-                blocked = time.monotonic() - began
+                queue_loop.call_soon_threadsafe(has_begun.set)
+                was_let_go.append(goes_on.wait(PATIENCE_SECONDS))
                 queue_loop.call_soon_threadsafe(stop_soon, queue)
 
-            async def tick() -> None:
-                nonlocal ticks
-                while True:
-                    await asyncio.sleep(0.01)
-                    ticks += 1
+            async def let_go() -> None:
+                await has_begun.wait()  # which the loop can only do while the handler blocks
+                goes_on.set()
 
             queue_loop = asyncio.get_running_loop()
-            ticking = asyncio.create_task(tick())
+            letting_go = asyncio.create_task(let_go())
             await queue.enqueue("x")
             await listened(queue, handler)
-            ticking.cancel()
+            await letting_go
 
-            assert blocked >= 0.2
-            assert ticks >= 5
+            assert was_let_go == [True]
             assert (await queue.depth()).live == 0
 
     async def test_a_long_handler_keeps_its_message(self, broker: QueueBroker, open_client: OpenBroker) -> None:
