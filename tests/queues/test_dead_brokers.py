@@ -29,6 +29,9 @@ from tests.servers.server import Server
 pytestmark = pytest.mark.anyio
 
 _SECONDS_MAX = 15.0
+_STOP_SECONDS_MAX = 25.0
+"""A reconnection that is under way may take as long as an answer, and so may what is said over it, and the goodbye."""
+_MOMENTS = (0.0, 0.05, 0.3, 1.0, 2.0, 4.0)
 _URLS = {
     "redis": "redis://127.0.0.1:{port}/0",
     "postgres": "postgresql://me@127.0.0.1:{port}/db",
@@ -107,6 +110,44 @@ async def test_nobody_waits_for_long_for_a_server_that_is_gone(
     assert isinstance(refused, BackendUnavailable)
     assert refused.retryable
     assert rest == [None, None, None]
+
+
+@pytest.mark.parametrize(
+    "server",
+    [pytest.param(name, marks=pytest.mark.server(name)) for name in ("redis", "postgres", "rabbitmq")],
+    indirect=True,
+)
+async def test_a_listener_ends_at_whatever_moment_of_a_restart_it_is_told_to(server: Server) -> None:
+    connection = QueueConnectionOptions(**{server.name: server.url}, namespace=f"t{uuid.uuid4().hex[:12]}")  # type: ignore[arg-type]
+    queues = [create_queue("mails", provider=server.name, connection=connection) for _ in _MOMENTS]
+    has_begun = [asyncio.Event() for _ in queues]
+
+    async def ends(queue: Queue[Any], begun: asyncio.Event, *, after_seconds: float) -> list[BaseException | None]:
+        async def handler(_: object) -> None:
+            begun.set()
+            await asyncio.Event().wait()  # until its message is lost to it, or given back
+
+        listening = asyncio.create_task(queue.listen(handler, visibility_timeout=2.0, grace=0.5))
+        await asyncio.gather(*(each.wait() for each in has_begun))
+        await asyncio.sleep(after_seconds)
+        stopped = await ended(queue.stop(), seconds=_STOP_SECONDS_MAX)
+        await asyncio.wait([listening], timeout=PATIENCE_SECONDS)
+        return [stopped, listening.exception(), await ended(queue.close())]
+
+    async def restart() -> None:
+        await asyncio.gather(*(each.wait() for each in has_begun))
+        await asyncio.to_thread(lambda: (server.kill(), server.start()))
+
+    await queues[0].enqueue_many(range(len(queues)))
+    _, *ends_of_all = await asyncio.gather(
+        restart(),
+        *(
+            ends(queue, begun, after_seconds=moment)
+            for queue, begun, moment in zip(queues, has_begun, _MOMENTS, strict=True)
+        ),
+    )
+
+    assert ends_of_all == [[None, None, None]] * len(queues)
 
 
 async def test_nobody_waits_for_long_for_a_file_that_another_process_holds(
