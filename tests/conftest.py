@@ -6,6 +6,7 @@ failure is the nearest to its cause.
 """
 
 import os
+import signal
 from collections import defaultdict
 from collections.abc import Generator
 from pathlib import Path
@@ -29,6 +30,10 @@ GROUPS = (
 # --hypothesis-profile=ci the examples are the same each time, so that no change fails by the luck of another.
 settings.register_profile("sagaloom", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("sagaloom")
+
+# A shell has what it runs in the background ignore Ctrl-C, and so would everything that a test starts and interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _HERE = Path(__file__).parent
 _seconds: dict[str, float] = defaultdict(float)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import queue
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,10 +15,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
+from tests.patience import PATIENCE_SECONDS
+from tests.servers.server import free_port
+
 PORTS: Final = ("8091", "8092", "8093", "9000")
 """The ports that pages speak of."""
 
-SECONDS_MAX: Final = 30.0
 _DONE: Final = re.compile(r"@@done (\d+)@@$")
 _KILLED: Final = re.compile(r"\S*bash: line \d+: +\d+ Killed ")
 
@@ -51,7 +51,7 @@ class Shell:
         assert self._process.stdin is not None
         self._process.stdin.write(f"{command}\nprintf '\\n@@done %s@@\\n' $?\n")
         self._process.stdin.flush()
-        end = time.monotonic() + SECONDS_MAX
+        end = time.monotonic() + PATIENCE_SECONDS
         printed: list[str] = []
         code: int | None = None
         while code is None or not until(printed):
@@ -91,9 +91,8 @@ class Shell:
 
 
 def free_ports() -> dict[str, str]:
-    """A free port for each of those that pages speak of. All are held until all are chosen."""
-    with contextlib.ExitStack() as stack:
-        held = [stack.enter_context(socket.socket()) for _ in PORTS]
-        for each in held:
-            each.bind(("127.0.0.1", 0))
-        return {port: str(each.getsockname()[1]) for port, each in zip(PORTS, held, strict=True)}
+    """A free port for each of those that pages speak of, which no client is given while a server is started again."""
+    found: set[int] = set()
+    while len(found) < len(PORTS):
+        found.add(free_port())
+    return dict(zip(PORTS, map(str, found), strict=True))

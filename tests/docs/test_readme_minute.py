@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 
 from tests.docs.pages import ROOT, blocks_of, commands_of, with_free_ports
 from tests.docs.shell import Shell, free_ports
+from tests.patience import PATIENCE_SECONDS
 from tests.schemas import Schema
 
 
@@ -45,14 +48,20 @@ def _type_all(store: dict[str, str], tmp_path: Path) -> None:
         code, _, came = shell.run("python -m examples.serve 2> serve.log & SERVER=$!", until=_says("Stop with Ctrl-C"))
         assert (code, came) == (0, True), (tmp_path / "serve.log").read_text()
         for command in (*commands_of(first), *commands_of(job)):
-            # Only in this shell's session: somebody may have a demo of his own.
+            # Only in this shell's session: somebody may have a demo of his own. And who has a slow machine looks twice.
             typed = with_free_ports(command.typed, ports).replace("pkill -9 -f", "pkill -9 -s 0 -f")
+            typed = typed.replace("sleep 2", f"sleep 2 && {_is_up(ports)}")
             code, printed, _ = shell.run(typed, until=lambda _: True)
             assert code == 0, f"{command.typed}\n" + "\n".join(printed)
+        ledger = _json_of(shell, ports, "8093/ledger", once=lambda found: len(_taken(found)) == 2)
+        settings = _json_of(
+            shell,
+            ports,
+            "8092/api/v1/sagas/instances?sagaName=user-settings-saga",
+            once=lambda found: [each["status"] for each in found["instances"]] == ["completed"],
+        )
         order = _json_of(shell, ports, "8092/api/v1/sagas/instances/order-saga/o-1")
         history = _json_of(shell, ports, "8092/api/v1/sagas/instances/order-saga/o-1/history")
-        settings = _json_of(shell, ports, "8092/api/v1/sagas/instances?sagaName=user-settings-saga")
-        ledger = _json_of(shell, ports, "8093/ledger")
         shell.run("kill $SERVER; wait $SERVER", until=lambda _: True)
 
     assert commands_of(make_serve)[0].typed == "make serve"
@@ -70,8 +79,22 @@ def _says(text: str) -> Any:
     return lambda printed: any(text in line for line in printed)
 
 
-def _json_of(shell: Shell, ports: dict[str, str], address: str) -> Any:
-    """What is answered there, a second from now: what was published has had its effects by then."""
+def _taken(ledger: Any) -> list[Any]:
+    return [entry for entry in ledger["entries"] if entry["applied"]]
+
+
+def _is_up(ports: dict[str, str]) -> str:
+    """A command that ends when the API answers."""
+    return f"until curl -sf -o /dev/null http://127.0.0.1:{ports['8092']}/health/ready; do sleep 0.1; done"
+
+
+def _json_of(shell: Shell, ports: dict[str, str], address: str, *, once: Callable[[Any], bool] = lambda _: True) -> Any:
+    """What is answered there, once what was published has had its effects; else what it is in the end."""
     url = with_free_ports(f"http://127.0.0.1:{address}", ports)
-    _, printed, _ = shell.run(f"sleep 1; curl -s '{url}'; echo", until=lambda _: True)
-    return json.loads("".join(line for line in printed if line.startswith("{")))
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        _, printed, _ = shell.run(f"curl -s '{url}'; echo", until=lambda _: True)
+        found = json.loads("".join(line for line in printed if line.startswith("{")))
+        if once(found) or time.monotonic() > deadline:
+            return found
+        time.sleep(0.1)

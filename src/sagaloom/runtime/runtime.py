@@ -262,7 +262,7 @@ class SagaRuntime(Senders, Operators):
     async def __aexit__(self, *_: object) -> None:
         await self.stop()
 
-    async def settled(self, timeout: float = 10.0) -> None:
+    async def settled(self, timeout: float = 30.0) -> None:
         """Returns when nothing is left that could be done now; raises `TimeoutError` after `timeout` seconds."""
         prune = (self._pruner, self._retention)
         await self._wait_until(lambda: self._is_drained() and all(role.is_idle for role in prune), timeout)
