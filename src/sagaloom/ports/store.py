@@ -293,6 +293,11 @@ class SagaStore(Protocol):
         """Whether several processes can work on it side by side; if not, the later one takes everything."""
         ...
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether commits are worked on elsewhere, so that something else can be done here meanwhile."""
+        ...
+
     def stands(self) -> bool:
         """Shows that we live, and says whether nothing has changed among the others since `tend`. Asked every moment:
         it touches no table."""

@@ -109,11 +109,12 @@ class Planner:
         self._slots = slots
         self._share = share
         self._on_repair = on_repair
-        self.postponed: list[Delivery] = []
-        """What was taken for this turn and is left for the next, in order."""
 
-    async def plan(self, batch: Sequence[Delivery], telemetry: SagaTelemetry | None) -> list[Planned]:
-        """Decides each delivery on top of what those before it in this batch decided."""
+    async def plan(
+        self, batch: Sequence[Delivery], telemetry: SagaTelemetry | None
+    ) -> tuple[list[Planned], list[Delivery]]:
+        """Decides each delivery on top of what those before it in this batch decided. The second list is what is left
+        for another turn, in order."""
         newest, corrupt = await self._memory.load(batch, self._share.parts)
         now = self._clock.now()
         definitions = self._definitions()
@@ -126,13 +127,13 @@ class Planner:
         limited_ids = definitions.limited
         deferring: set[InstanceKey] = set()  # The keys of which a message of this batch was deferred.
         stopped: set[InstanceKey] = set()  # The keys that have moved since: what was deferred comes first now.
-        self.postponed = []
+        postponed: list[Delivery] = []
         planned: list[Planned] = []
         size = 0
         for delivery in batch:
             key, envelope = delivery.key, delivery.envelope
             if size > _BATCH_BYTES or (stopped and key in stopped and not delivery.passes):
-                self.postponed.append(delivery)
+                postponed.append(delivery)
                 continue
             known = newest[key]
             head = known.head or self._memory.new_head(key, now)
@@ -225,7 +226,7 @@ class Planner:
                 size += len(step.unit.instance.state)
             for effect in step.unit.outbox_add:
                 size += len(effect.payload)
-        return planned
+        return planned, postponed
 
     def _decide(
         self,

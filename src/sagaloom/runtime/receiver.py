@@ -34,7 +34,11 @@ The turn is here, and what happens when it fails. What a turn decides is in `sag
 commit in `sagaloom.runtime.follow_up`; between them they share what waits (`backlog`, `slots`), what is remembered
 (`memory`) and what is ours (`share`).
 
-What we dislike about it: one commit is under way at a time, so a store with a slow round trip is not kept busy.
+A store that works elsewhere (`is_remote`) is kept busy: while a commit is under way there, the next messages are
+decided, except those of keys that it is about. Half of what waits goes into each commit then. The second is sent when
+the first is written, before its publishers hear of it; if the first fails, the second is dropped, and decided again.
+
+What we dislike about it: commits follow each other, so a store with a slow round trip is idle for that long.
 """
 
 from __future__ import annotations
@@ -51,12 +55,12 @@ from sagaloom.engine.correlation import DefinitionSet
 from sagaloom.engine.lifecycle import is_terminal
 from sagaloom.engine.records import OutboxEffect, Timer
 from sagaloom.errors import BackendUnavailable, Fenced, SagasError
-from sagaloom.ports.store import Conflict, InboxRow, RowRef, SagaStore
+from sagaloom.ports.store import CommitResult, Conflict, InboxRow, RowRef, SagaStore, UnitOfWork
 from sagaloom.runtime.alarm import Alarm
 from sagaloom.runtime.backlog import Backlog
 from sagaloom.runtime.cache import Hot
 from sagaloom.runtime.counters import Counters
-from sagaloom.runtime.deliveries import Delivery, InstanceKey, Work, refuse
+from sagaloom.runtime.deliveries import Delivery, InstanceKey, Planned, Work, refuse
 from sagaloom.runtime.follow_up import FollowUp
 from sagaloom.runtime.memory import Memory
 from sagaloom.runtime.options import RuntimeOptions
@@ -73,6 +77,32 @@ _log = logging.getLogger("sagaloom.receiver")
 _PAUSE_SECONDS_MAX: Final = 1.0
 _MOMENT_SECONDS: Final = 0.0005
 _STARTS_MAX: Final = 10
+_HALF_MIN: Final = 32
+"""Fewer messages are not worth two commits."""
+_TURNS_IN_A_ROW: Final = 16
+"""Then it is looked what others have brought, and whoever waits for `turning` gets it."""
+
+
+class _Turn:
+    """What is taken out of the backlog at once, and what becomes of it."""
+
+    __slots__ = ("batch", "planned", "postponed", "result", "units", "works")
+
+    def __init__(self) -> None:
+        self.batch: list[Delivery] = []
+        self.works: list[Work] = []
+        self.planned: list[Planned] = []
+        self.postponed: list[Delivery] = []
+        """What is left for another turn, in order."""
+        self.units: list[UnitOfWork] = []
+        self.result: CommitResult | None = None
+
+    def keys(self) -> set[InstanceKey]:
+        """Whose next messages have to wait until this turn is written: those of its messages, and those it sends some
+        to, for what it sends is accepted before anything younger."""
+        keys = {delivery.key for delivery in self.batch}
+        keys.update((envelope.saga_id, envelope.key) for unit in self.units for envelope in unit.inbox_add)
+        return keys
 
 
 class Receiver:
@@ -262,47 +292,114 @@ class Receiver:
     # ---------------------------------------------------------------- one turn
 
     async def _turn(self) -> None:
-        batch: list[Delivery] = []
-        works: list[Work] = []
+        turn = _Turn()
         try:
             if self.share.needs_attention:
                 await self.share.look_after()
-            batch = self._backlog.take(self._batch_max)
-            works = self._take_works()
-            self._options.on_step("claimed")
+            self._take(turn)
             if self.problem is not None:
                 await self._store.probe()
                 self.problem, self._failures = None, 0
-            planned = await self._planner.plan(batch, self.telemetry) if batch else []
-            units = [each.unit for each in planned]
-            units.extend([work.unit for work in works])
-            if not units:
-                self._postpone()
+            await self._plan(turn)
+        except Exception as error:  # noqa: BLE001 - see `_as_trouble`
+            await self._cannot_commit([turn], _as_trouble(error))
+            return
+        await self._commit(turn)
+
+    def _take(self, turn: _Turn, under_way: _Turn | None = None) -> None:
+        """Takes what waits, except messages of keys that are under way: those are decided on top of how that ends."""
+        limit = self._batch_max
+        if self._store.is_remote:
+            # One half is decided while the other is committed.
+            busy = 0 if under_way is None else len(under_way.batch)
+            limit = min(limit, max(_HALF_MIN, (len(self._backlog) + busy + 1) // 2))
+        turn.batch = self._backlog.take(limit)
+        if under_way is not None:
+            keys = under_way.keys()
+            self._backlog.put_back([each for each in turn.batch if each.key in keys])
+            turn.batch = [each for each in turn.batch if each.key not in keys]
+        turn.works = self._take_works()
+        self._options.on_step("claimed")
+
+    async def _plan(self, turn: _Turn) -> None:
+        if turn.batch:
+            turn.planned, turn.postponed = await self._planner.plan(turn.batch, self.telemetry)
+        turn.units = [each.unit for each in turn.planned]
+        turn.units.extend([work.unit for work in turn.works])
+
+    async def _commit(self, turn: _Turn) -> None:
+        """Commits a turn, and those that are decided meanwhile, each as soon as the one before is written."""
+        before: _Turn | None = None
+        trouble: SagasError | None = None
+        for left in range(_TURNS_IN_A_ROW, 0, -1):
+            if not turn.units:
+                break
+            ahead = _Turn()
+            try:
+                trouble = await self._commit_one(turn, before, ahead if left > 1 else None)
+            except Exception as error:  # noqa: BLE001 - see `_as_trouble`
+                await self._cannot_commit([turn, ahead], _as_trouble(error))
                 return
-            self._options.on_step("decided")
-            assert self.share.lease is not None
-            result = await self._store.commit(units, lease=self.share.lease)
-        except SagasError as error:
-            await self._cannot_commit(batch, works, error)
-            return
-        except Exception as error:  # noqa: BLE001 - see the next line
-            # A bug of ours or of the store's. It must not end the loop, for then nobody would hear of anything again.
-            _log.exception("a turn has failed")
-            await self._cannot_commit(batch, works, BackendUnavailable(f"a turn has failed: {error!r}"))
-            return
+            before, turn = turn, ahead
+            if trouble is not None:
+                break
+        if before is not None:
+            await self._tell(before)
+        if trouble is not None:
+            await self._cannot_commit([turn], trouble)
+        else:
+            self._postpone(turn)
+
+    async def _commit_one(self, turn: _Turn, before: _Turn | None, ahead: _Turn | None) -> SagasError | None:
+        """Commits a turn. While a remote store is at it, everybody hears of the turn `before`, and what they do then,
+        and what else has come, is decided as the turn `ahead`; returns why that was not possible."""
+        self._options.on_step("decided")
+        assert self.share.lease is not None
+        commit = self._store.commit(turn.units, lease=self.share.lease)
+        trouble: SagasError | None = None
+        if not self._store.is_remote:
+            turn.result = await commit
+        else:
+            committing = asyncio.create_task(commit)
+            try:
+                try:
+                    await asyncio.sleep(0)  # It is sent.
+                finally:
+                    if before is not None:
+                        await self._tell(before)
+                if ahead is not None:
+                    trouble = await self._get_ahead(ahead, turn)
+            except BaseException:
+                committing.cancel()
+                await asyncio.wait((committing,))
+                raise
+            turn.result = await committing
         if self._batch_max < self._options.batch_max:
             self._batch_max = min(2 * self._batch_max, self._options.batch_max)
         if self.telemetry is not None:
-            self.telemetry.committed(planned, works, result.conflicts)
-        self._on_commit(result.feed_base)
-        self._postpone()
-        await self._follow_up.follow_up(planned, works, result)
+            self.telemetry.committed(turn.planned, turn.works, turn.result.conflicts)
+        self._on_commit(turn.result.feed_base)
+        return trouble
 
-    def _postpone(self) -> None:
+    async def _get_ahead(self, ahead: _Turn, under_way: _Turn) -> SagasError | None:
+        try:
+            await asyncio.sleep(0)  # Who was just answered offers the next message.
+            self._take(ahead, under_way)
+            await self._plan(ahead)
+        except Exception as error:  # noqa: BLE001 - see `_as_trouble`
+            return _as_trouble(error)
+        return None
+
+    async def _tell(self, turn: _Turn) -> None:
+        """Has everybody hear what was written."""
+        assert turn.result is not None
+        self._postpone(turn)
+        await self._follow_up.follow_up(turn.planned, turn.works, turn.result)
+
+    def _postpone(self, turn: _Turn) -> None:
         """Puts back what has to wait for something older that had no turn yet."""
-        postponed, self._planner.postponed = self._planner.postponed, []
-        if postponed:
-            self._backlog.put_back(postponed)
+        if turn.postponed:
+            self._backlog.put_back(turn.postponed)
 
     def _take_works(self) -> list[Work]:
         works = self._work
@@ -314,9 +411,11 @@ class Receiver:
 
     # ---------------------------------------------------------------- when nothing was committed
 
-    async def _cannot_commit(self, batch: list[Delivery], works: list[Work], error: SagasError) -> None:
+    async def _cannot_commit(self, turns: Sequence[_Turn], error: SagasError) -> None:
+        """Puts back what was tried, first of all, and what was decided on top of it."""
         self._counters.commits_failed += 1
-        self._planner.postponed = []  # They are part of the batch.
+        batch = [delivery for turn in turns for delivery in turn.batch]
+        works = [work for turn in turns for work in turn.works]
         if self.telemetry is not None:
             self.telemetry.not_committed(error)
         self._memory.clear()
@@ -339,8 +438,9 @@ class Receiver:
             _log.warning("the store %s does not take commits: %s", self._store.id, error.message)
         self.problem = error
         self._failures += 1
-        if len(batch) + len(works) > 1:
-            self._batch_max = max(1, min(self._batch_max, max(len(batch), len(works))) // 2)
+        tried = turns[0]
+        if len(tried.batch) + len(tried.works) > 1:
+            self._batch_max = max(1, min(self._batch_max, max(len(tried.batch), len(tried.works))) // 2)
         await asyncio.sleep(min(0.02 * 2**self._failures, _PAUSE_SECONDS_MAX))
 
     async def _start_over(self, batch: list[Delivery], works: list[Work], error: Fenced) -> None:
@@ -387,3 +487,12 @@ class Receiver:
             else:
                 self._backlog.put_aside(delivery)
         self._backlog.add_in_order(fresh)
+
+
+def _as_trouble(error: Exception) -> SagasError:
+    """What kept a turn from being committed. What is none of ours is a bug, of ours or of the store's: it must not end
+    the loop, for then nobody would hear of anything again."""
+    if isinstance(error, SagasError):
+        return error
+    _log.error("a turn has failed", exc_info=error)
+    return BackendUnavailable(f"a turn has failed: {error!r}")

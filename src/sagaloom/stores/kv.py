@@ -280,6 +280,10 @@ class KvSagaStore:
     def is_shareable(self) -> bool:
         return self._tenure.tells_the_dead
 
+    @property
+    def is_remote(self) -> bool:
+        return False
+
     async def writers(self) -> list[Writer]:
         """Everybody who writes, and those who are gone and still hold something: for operators."""
         await self.open()

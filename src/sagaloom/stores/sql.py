@@ -159,6 +159,10 @@ class SqlSagaStore(KvSagaStore):
     def why_not(self, tier: SagaDurabilityTier) -> str | None:
         return self._rows.why_not(tier)
 
+    @property
+    def is_remote(self) -> bool:
+        return True
+
     async def open(self) -> None:
         if not self._store_id:
             await self._rows.open()

@@ -126,6 +126,10 @@ class MemoryStore:
     def is_shareable(self) -> bool:
         return False
 
+    @property
+    def is_remote(self) -> bool:
+        return False
+
     def stands(self) -> bool:
         return True
 

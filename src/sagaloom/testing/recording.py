@@ -136,6 +136,10 @@ class RecordingStore:
     def is_shareable(self) -> bool:
         return self.inner.is_shareable
 
+    @property
+    def is_remote(self) -> bool:
+        return self.inner.is_remote
+
     def stands(self) -> bool:
         """Asked every moment, so it is not recorded."""
         return self.inner.stands()
