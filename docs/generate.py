@@ -172,6 +172,7 @@ _OPTIONS: Final = {
     "dispatch_timeout_seconds": "how long a target may take for one effect",
     "drain_seconds": "how long a stop waits for what is under way; the rest goes on at the next start",
     "backlog_max": "messages that wait in memory; further ones are refused as retryable (`SAGA_OVERLOADED`)",
+    "backlog_bytes_max": "their payloads; more are refused in the same way",
     "cache_bytes_max": "hot instances that are kept in memory",
     "lease_seconds": "after how long others take over from a process that neither runs nor dies",
     "wait_seconds_max": "how long a `wait=` may last",

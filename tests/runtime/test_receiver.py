@@ -21,6 +21,7 @@ from sagaloom import (
 )
 from sagaloom.errors import BackendUnavailable
 from sagaloom.runtime.receipts import PublishReceipt, PublishRejected
+from sagaloom.runtime.weighing import Scales
 from tests.patience import PATIENCE_SECONDS
 from tests.runtime.conftest import STORES, Bench
 
@@ -510,6 +511,39 @@ async def test_a_backlog_that_is_full_refuses_for_now(bench: Bench) -> None:
 
     assert isinstance(refused, PublishRejected)
     assert (refused.code, refused.retryable) == ("SAGA_OVERLOADED", True)
+
+
+async def test_a_backlog_that_is_too_heavy_refuses_for_now(bench: Bench) -> None:
+    handler = Flaky(*range(20))
+    life = await bench.live(_flaky(handler), backlog_bytes_max=3 << 20)
+    heavy = "x" * 1_000_000
+    for n in range(3):
+        await life.publish("Add", {"n": n, "text": heavy}, key=f"k-{n}")
+
+    refused = await life.runtime.publish(SagaMessage("Add", {"n": 3, "text": heavy}, correlation_key="k-3"))
+    light = await life.publish("Add", {"n": 4}, key="k-4")
+    await bench.advance("1s")
+    taken = await life.publish("Add", {"n": 5, "text": heavy}, key="k-5")
+
+    assert isinstance(refused, PublishRejected)
+    assert (refused.code, refused.retryable) == ("SAGA_OVERLOADED", True)
+    assert "3 messages of 3000051 bytes are waiting already, and 1000017 more do not fit" in refused.reason
+    assert (light.disposition, taken.disposition) == ("pending", "pending")
+
+
+async def test_what_waits_is_weighed_once_for_many_that_come() -> None:
+    weighed: list[int] = []
+
+    def weigh() -> int:
+        weighed.append(1)
+        return 5_000
+
+    scales = Scales(weigh, bytes_max=10_000, each_bytes_max=100)
+    have_room = [scales.have_room(8_000, 50) for _ in range(101)]
+
+    assert scales.few == 99
+    assert have_room == [True] * 100 + [False]
+    assert len(weighed) == 1
 
 
 async def test_many_at_once_are_each_applied_once(bench: Bench) -> None:

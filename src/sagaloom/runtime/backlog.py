@@ -53,6 +53,10 @@ class Backlog:
         """How many wait in all, for their turn, a starter or their next attempt."""
         return len(self._rows) + len(self._doors) + self._standing + self._lined_up
 
+    def weight(self) -> int:
+        """The bytes of all payloads that wait. Looks at each of them."""
+        return sum(len(each.envelope.payload) for each in self._everything())
+
     def add(self, delivery: Delivery) -> None:
         if delivery.enters:
             self._doors.append(delivery)

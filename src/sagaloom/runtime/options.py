@@ -19,7 +19,8 @@ def no_step(name: str) -> None:
 class RuntimeOptions:
     """`batch_max` messages are committed together at most; `dispatch_concurrency` effects are under way at once, each
     for at most `dispatch_timeout_seconds`. `effect_retry` is for effects that bring no policy of their own. More than
-    `backlog_max` messages waiting in memory refuse further ones (`SAGA_OVERLOADED`, retryable).
+    `backlog_max` messages waiting in memory, or payloads of more than `backlog_bytes_max`, refuse further ones
+    (`SAGA_OVERLOADED`, retryable).
 
     The feed keeps `feed_retention_events` events, and none for longer than `feed_retention_hours`. A message that comes
     again within `idempotency_days` is a duplicate; later it is taken for a new one.
@@ -35,6 +36,7 @@ class RuntimeOptions:
     dispatch_timeout_seconds: float = 30.0
     drain_seconds: float = 2.0
     backlog_max: int = 100_000
+    backlog_bytes_max: int = 256 << 20
     cache_bytes_max: int = 64 << 20
     works: bool = True
     lease_seconds: float = 6.0

@@ -216,6 +216,10 @@ class Receiver:
     def waiting(self) -> int:
         return self._backlog.waiting
 
+    def weight(self) -> int:
+        """The bytes of all payloads that wait. Looks at each of them."""
+        return self._backlog.weight()
+
     @property
     def is_idle(self) -> bool:
         """Whether nothing is waiting that could be done now (messages between two attempts are not)."""

@@ -51,6 +51,7 @@ from sagaloom.runtime.senders import Senders
 from sagaloom.runtime.signals import Signals
 from sagaloom.runtime.standings import Standings
 from sagaloom.runtime.timekeeper import Timekeeper
+from sagaloom.runtime.weighing import Scales
 from sagaloom.telemetry import TelemetryProviders, find_providers
 
 if TYPE_CHECKING:
@@ -120,6 +121,11 @@ class SagaRuntime(Senders, Operators):
             on_effects=self._effects_committed,
             on_timers=self._timers_committed,
             on_commit=self._committed,
+        )
+        self._scales = Scales(
+            self._receiver.weight,
+            bytes_max=self.options.backlog_bytes_max,
+            each_bytes_max=self.options.limits.payload_bytes_max,
         )
         self._standings = Standings(store, self.clock, self._receiver, on_change=self._definitions_changed)
         self._dispatcher = Dispatcher(

@@ -26,6 +26,7 @@ from sagaloom.runtime.part import Part
 from sagaloom.runtime.payloads import payload_json
 from sagaloom.runtime.receipts import Outcome, PublishReceipt, PublishRejected, SignalReceipt, UpdateReceipt
 from sagaloom.runtime.replies import reply_envelope, reply_unwanted
+from sagaloom.runtime.weighing import Scales
 from sagaloom.telemetry import carried_trace
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Senders(Part):
 
     _loop: asyncio.AbstractEventLoop | None
     _registry_types: frozenset[str]
+    _scales: Scales
 
     async def publish(
         self,
@@ -302,6 +304,12 @@ class Senders(Part):
         if not receivers:
             raise self._unknown(message.type)
         payload = self._payload(message)
+        if waiting > self._scales.few and not self._scales.have_room(waiting, len(payload) * len(receivers)):
+            raise BackendUnavailable(
+                f"{waiting} messages of {self._scales.bytes} bytes are waiting already, and {len(payload)} more do not "
+                f"fit into backlog_bytes_max={self.options.backlog_bytes_max}: try again later",
+                code="SAGA_OVERLOADED",
+            )
         now = self.clock.now()
         if message.idempotency_key is not None:
             check_key(message.idempotency_key, what="idempotency key")
