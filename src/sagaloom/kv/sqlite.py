@@ -12,6 +12,7 @@ The rules:
 - Every method is `async` because the port is, and runs inline: no thread, no suspension. A commit takes less time
   than handing it to a thread and back, and inline was measured 1.2 to 1.7 times faster under most loads. The price:
   while another process holds the write lock, the event loop waits with us, at most `busy_timeout_seconds`.
+- Only what the log holds is moved into the file by a thread, beside the commits (`sagaloom.kv.checkpoints`).
 
 What happens when the file fails us:
 
@@ -42,6 +43,7 @@ from typing import Any, Final, Literal, NoReturn, Protocol, Self, cast
 import apsw
 
 from sagaloom.errors import BackendUnavailable, ConfigurationError, SagasError, StoreCorrupt
+from sagaloom.kv.checkpoints import Checkpoints
 from sagaloom.kv.packing import pack, prefix_range, table_of, unpack
 from sagaloom.kv.watching import WatchHub
 from sagaloom.ports.keyvalue import Check, Committed, Conflicted, Entry, Key, Slot
@@ -126,6 +128,10 @@ class _Connection(Protocol):
     def total_changes(self) -> int: ...
 
     def wal_autocheckpoint(self, n: int, /) -> None: ...
+
+    def set_wal_hook(self, callable: Callable[[Any, str, int], int], /) -> None: ...
+
+    def wal_checkpoint(self, dbname: str | None, mode: int, /) -> tuple[int, int]: ...
 
     def close(self, *, force: bool) -> None: ...
 
@@ -247,6 +253,7 @@ class SqliteKeyValue:
         self._waiting_since = 0.0
         self._on_step = on_step
         self._watches = WatchHub()
+        self._checkpoints: Checkpoints | None = None
         self._tables: dict[str, _Table] = {}
         self._store_id = ""
         self._problem: str | None = None
@@ -287,6 +294,8 @@ class SqliteKeyValue:
             connection = cast("_Connection", apsw.Connection(file, vfs=vfs, statementcachesize=_STATEMENTS_CACHED))
             store = cls(connection, file, busy_timeout_seconds=busy_timeout_seconds, on_step=on_step)
             store._prepare(exclusive=exclusive, synchronous=synchronous, deadline=deadline)
+            if not exclusive:  # which keeps a second connection out, too: then SQLite makes checkpoints within commits
+                store._checkpoint_beside(vfs=vfs, synchronous=synchronous)
         except BaseException as cause:
             if connection is not None:
                 with contextlib.suppress(apsw.Error):
@@ -504,6 +513,8 @@ class SqliteKeyValue:
         self._is_closed = True
         self._problem = "the store is closed"
         self._watches.end_all()
+        if self._checkpoints is not None:
+            self._checkpoints.close()
         # When this fails nothing is lost: the log stays beside the file, and the next open reads it. A full disk must
         # not keep a process from stopping.
         with contextlib.suppress(apsw.Error):
@@ -566,14 +577,24 @@ class SqliteKeyValue:
                 f"{self._path} cannot be opened in WAL mode (SQLite answered {mode!r}): a store needs a real file on"
                 " a local file system; for tests without a file use MemoryKeyValue"
             )
-        pragma("synchronous", synchronous)
-        if synchronous in ("FULL", "EXTRA"):
-            # Where fsync stops at the drive's cache (macOS) ask for the sync that does not; elsewhere no effect.
-            pragma("fullfsync", 1)
-            pragma("checkpoint_fullfsync", 1)
+        _sync_as(self._connection, synchronous)
         pragma("cache_size", -_PAGE_CACHE_KIB)
         pragma("journal_size_limit", _LOG_BYTES_KEPT)
         self._connection.wal_autocheckpoint(_CHECKPOINT_PAGES)
+
+    def _checkpoint_beside(self, *, vfs: str | None, synchronous: Synchronous) -> None:
+        def connect() -> _Connection:
+            connection = cast("_Connection", apsw.Connection(self._path, vfs=vfs))
+            _sync_as(connection, synchronous)
+            return connection
+
+        self._checkpoints = checkpoints = Checkpoints(self._connection, connect, pages=_CHECKPOINT_PAGES)
+
+        def after_commit(connection: object, database: str, pages: int) -> int:
+            checkpoints.committed(pages)
+            return apsw.SQLITE_OK
+
+        self._connection.set_wal_hook(after_commit)  # which takes the place of SQLite's own
 
     def _create_or_check(self) -> None:
         if self._connection.pragma("application_id") != _APPLICATION_ID:
@@ -751,6 +772,14 @@ def require_sound_sqlite(version: str) -> None:
             f"the SQLite library of apsw is {version}, and before {oldest} a log shared by several connections can be"
             " corrupted: install a newer apsw wheel (pip install --upgrade apsw)"
         )
+
+
+def _sync_as(connection: _Connection, synchronous: Synchronous) -> None:
+    connection.pragma("synchronous", synchronous)
+    if synchronous in ("FULL", "EXTRA"):
+        # Where fsync stops at the drive's cache (macOS) ask for the sync that does not; elsewhere no effect.
+        connection.pragma("fullfsync", 1)
+        connection.pragma("checkpoint_fullfsync", 1)
 
 
 def _packed_bound(bound: Key, prefix: Key) -> bytes:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import threading
 from collections.abc import Callable
 from types import TracebackType
 
@@ -87,6 +88,8 @@ class PowerLossVfs(_NamedVfs):
         self._deleted: set[str] = set()
         self._open_files: list[_PowerLossFile] = []
         self._has_power = True
+        self.lock = threading.RLock()
+        """Is held while a file is written or synced: two threads may have it open."""
 
     def lose_power(self, *, survives: Callable[[], bool] = lambda: False) -> None:
         """Drops what is not synced; this VFS refuses everything from now on. Close what is open on it (which writes
@@ -94,12 +97,13 @@ class PowerLossVfs(_NamedVfs):
 
         `survives` is asked for each unsynced write, oldest first: a real disk may have kept any of them.
         """
-        files = {file.path: file for file in self._open_files}
-        for path, cached in self._cached.items():
-            kept = [write for write in cached.unsynced if survives()]
-            if path in files:
-                files[path].write_through(kept)
-        self._has_power = False
+        with self.lock:
+            files = {file.path: file for file in self._open_files}
+            for path, cached in self._cached.items():
+                kept = [write for write in cached.unsynced if survives()]
+                if path in files:
+                    files[path].write_through(kept)
+            self._has_power = False
 
     def refuse_without_power(self) -> None:
         if not self._has_power:
@@ -178,28 +182,31 @@ class _PowerLossFile(_QuietFile):
         return bytes(self._cached.content[offset : offset + amount])
 
     def xWrite(self, data: bytes, offset: int) -> None:  # noqa: N802
-        self._vfs.refuse_without_power()
-        content = self._cached.content
-        if len(content) < offset:
-            content.extend(bytes(offset - len(content)))
-        content[offset : offset + len(data)] = data
-        self._cached.unsynced.append((offset, bytes(data)))
+        with self._vfs.lock:
+            self._vfs.refuse_without_power()
+            content = self._cached.content
+            if len(content) < offset:
+                content.extend(bytes(offset - len(content)))
+            content[offset : offset + len(data)] = data
+            self._cached.unsynced.append((offset, bytes(data)))
 
     def xTruncate(self, newsize: int) -> None:  # noqa: N802
-        self._vfs.refuse_without_power()
-        content = self._cached.content
-        del content[newsize:]
-        content.extend(bytes(newsize - len(content)))
-        self._cached.unsynced.append((newsize, None))
+        with self._vfs.lock:
+            self._vfs.refuse_without_power()
+            content = self._cached.content
+            del content[newsize:]
+            content.extend(bytes(newsize - len(content)))
+            self._cached.unsynced.append((newsize, None))
 
     def xSync(self, flags: int) -> None:  # noqa: N802
-        self._vfs.refuse_without_power()
-        self._vfs.count_sync()
-        self.write_through(self._cached.unsynced)
-        self._cached.unsynced.clear()
-        if self._syncs_directory:
-            self._syncs_directory = False
-            self._vfs.sync_directory()
+        with self._vfs.lock:
+            self._vfs.refuse_without_power()
+            self._vfs.count_sync()
+            self.write_through(self._cached.unsynced)
+            self._cached.unsynced.clear()
+            if self._syncs_directory:
+                self._syncs_directory = False
+                self._vfs.sync_directory()
 
     def xFileSize(self) -> int:  # noqa: N802
         return len(self._cached.content)
