@@ -85,6 +85,9 @@ class RabbitMQ(Server):
         where = ("usr/lib/rabbitmq/lib/rabbitmq_server-*/sbin", "opt/rabbitmq/sbin")
         self._program = binary("rabbitmq-server", of="RabbitMQ", among=where)
         super().__init__()
+
+    def _choose_ports(self) -> None:
+        super()._choose_ports()
         self._names_port, self._between_nodes_port = free_port(), free_port()
 
     @property

@@ -100,7 +100,8 @@ class Server(ABC):
         if os.getuid() == 0:
             shutil.chown(self.directory, _UNPRIVILEGED)
         self.log = self.directory / "server.log"
-        self.port = free_port()
+        self.port = 0
+        self._choose_ports()
         self.is_running = False
         self._is_prepared = False
         self.disk = self.directory / "disk"
@@ -119,6 +120,10 @@ class Server(ABC):
     @abstractmethod
     def url(self) -> str:
         """How clients reach it."""
+
+    def _choose_ports(self) -> None:
+        """Takes ports that are free now; asked again when somebody else was faster."""
+        self.port = free_port()
 
     def _prepare(self) -> None:  # noqa: B027 - most need nothing
         """Makes its data directory. May be asked again, on another port, when somebody took the port."""
@@ -153,7 +158,7 @@ class Server(ABC):
                 return self
             if self._is_prepared or attempt == _ATTEMPTS - 1 or "in use" not in self.tail().lower():
                 break
-            self.port = free_port()
+            self._choose_ports()
         raise RuntimeError(f"{self.name} did not come up on port {self.port}; the end of its log:\n{self.tail()}")
 
     def stop(self) -> None:
