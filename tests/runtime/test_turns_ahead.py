@@ -6,14 +6,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from sagaloom import SagaMessage, define_saga, send
 from sagaloom.errors import BackendUnavailable, SagasError
-from sagaloom.ports.store import CommitResult, Conflict, Lease, Loaded, UnitOfWork
+from sagaloom.ports.store import CommitResult, Conflict, Holding, Lease, Loaded, UnitOfWork
 from sagaloom.runtime.options import RuntimeOptions
 from sagaloom.runtime.receipts import PublishReceipt
 from sagaloom.runtime.runtime import SagaRuntime
@@ -34,6 +35,10 @@ class FarStore(MemoryStore):
         self.troubles: list[Exception] = []
         self.conflicts: list[dict[int, Conflict]] = []
         self.load_troubles: list[Exception | None] = []
+        self.is_shared = False
+
+    async def tend(self, lease: Lease, *, give_up: Collection[int] = ()) -> Holding:
+        return replace(await super().tend(lease, give_up=give_up), is_shared=self.is_shared)
 
     @property
     def is_remote(self) -> bool:
@@ -174,6 +179,22 @@ async def test_a_half_is_decided_while_the_other_is_committed(shop: Shop, monkey
     await _two_turns(shop, monkeypatch, ("a", 1, {}), ("b", 1, {}))
 
     assert shop.store.sent == [["a"]]
+    assert shop.decided == ["a:1", "b:1"]
+
+
+async def test_nothing_is_decided_ahead_while_others_write_to_the_store(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop.store.is_shared = True
+    shop.store.is_slow = False
+    shop.runtime._receiver.attend(standing=True)  # pyright: ignore[reportPrivateUsage]
+    await shop.runtime.settled(5)
+    shop.store.is_slow = True
+
+    await _two_turns(shop, monkeypatch, ("a", 1, {}), ("b", 1, {}))
+    await shop.publish("c", 1)
+
+    assert shop.store.sent == [["a", "b"]]
     assert shop.decided == ["a:1", "b:1"]
 
 

@@ -34,9 +34,10 @@ The turn is here, and what happens when it fails. What a turn decides is in `sag
 commit in `sagaloom.runtime.follow_up`; between them they share what waits (`backlog`, `slots`), what is remembered
 (`memory`) and what is ours (`share`).
 
-A store that works elsewhere (`is_remote`) is kept busy: while a commit is under way there, the next messages are
-decided, except those of keys that it is about. Half of what waits goes into each commit then. The second is sent when
-the first is written, before its publishers hear of it; if the first fails, the second is dropped, and decided again.
+A store that works elsewhere (`is_remote`) and is ours alone is kept busy: while a commit is under way there, the next
+messages are decided, except those of keys that it is about. Half of what waits goes into each commit then. The second
+is sent when the first is written, before its publishers hear of it; if the first fails, the second is dropped, and
+decided again.
 
 What we dislike about it: commits follow each other, so a store with a slow round trip is idle for that long.
 """
@@ -310,10 +311,16 @@ class Receiver:
             return
         await self._commit(turn)
 
+    @property
+    def _gets_ahead(self) -> bool:
+        """Whether the next turn is decided while one is committed. Between processes that share a store the time is
+        used anyway, and what half a commit saves there is less than what a second one costs."""
+        return self._store.is_remote and not self.share.is_shared
+
     def _take(self, turn: _Turn, under_way: _Turn | None = None) -> None:
         """Takes what waits, except messages of keys that are under way: those are decided on top of how that ends."""
         limit = self._batch_max
-        if self._store.is_remote:
+        if self._gets_ahead:
             # One half is decided while the other is committed.
             busy = 0 if under_way is None else len(under_way.batch)
             limit = min(limit, max(_HALF_MIN, (len(self._backlog) + busy + 1) // 2))
@@ -361,7 +368,7 @@ class Receiver:
         assert self.share.lease is not None
         commit = self._store.commit(turn.units, lease=self.share.lease)
         trouble: SagasError | None = None
-        if not self._store.is_remote:
+        if not self._gets_ahead:
             turn.result = await commit
         else:
             committing = asyncio.create_task(commit)
