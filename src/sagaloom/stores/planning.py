@@ -345,8 +345,7 @@ class Plan:
                 number += 1
         beside: _Beside | None = None
         if (
-            done
-            or unit.inbox_add
+            unit.inbox_add
             or unit.inbox_done is not None
             or unit.inbox_update is not None
             or unit.outbox_update is not None
@@ -365,6 +364,14 @@ class Plan:
             checks += beside.checks
             rows += beside.rows
             inserts += beside.inserts
+        effects_done: Sequence[Key] = ()
+        if done:
+            # The unit of an answer, mostly: its effect is settled without the detour that rarer rows take.
+            effects_done = [("outbox", *ref) for ref in done]
+            for key in effects_done:
+                if key not in beliefs.rows or key in self.consumed:
+                    return Conflict("gone", f"outbox rows {done}")
+                rows.append((key, None))
         held: _Held = {}
         if unit.slot is not None:
             claimed = self._claim(unit.slot, beliefs, rows, inserts)
@@ -401,6 +408,8 @@ class Plan:
         if unit.outbox_add:
             self.outbox += [unit.part] * len(unit.outbox_add)
         self.feed += unit.feed
+        if effects_done:
+            self.consumed.update(effects_done)
         if beside is not None:
             self._learn(unit, beside)
         return None
@@ -420,7 +429,8 @@ class Plan:
     def _beside(
         self, unit: UnitOfWork, beliefs: Beliefs, dead_letters: dict[str, tuple[DeadLetter, int]]
     ) -> _Beside | Conflict:
-        """What `unit` writes beside a run, its mark and its effects; or why it cannot. Changes nothing yet."""
+        """What `unit` writes beside a run, its mark, its effects and those it settles; or why it cannot. Changes
+        nothing yet."""
         there = beliefs.rows
         beside = _Beside()
         rows, consumed = beside.rows, beside.consumed
@@ -441,12 +451,6 @@ class Plan:
             if key not in there or key in self.consumed:
                 return Conflict("gone", f"outbox row {unit.outbox_update.ref}")
             rows.append((key, encode(unit.outbox_update.effect)))
-        for ref in unit.outbox_done:
-            key = ("outbox", *ref)
-            if key not in there or key in self.consumed:
-                return Conflict("gone", f"outbox row {ref}")
-            rows.append((key, None))
-            consumed.append(key)
         if unit.timer_done is not None:
             key = timer_key(unit.timer_done)
             if key not in self.timers and (key not in there or key in self.consumed):

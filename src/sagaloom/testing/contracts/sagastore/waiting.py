@@ -199,6 +199,21 @@ class Waiting(SagaStoreCase):
         assert await current(store, instance) == second
         assert [row.effect for row in await store.outbox_page(after=None, limit=10)] == [follow_up]
 
+    async def test_of_two_answers_in_one_commit_that_settle_one_effect_the_first_is_applied(
+        self, store: SagaStore, lease: Lease
+    ) -> None:
+        instance = await started(store, lease, "o-1")
+        (ref,) = await sent(store, lease, instance)
+        second = next_of(instance)
+        third = next_of(second)
+
+        result = await store.commit(
+            [step_of(instance, second, outbox_done=(ref,)), step_of(second, third, outbox_done=(ref,))], lease=lease
+        )
+
+        assert kinds(result) == {1: "gone"}
+        assert await current(store, instance) == second
+
     async def test_an_effect_stays_when_the_decision_about_its_answer_conflicts(
         self, store: SagaStore, lease: Lease
     ) -> None:
