@@ -186,7 +186,7 @@ async def url(server: Postgres) -> AsyncIterator[str]:
 
 
 async def test_a_statement_that_the_server_ends_has_changed_nothing_and_may_be_sent_again(url: str) -> None:
-    async with _working(f"{url}?statement_timeout=300") as worker:
+    async with _working(f"{url}?statement_timeout=1500") as worker:
         await worker.publish("k", 1)
         blocking = await asyncpg.connect(url)
         lock = blocking.transaction()

@@ -24,7 +24,7 @@ from tests.servers.postgres import Postgres
 
 pytestmark = pytest.mark.server("postgres")
 
-DEADLINE_SECONDS = 1.0
+DEADLINE_SECONDS = 2.0
 
 
 def _placed(saga: Saga[dict[str, Any]], event: SagaMessage[Any], context: SagaContext[dict[str, Any]]) -> list[Any]:
@@ -90,6 +90,15 @@ async def _until(condition: Any, seconds: float = PATIENCE_SECONDS) -> None:
             await asyncio.sleep(0.01)
 
 
+async def _published(runtime: SagaRuntime, message: SagaMessage[Any]) -> PublishReceipt:
+    """The receipt, however often it takes: a client that tries again."""
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while not isinstance(answer := await runtime.publish(message), PublishReceipt):
+            assert answer.retryable, answer
+            await asyncio.sleep(0.05)
+    return answer
+
+
 async def test_without_its_standby_nothing_hangs_and_nothing_is_acknowledged_or_sent(
     primary: Postgres, standby: Postgres
 ) -> None:
@@ -102,14 +111,13 @@ async def test_without_its_standby_nothing_hangs_and_nothing_is_acknowledged_or_
 
         assert isinstance(answer, PublishRejected)
         assert (answer.code, answer.retryable) == ("BACKEND_UNAVAILABLE", True)
-        assert time.monotonic() - began < 5 * DEADLINE_SECONDS
+        assert time.monotonic() - began < PATIENCE_SECONDS  # the standby would keep it for ever
         assert runtime.store.problem is not None
         assert charged == []
 
         await asyncio.to_thread(standby.thaw)
         await _until(lambda: charged == ["o-a"])
-        again = await runtime.publish(_order("precious", "o-a"))
-        assert isinstance(again, PublishReceipt)
+        again = await _published(runtime, _order("precious", "o-a"))
         assert again.duplicate
         assert charged == ["o-a"]
 
@@ -125,12 +133,8 @@ async def test_another_process_calls_a_message_a_duplicate_only_when_it_is_on_th
 
         assert isinstance(answer, PublishRejected)
         await asyncio.to_thread(standby.thaw)
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not isinstance(answer, PublishReceipt) and time.monotonic() < deadline:
-            await asyncio.sleep(0.05)
-            answer = await second.publish(_order("precious", "o-b"))
-        assert isinstance(answer, PublishReceipt)
-        assert answer.duplicate
+        again = await _published(second, _order("precious", "o-b"))
+        assert again.duplicate
 
 
 async def test_a_wait_that_somebody_cancels_is_no_acknowledgement(primary: Postgres, standby: Postgres) -> None:
