@@ -105,7 +105,9 @@ async def test_a_writer_that_is_stopped_anywhere_in_a_commit_leaves_no_gap_and_n
         history = SagaHistoryWriter(kv)
         history.follow(runtime)
         await place(runtime, f"{nth}-a")
-        await asyncio.sleep(0.05)
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while not faults.seen[step]:  # noqa: ASYNC110 - else both might be one commit
+                await asyncio.sleep(0.005)
         await place(runtime, f"{nth}-b")
         await faults.wait_until_struck()
         with pytest.raises(Cut):
