@@ -99,7 +99,7 @@ class Faults:
             faults.kill_at(step, int(nth))
         return faults
 
-    async def wait_until_struck(self, timeout: float = 5.0) -> None:
+    async def wait_until_struck(self, timeout: float = 30.0) -> None:
         """Returns once any fault has happened; raises `TimeoutError` when none does in time."""
         if self.struck:
             return
