@@ -232,6 +232,23 @@ async def test_a_gap_in_the_feed_is_a_breach(store: Tampered) -> None:
     assert _found(await check_invariants(store)) == {"I8"}
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "breaches"), [(1, 0, set()), (1, 1, {"I8"}), (0, -1, set()), (-1, 0, {"I8"})]
+)
+async def test_the_feed_may_grow_while_it_is_read_and_no_further_than_it_says(
+    store: Tampered, monkeypatch: pytest.MonkeyPatch, before: int, after: int, breaches: set[str]
+) -> None:
+    oldest, newest = await store.feed_bounds()
+    bounds = [(oldest, newest - before), (oldest, newest - after)]
+
+    async def feed_bounds() -> tuple[int, int]:
+        return bounds.pop(0)
+
+    monkeypatch.setattr(store, "feed_bounds", feed_bounds)
+
+    assert _found(await check_invariants(store)) == breaches
+
+
 def _found(breaches: list[str]) -> set[str]:
     return {breach.split(" ", 1)[0] for breach in breaches}
 

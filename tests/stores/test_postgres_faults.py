@@ -212,6 +212,7 @@ async def test_a_statement_that_the_server_ends_has_changed_nothing_and_may_be_s
         again = await worker.publish("k", 2)
         assert not again.duplicate
         assert await worker.seen("k") == [1, 2]
+        await worker.runtime.settled()
         assert await check_invariants(worker.store) == []
 
 
@@ -275,6 +276,7 @@ async def test_a_serialization_failure_is_tried_again_a_few_times_and_then_refus
         assert isinstance(first, PublishReceipt if times == 1 else PublishRejected)
         assert isinstance(first, PublishReceipt) or first.retryable
         assert await worker.seen("k") == [1, 2]
+        await worker.runtime.settled()
         assert await check_invariants(worker.store) == []
 
 
