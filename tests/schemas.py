@@ -11,6 +11,7 @@ import pytest
 
 from sagaloom.kv.postgres import PostgresDatabase
 from sagaloom.kv.postgres.schema import upgrade
+from tests.patience import PATIENCE_SECONDS
 
 _SEQUENCES = ("versionstamp", "inbox_number", "outbox_number")
 _KEPT = ("schema", "meta", "arrivals", "feed_head")
@@ -32,7 +33,9 @@ class Schema:
 
     async def connect(self) -> asyncpg.Connection:
         """A plain connection, for whoever looks at the tables."""
-        return await asyncpg.connect(self.server_url, timeout=5, server_settings={"search_path": self.name})
+        return await asyncpg.connect(
+            self.server_url, timeout=PATIENCE_SECONDS, server_settings={"search_path": self.name}
+        )
 
     async def empty(self) -> None:
         """Makes it as good as new, with another store id."""

@@ -19,6 +19,7 @@ from sagaloom.runtime.options import RuntimeOptions
 from sagaloom.runtime.receipts import PublishReceipt
 from sagaloom.runtime.runtime import SagaRuntime
 from sagaloom.testing import MemoryStore
+from tests.patience import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.anyio
 
@@ -65,7 +66,7 @@ class FarStore(MemoryStore):
 
     async def commits(self, count: int) -> None:
         """Returns when so many commits have come."""
-        async with asyncio.timeout(5), self.has_come:
+        async with asyncio.timeout(PATIENCE_SECONDS), self.has_come:
             await self.has_come.wait_for(lambda: len(self.sent) >= count)
 
 
@@ -97,7 +98,7 @@ class Shop:
         message = SagaMessage("Placed", {"n": n, **more}, correlation_key=key)
 
         async def published() -> PublishReceipt:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(PATIENCE_SECONDS):
                 return (await self.runtime.publish(message)).raise_for_rejected()
 
         task = asyncio.create_task(published())
@@ -113,7 +114,7 @@ class Shop:
         self.store.is_slow = False
         for _ in range(100):
             self.store.let_go.release()
-        await self.runtime.settled(5)
+        await self.runtime.settled()
 
 
 async def turns_of_the_loop() -> None:
@@ -158,7 +159,7 @@ async def test_a_publisher_hears_of_its_message_while_the_next_commit_is_under_w
     await shop.store.commits(1)
 
     shop.store.let_go.release()
-    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED, timeout=5)
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED, timeout=PATIENCE_SECONDS)
 
     assert tasks[0].done()
     assert not all(task.done() for task in tasks)
@@ -188,7 +189,7 @@ async def test_nothing_is_decided_ahead_while_others_write_to_the_store(
     shop.store.is_shared = True
     shop.store.is_slow = False
     shop.runtime._receiver.attend(standing=True)  # pyright: ignore[reportPrivateUsage]
-    await shop.runtime.settled(5)
+    await shop.runtime.settled()
     shop.store.is_slow = True
 
     await _two_turns(shop, monkeypatch, ("a", 1, {}), ("b", 1, {}))
