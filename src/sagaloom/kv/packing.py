@@ -86,8 +86,8 @@ def pack(parts: tuple[KeyPart, ...], bases: Mapping[str, int] | None = None) -> 
             packed += _TEXTS.get(part) or _pack_text(part)
         elif type(part) is bytes:
             packed += b" %b\0" % (part.replace(b"\0", b"\0\xff") if 0 in part else part)
-        elif type(part) is Slot and bases is not None and part.counter in bases:
-            packed += _pack_new_int(bases[part.counter] + part.offset)
+        elif type(part) is Slot and bases is not None and part[0] in bases:
+            packed += _pack_new_int(bases[part[0]] + part[1])
         else:
             packed += _pack_other(part, bases)
     return packed

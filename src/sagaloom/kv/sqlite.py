@@ -167,8 +167,9 @@ def _rows_by_table(
     """The rows of `writes`, grouped so that each table gets one batch, in the order of `writes` within a table."""
     rows: dict[str, list[_Row]] = {}
     for key, value in writes:
-        table_rows = rows.get(key[0]) if key else None  # type: ignore[arg-type]  # a miss is looked at next
-        if table_rows is None:
+        try:
+            table_rows = rows[key[0]]  # type: ignore[index]  # a miss is looked at next
+        except LookupError:
             table_rows = rows.setdefault(table_of(key), [])
         table_rows.append((pack(key[1:], bases), value, versionstamp))
     return rows
@@ -658,8 +659,9 @@ class SqliteKeyValue:
         """Deletes rows, and returns their packed keys by table."""
         dropped: dict[str, list[tuple[bytes]]] = {}
         for key in deletes:
-            keys = dropped.get(key[0]) if key else None  # type: ignore[arg-type]  # a miss is looked at next
-            if keys is None:
+            try:
+                keys = dropped[key[0]]  # type: ignore[index]  # a miss is looked at next
+            except LookupError:
                 keys = dropped.setdefault(table_of(key), [])
             keys.append((pack(key[1:]),))
         for name, keys in dropped.items():

@@ -107,11 +107,13 @@ class _Served(msgspec.Struct):
 
 class _Delivered(msgspec.Struct):
     """Effects that were handed over and have brought no answer, each with the lane whose head it is: they are settled
-    by one unit, and then each lane goes on. More can be added until it `is_closed`."""
+    by one unit, and then each lane goes on. More can be added until it `is_closed`, which is soon: the next turn takes
+    it. So all of them have the time `at` which the first was handed over."""
 
     is_patient: ClassVar[bool] = True
 
     then: Callable[[_Lane, OutboxEffect, SagasError | Conflict | None], None]
+    at: datetime
     served: list[tuple[_Lane, OutboxEffect]]
     feed: list[FeedRecord]
     is_closed: bool = False
@@ -133,7 +135,10 @@ class _Delivered(msgspec.Struct):
     def apart(self) -> Sequence[Work]:
         if len(self.served) == 1:
             return ()
-        return [_Delivered(self.then, [served], [shown]) for served, shown in zip(self.served, self.feed, strict=True)]
+        return [
+            _Delivered(self.then, self.at, [served], [shown])
+            for served, shown in zip(self.served, self.feed, strict=True)
+        ]
 
 
 class Dispatcher:
@@ -344,15 +349,16 @@ class Dispatcher:
                 sending.succeeded()
             self._counters.effects[effect.target_kind, "dispatched"] += 1
             self._options.on_step("dispatched")
+            if not envelopes:
+                self._settle(lane, effect)
+                return
             happened = _shown(_DISPATCHED, effect, self._clock.now())
             if len(envelopes) == 1:
                 handed_over = HandedOver(ref, happened, partial(self._go_on, lane, effect))
                 self._offer(Delivery(envelopes[0], (effect.saga_id, effect.key), effect=handed_over))
-            elif envelopes:
+            else:
                 unit = UnitOfWork(part=ref.part, outbox_done=(ref,), inbox_add=envelopes, feed=(happened,))
                 self._submit(_Served(unit, lane, effect, self._go_on))
-            else:
-                self._settle(lane, effect, happened)
         finally:
             if sending is not None:
                 sending.end()
@@ -380,14 +386,14 @@ class Dispatcher:
             hops=effect.hops,
         )
 
-    def _settle(self, lane: _Lane, effect: OutboxEffect, happened: FeedRecord) -> None:
+    def _settle(self, lane: _Lane, effect: OutboxEffect) -> None:
         """Settles an effect together with whatever else is handed over until the next commit."""
         gathered = self._delivered
         if gathered is None or gathered.is_closed or len(gathered.served) >= self._options.batch_max:
-            self._delivered = gathered = _Delivered(self._go_on, [], [])
+            self._delivered = gathered = _Delivered(self._go_on, self._clock.now(), [], [])
             self._submit(gathered)
         gathered.served.append((lane, effect))
-        gathered.feed.append(happened)
+        gathered.feed.append(_shown(_DISPATCHED, effect, gathered.at))
 
     def _go_on(self, lane: _Lane, effect: OutboxEffect, trouble: SagasError | Conflict | None) -> None:
         if trouble is None:

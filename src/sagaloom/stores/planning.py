@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from functools import partial
-from operator import itemgetter
 from typing import Final, TypeVar, cast
 
 from sagaloom.definitions import SagaInstanceStatus
@@ -66,8 +65,6 @@ _check: Final = cast("Callable[[tuple[Key, int | None]], Check]", partial(tuple.
 
 _Held = dict[int, tuple[str, str]]
 """Who holds which slot of a concurrency key: by number, the correlation key and the id of a message."""
-
-_value_of: Final = cast("Callable[[tuple[Key, bytes]], bytes]", itemgetter(1))
 
 
 class Beliefs:
@@ -200,6 +197,7 @@ class Plan:
     """What a batch will write, unit by unit, and what it will have changed."""
 
     __slots__ = (
+        "_bytes",
         "_is_careful",
         "assumed_new",
         "checks",
@@ -227,6 +225,8 @@ class Plan:
         unit is looked at for what cannot be stored, for some unit has such a thing."""
         self.indexes = indexes
         self._is_careful = is_careful
+        self._bytes = 0
+        """How large all rows are together."""
         self.conflicts: dict[int, Conflict] = {}
         self.lost: set[int] = set()
         """Surrogate numbers of instances of which a unit was left out."""
@@ -279,28 +279,35 @@ class Plan:
         checks: list[Check] = []
         rows: list[tuple[Key, bytes | None]] = []
         inserts: list[tuple[Key, bytes]] = []
+        size = 0
 
         run_key = (0, 0)
         if instance is not None:
             run = instance.run
+            encoded = encode(instance)
+            size = len(encoded)
             run_key = (pk, run)
             facts = self.runs.get(run_key) or beliefs.runs.get(run_key)
             if unit.revision_before is None:
                 if facts is not None:
                     return _wrong_revision(instance, facts)
-                inserts.append((("state", pk, run), encode(instance)))
+                inserts.append((("state", pk, run), encoded))
             else:
                 if facts is None or facts[0] != unit.revision_before or facts[1] != unit.entries_before:
                     return _wrong_revision(instance, facts)
-                rows.append((("state", pk, run), encode(instance)))
+                rows.append((("state", pk, run), encoded))
             status = instance.status
             if self.indexes and (facts is None or facts[2] != status or facts[3] != instance.created_at):
+                created = micros(instance.created_at)
                 if facts is not None:
-                    rows.append((("instance_index", instance.saga_id, facts[2], micros(facts[3]), pk, run), None))
-                rows.append((("instance_index", instance.saga_id, status, micros(instance.created_at), pk, run), b""))
+                    known = created if facts[3] == instance.created_at else micros(facts[3])
+                    rows.append((("instance_index", instance.saga_id, facts[2], known, pk, run), None))
+                rows.append((("instance_index", instance.saga_id, status, created, pk, run), b""))
             if entry is not None:
                 # The second belt: whoever else has written this run has written this entry.
-                inserts.append((("transition", pk, run, entry.entry_no), encode(entry)))
+                encoded = encode(entry)
+                size += len(encoded)
+                inserts.append((("transition", pk, run, entry.entry_no), encoded))
 
         head_row: Key = ()
         if head is not None:
@@ -314,6 +321,7 @@ class Plan:
             if stored != unit.head_before:
                 return Conflict("revision", f"the head of {head.saga_id}:{head.key} is not what was read")
             encoded = encode(head)
+            size += 2 * len(encoded)
             if stored is None:
                 inserts.append((head_row, encoded))
             else:
@@ -336,12 +344,16 @@ class Plan:
                 is_assumed_new = is_marked is None
                 if is_marked or (is_assumed_new and marks_there and mark_row in marks_there):
                     return Conflict("mark", f"{mark.dedupe_key!r} was seen before")
-            inserts.append((mark_row, encode(mark)))
+            encoded = encode(mark)
+            size += len(encoded)
+            inserts.append((mark_row, encoded))
 
         if unit.outbox_add:
             number = len(self.outbox)
             for effect in unit.outbox_add:
-                inserts.append((("outbox", unit.part, slot("outbox", number)), encode(effect)))
+                encoded = encode(effect)
+                size += len(encoded)
+                inserts.append((("outbox", unit.part, slot("outbox", number)), encoded))
                 number += 1
         beside: _Beside | None = None
         if (
@@ -364,6 +376,7 @@ class Plan:
             checks += beside.checks
             rows += beside.rows
             inserts += beside.inserts
+            size += _size_of(beside.rows) + _size_of(beside.inserts)
         effects_done: Sequence[Key] = ()
         if done:
             # The unit of an answer, mostly: its effect is settled without the detour that rarer rows take.
@@ -378,11 +391,13 @@ class Plan:
             if isinstance(claimed, Conflict):
                 return claimed
             held = claimed
+            size += _size_of(inserts)
         if self._is_careful:
             encode(unit.feed)
             _check_sizes(rows, inserts)
 
         # From here on nothing is refused.
+        self._bytes += size
         if unit.slot is not None:
             self.slots[unit.slot.saga_id, unit.slot.key] = held
             if unit.slot.use == "free":
@@ -419,10 +434,11 @@ class Plan:
         `OverflowError` for what cannot be stored: a careful plan finds out which unit brings it."""
         events = sum([len(record.moments) for record in self.feed])
         if events:
-            self.inserts.append((FEED_KEY, encode(self.feed)))
+            shown = encode(self.feed)
+            self._bytes += len(shown)
+            self.inserts.append((FEED_KEY, shown))
         # Only when all rows together are so large can one of them be.
-        size = sum(map(len, map(_value_of, self.inserts))) + sum(map(len, filter(None, self.writes.values())))
-        if size > ROW_BYTES_MAX:
+        if self._bytes > ROW_BYTES_MAX:
             _check_sizes(self.writes.items(), self.inserts)
         return events
 
@@ -597,6 +613,10 @@ def doubt(unit: UnitOfWork) -> list[Key]:
     return keys
 
 
+def _size_of(rows: Iterable[tuple[Key, bytes | None]]) -> int:
+    return sum([len(value) for _, value in rows if value is not None])
+
+
 def _check_sizes(rows: Iterable[tuple[Key, bytes | None]], inserts: Iterable[tuple[Key, bytes]]) -> None:
     largest = max(map(len, [value for _, value in (*rows, *inserts) if value is not None]), default=0)
     if largest > ROW_BYTES_MAX:
@@ -632,6 +652,8 @@ def _misshapen(unit: UnitOfWork) -> str | None:
         return None if entry is None else "a history entry comes with its instance"
     revision = unit.revision_before or 0
     entries = unit.entries_before
+    if entry is not None and instance.revision == revision + 1 and entries < entry.entry_no <= instance.entries:
+        return None  # as nearly every unit is
     if instance.revision == revision:
         if instance.entries < entries:
             return f"{_name(instance)}: {entries} entries cannot become {instance.entries}"
