@@ -15,7 +15,7 @@ import json
 import socket
 import sys
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ class _InstantStore(CountingStore):
 
     _numbers = 1
 
-    async def load(self, keys: Sequence[tuple[str, str]]) -> list[Loaded]:
+    async def load(self, keys: Sequence[tuple[str, str]], *, parts: Collection[int] | None = None) -> list[Loaded]:
         return [Loaded(None, None)] * len(keys)
 
     async def commit(self, units: Sequence[UnitOfWork], *, lease: Lease) -> CommitResult:

@@ -470,6 +470,38 @@ async def test_rows_that_could_not_be_queued_at_once_are_queued_later(
     assert (await second.instance("late", key)).revision == 1
 
 
+async def test_a_door_reads_the_head_of_a_key_that_another_process_holds_once(bench: Bench) -> None:
+    holder, other = await both(bench, NOTES)
+    (key,) = keys_held_by(holder, "notes", 1)
+    loaded: list[tuple[str, str]] = []
+    load = other.runtime.store.load
+
+    async def noted(keys: Any, **options: Any) -> Any:
+        loaded.extend(keys)
+        return await load(keys, **options)
+
+    other.runtime.store.load = noted  # type: ignore[method-assign]
+    for n in range(3):
+        await other.publish("Note", {"n": n}, key=key)
+    other.runtime.store.load = load  # type: ignore[method-assign]
+    last = await holder.publish("Note", {"n": 3}, key=key, wait=30)
+
+    assert loaded == [("notes", key)]
+    assert last.state == {"seen": [0, 1, 2, 3]}
+
+
+async def test_a_repeat_at_a_door_that_remembers_the_key_is_told_what_became_of_the_first(bench: Bench) -> None:
+    holder, other = await both(bench, NOTES)
+    (key,) = keys_held_by(holder, "notes", 1)
+    first = await other.publish("Note", {"n": 1}, key=key, idempotency_key="once", wait=30)
+
+    again = await other.publish("Note", {"n": 1}, key=key, idempotency_key="once")
+
+    assert (first.disposition, again.disposition) == ("applied", "duplicate")
+    assert (again.message_id, again.status, again.revision) == (first.message_id, "running", 1)
+    assert again.state == {"seen": [1]}
+
+
 async def test_a_row_of_a_partition_that_another_process_holds_is_not_brought_there_again(bench: Bench) -> None:
     def failing(saga: Any, event: Any, context: Any) -> list[Any]:
         raise ConnectionError("not yet")

@@ -17,7 +17,7 @@ from sagaloom.composition import create_durable_saga_runtime
 from sagaloom.demo import sagas
 from sagaloom.engine.records import Head, Instance, OutboxEffect
 from sagaloom.errors import BackendUnavailable, ConfigurationError, DeliveryFailed, SagasError
-from sagaloom.kv.postgres import PostgresDatabase, PostgresSagaRows
+from sagaloom.kv.postgres import PostgresDatabase, PostgresPresence, PostgresSagaRows
 from sagaloom.kv.postgres.schema import Step, applied, steps, take, upgrade
 from sagaloom.ports.keyvalue import Check, Committed, Conflicted
 from sagaloom.ports.store import Lease, UnitOfWork
@@ -559,6 +559,32 @@ async def test_what_was_left_while_nobody_ran_is_taken_in_at_the_start(schema: S
 
     async with create_durable_saga_runtime(url=schema.url, definitions=[NOTES]) as durable:
         await seen_by(durable.runtime, "k", 1)
+
+
+async def test_what_was_left_is_looked_for_only_when_somebody_may_have_left_something(schema: Schema) -> None:
+    database = PostgresDatabase(url=schema.url)
+    presence = PostgresPresence(database)
+    store = SqlSagaStore(PostgresSagaRows(database), presence=presence)
+    parts = frozenset(range(32))
+    assert await store.left(parts, limit=10) == []
+    connection = await schema.connect()
+    sent = [database.statements]
+
+    await store.left(parts, limit=10)
+    sent.append(database.statements)
+    await store.left(parts | {32}, limit=10)
+    sent.append(database.statements)
+    async with connection.transaction():
+        await store.leave(connection, [envelope_of("o-1", "m-1")])
+    await presence.look()
+    left = await store.left(frozenset(range(64)), limit=10)
+    again = await store.left(frozenset(range(64)), limit=10)
+
+    assert [later - sent[0] for later in sent] == [0, 0, 1]
+    assert [envelope.id for _, envelope in left] == ["m-1"]
+    assert again == left  # as long as nobody has taken it away
+    await connection.close()
+    await store.close()
 
 
 async def test_a_transaction_that_stays_open_holds_nobody_up(schema: Schema) -> None:

@@ -335,8 +335,9 @@ class SagaStore(Protocol):
 
     # What the runtime reads.
 
-    async def load(self, keys: Sequence[tuple[str, str]]) -> list[Loaded]:
-        """Head and newest run for each (saga id, correlation key), in order."""
+    async def load(self, keys: Sequence[tuple[str, str]], *, parts: Collection[int] | None = None) -> list[Loaded]:
+        """Head and newest run for each (saga id, correlation key), in order. With `parts` no run is read of a key
+        outside of these partitions."""
         ...
 
     async def load_run(self, saga_id: str, key: str, run: int) -> Instance | None: ...

@@ -25,6 +25,7 @@ from sagaloom.errors import BackendUnavailable, SagasError
 from sagaloom.ids import key_hash, partition_of
 from sagaloom.ports.store import CommitResult, Conflict, RowRef, UnitOfWork
 from sagaloom.runtime.backlog import Backlog
+from sagaloom.runtime.cache import Hot
 from sagaloom.runtime.counters import Counters
 from sagaloom.runtime.deliveries import Delivery, HandedOver, Planned, Work, answer, refuse
 from sagaloom.runtime.memory import Memory
@@ -82,6 +83,8 @@ class FollowUp:
                 self._on_timers(unit.timers_add)
             if each.hot is not None:
                 self._memory.hot.put(each.delivery.key, each.hot)
+            elif unit.head is not None:
+                self._memory.hot.put(each.delivery.key, Hot(unit.head, None))  # It is another's.
             if unit.mark is not None and unit.part in parts:
                 # Marks of partitions that others hold may be taken back without our hearing of it.
                 marks[unit.mark_pk, unit.mark.dedupe_key] = unit.mark

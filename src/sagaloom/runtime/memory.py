@@ -1,11 +1,15 @@
 """What the receiver remembers of the store, so that it need not ask: instances, marks of messages, numbers to give out.
 
 All of it is true only while this process holds the partitions it is about. It is put here after the commit that made it
-true, and forgotten as a whole when the outcome of a commit is unknown, or when partitions go.
+true, and forgotten as a whole when the outcome of a commit is unknown, or when partitions come or go.
+
+Of keys in partitions that others hold only the head is remembered, for the number and the place that it has: these
+never change while it is there, and it is there for as long as its tombstone is kept, for months.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime
@@ -24,6 +28,8 @@ __all__ = ["Memory"]
 _PKS_AT_ONCE: Final = 1_000
 _MARKS_REMEMBERED: Final = 50_000
 _UNSEEN: Final = Hot(None, None)
+_HEADS_SECONDS_MAX: Final = 24 * 3600.0
+"""How long the heads of others are believed: by far not as long as the shortest life of a tombstone."""
 
 
 class Memory:
@@ -35,6 +41,7 @@ class Memory:
         self.marks: dict[tuple[int, str], Mark] = {}
         """Of messages that have come through a door, by the number of their key and their idempotency key."""
         self._pks: list[int] = []
+        self._cleared_at = 0.0
 
     def clear(self) -> None:
         """Forgets what may not be true any more."""
@@ -67,7 +74,11 @@ class Memory:
         self, batch: Sequence[Delivery], parts: Collection[int]
     ) -> tuple[dict[InstanceKey, Hot], dict[InstanceKey, StoreCorrupt]]:
         """What is known of every key of the batch, and why some cannot be read: one of those does not keep the others
-        from their turn. What lies in `parts` is remembered from then on."""
+        from their turn. It is remembered from then on; of what does not lie in `parts`, the head."""
+        now = asyncio.get_running_loop().time()
+        if now > self._cleared_at + _HEADS_SECONDS_MAX:
+            self._cleared_at = now
+            self.hot.clear()
         newest: dict[InstanceKey, Hot] = {}
         missing: list[InstanceKey] = []
         for delivery in batch:
@@ -79,11 +90,11 @@ class Memory:
                     missing.append(key)
         if not missing:
             return newest, {}
-        found, corrupt = await self.read(missing)
+        found, corrupt = await self.read(missing, parts)
         for key, loaded in found.items():
             if loaded.head is not None:
                 newest[key] = hot = Hot(loaded.head, loaded.instance)
-                if loaded.head.part in parts:
+                if loaded.head.part in parts or loaded.head.tombstone_until is None:
                     self.hot.put(key, hot)
         # Whatever is unseen gets a new head below, and none of the batch gets two.
         if len(self._pks) < len(batch):
@@ -93,19 +104,20 @@ class Memory:
         return newest, corrupt
 
     async def read(
-        self, keys: Sequence[InstanceKey]
+        self, keys: Sequence[InstanceKey], parts: Collection[int] | None = None
     ) -> tuple[dict[InstanceKey, Loaded], dict[InstanceKey, StoreCorrupt]]:
-        """What the store knows of `keys`, and why some of them cannot be read."""
+        """What the store knows of `keys`, and why some of them cannot be read; outside of `parts`, if they are given,
+        only of their heads."""
         if not keys:
             return {}, {}
         try:
-            return dict(zip(keys, await self._store.load(keys), strict=True)), {}
+            return dict(zip(keys, await self._store.load(keys, parts=parts), strict=True)), {}
         except StoreCorrupt:
             found: dict[InstanceKey, Loaded] = {}
             corrupt: dict[InstanceKey, StoreCorrupt] = {}
             for key in keys:
                 try:
-                    (found[key],) = await self._store.load([key])
+                    (found[key],) = await self._store.load([key], parts=parts)
                 except StoreCorrupt as error:
                     corrupt[key] = error
             return found, corrupt

@@ -141,7 +141,11 @@ class Planner:
                 where = (head.pk, envelope.dedupe_key or envelope.id)
                 mark = seen.get(where) or marks.get(where)
                 if mark is not None:
-                    self._answer_duplicate(delivery, mark, known.instance, is_in_batch=where in seen)
+                    instance = known.instance
+                    if head.part not in parts:
+                        found, _ = await self._memory.read([key])
+                        instance = found[key].instance if key in found else None
+                    self._answer_duplicate(delivery, mark, instance, is_in_batch=where in seen)
                     continue
             if head.part not in parts:
                 if not delivery.enters:

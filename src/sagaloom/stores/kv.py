@@ -569,12 +569,16 @@ class KvSagaStore:
 
     # -- what the runtime reads -----------------------------------------------------------------------------------
 
-    async def load(self, keys: Sequence[tuple[str, str]]) -> list[Loaded]:
+    async def load(self, keys: Sequence[tuple[str, str]], *, parts: Collection[int] | None = None) -> list[Loaded]:
         await self.open()
         generation = self._beliefs.generation
         head_rows = await self._kv.get_many([head_key(*key) for key in keys])
         heads = [None if row is None else decoded(self._kv, row, decode_head) for row in head_rows]
-        wanted: list[Key] = [("state", head.pk, head.run) for head in heads if head is not None and head.run]
+        wanted: list[Key] = [
+            ("state", head.pk, head.run)
+            for head in heads
+            if head is not None and head.run and (parts is None or head.part in parts)
+        ]
         rows = iter(await self._kv.get_many(wanted) if wanted else ())
         loaded: list[Loaded] = []
         believed = generation == self._beliefs.generation
@@ -583,7 +587,7 @@ class KvSagaStore:
             if head is not None and head_row is not None:
                 if believed:
                     self._beliefs.heads[head_row.key] = (head_row.versionstamp, head)
-                if head.run and (row := next(rows)) is not None:
+                if head.run and (parts is None or head.part in parts) and (row := next(rows)) is not None:
                     instance = decoded(self._kv, row, decode_instance)
                     if believed:
                         self._beliefs.learn_instance(instance)

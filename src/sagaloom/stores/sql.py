@@ -18,6 +18,7 @@ from msgspec.structs import replace
 
 from sagaloom.definitions import SAGA_DURABILITY_TIERS, SAGA_INSTANCE_STATUSES, SagaDurabilityTier
 from sagaloom.engine.records import DeadLetter, Envelope, FeedEvent, Instance, Mark, Timer
+from sagaloom.ids import PARTITIONS
 from sagaloom.ports.keyvalue import Check, Committed, Conflicted, Entry, Key, KeyValue
 from sagaloom.ports.store import (
     CommitResult,
@@ -104,7 +105,9 @@ class SqlRows(KeyValue, Protocol):
         limit: int,
     ) -> int: ...
 
-    async def loaded(self, hashes: Sequence[bytes]) -> list[tuple[bytes, int, bytes | None] | None]: ...
+    async def loaded(
+        self, hashes: Sequence[bytes], *, parts: Collection[int]
+    ) -> list[tuple[bytes, int, bytes | None] | None]: ...
 
     async def effects(self, parts: Collection[int], *, after: tuple[int, int], limit: int) -> list[Entry]: ...
 
@@ -135,6 +138,14 @@ class SqlRows(KeyValue, Protocol):
     async def take_left(self, numbers: Sequence[int]) -> None: ...
 
 
+@runtime_checkable
+class TellsOfLeft(Protocol):
+    """What a `Presence` can do that hears when somebody has left messages in a transaction of their own. Optional."""
+
+    may_have_left: bool
+    """Set when that may be so, and never when it is certain that it is not."""
+
+
 class SqlSagaStore(KvSagaStore):
     """A `SagaStore` over `SqlRows`, which it closes with itself. One object belongs to one event loop."""
 
@@ -143,6 +154,9 @@ class SqlSagaStore(KvSagaStore):
     def __init__(self, rows: SqlRows, *, presence: Presence | None = None) -> None:
         super().__init__(rows, presence=presence)
         self._rows = rows
+        self._tells_of_left = presence if isinstance(presence, TellsOfLeft) else None
+        self._none_left: Collection[int] = ()
+        """The partitions in which nothing was left when they were last looked at."""
         self._has_heard = True
         """Whether somebody has nudged us since we were last asked for news."""
         self._replicated: frozenset[str] = frozenset()
@@ -195,10 +209,18 @@ class SqlSagaStore(KvSagaStore):
 
     async def left(self, parts: Collection[int], *, limit: int) -> list[tuple[int, Envelope]]:
         await self.open()
-        return [
+        told = self._tells_of_left
+        if told is not None:
+            if not told.may_have_left and parts == self._none_left:
+                return []
+            told.may_have_left, self._none_left = False, ()
+        left = [
             (number, self._decoded(("left", number), value, decode_envelope))
             for number, value in await self._rows.left(parts, limit=limit)
         ]
+        if not left:
+            self._none_left = parts
+        return left
 
     async def take_left(self, numbers: Sequence[int]) -> None:
         await self._rows.take_left(numbers)
@@ -243,11 +265,12 @@ class SqlSagaStore(KvSagaStore):
 
     # -- what the runtime reads -----------------------------------------------------------------------------------
 
-    async def load(self, keys: Sequence[tuple[str, str]]) -> list[Loaded]:
+    async def load(self, keys: Sequence[tuple[str, str]], *, parts: Collection[int] | None = None) -> list[Loaded]:
         await self.open()
         beliefs = self._beliefs
         generation = beliefs.generation
-        rows = await self._rows.loaded([placed(*key)[0] for key in keys])
+        wanted = range(PARTITIONS) if parts is None else parts
+        rows = await self._rows.loaded([placed(*key)[0] for key in keys], parts=wanted)
         is_believed = generation == beliefs.generation
         loaded: list[Loaded] = []
         for key, row in zip(keys, rows, strict=True):

@@ -303,9 +303,12 @@ class MemoryStore:
 
     # -- what the runtime reads -----------------------------------------------------------------------------------
 
-    async def load(self, keys: Sequence[tuple[str, str]]) -> list[Loaded]:
-        heads = [self.heads.get(key) for key in keys]
-        return [Loaded(head, self.instances_by_run.get((head.pk, head.run)) if head else None) for head in heads]
+    async def load(self, keys: Sequence[tuple[str, str]], *, parts: Collection[int] | None = None) -> list[Loaded]:
+        found: list[Loaded] = []
+        for head in [self.heads.get(key) for key in keys]:
+            is_wanted = head is not None and (parts is None or head.part in parts)
+            found.append(Loaded(head, self.instances_by_run.get((head.pk, head.run)) if head and is_wanted else None))
+        return found
 
     async def load_run(self, saga_id: str, key: str, run: int) -> Instance | None:
         head = self.heads.get((saga_id, key))

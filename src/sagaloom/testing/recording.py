@@ -176,8 +176,8 @@ class RecordingStore:
     async def close(self) -> None:
         await self._recorded("close", self.inner.close())
 
-    async def load(self, keys: Sequence[tuple[str, str]]) -> list[Loaded]:
-        return await self._recorded("load", self.inner.load(keys), keys=tuple(keys))
+    async def load(self, keys: Sequence[tuple[str, str]], *, parts: Collection[int] | None = None) -> list[Loaded]:
+        return await self._recorded("load", self.inner.load(keys, parts=parts), keys=tuple(keys))
 
     async def load_run(self, saga_id: str, key: str, run: int) -> Instance | None:
         work = self.inner.load_run(saga_id, key, run)

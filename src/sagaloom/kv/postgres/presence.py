@@ -78,6 +78,9 @@ class PostgresPresence:
         """Who else lives, by the database's word, and on which host."""
         self._seen_here: set[str] = set()
         self._news: int | None = None
+        self.may_have_left = True
+        """Whether somebody may have left messages in a transaction of theirs, since this was last set to False. Those
+        are told by NOTIFY only, which may be lost, and by the news."""
         self._on_nudge: Callable[[], None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._notifying: asyncio.Task[None] | None = None
@@ -170,8 +173,10 @@ class PostgresPresence:
         self._living = {row["holder"]: row["host"] for row in rows if row["holder"] is not None}
         news, before = rows[-1]["news"], self._news
         self._news = news
-        if before is not None and news != before and self._on_nudge is not None:
-            self._on_nudge()
+        if news != before:
+            self.may_have_left = True
+            if before is not None and self._on_nudge is not None:
+                self._on_nudge()
 
     async def _renew_for_ever(self) -> None:
         pause = self._lease_seconds / 3
@@ -209,6 +214,7 @@ class PostgresPresence:
                 connection.terminate()
 
     def _notified(self, *_: Any) -> None:
+        self.may_have_left = True
         if self._on_nudge is not None:
             self._on_nudge()
 

@@ -138,10 +138,11 @@ _COUNTED: Final = """
 _LOADED: Final = """
     SELECT c.no, h.v AS head, h.s, t.v AS run FROM unnest((SELECT $1::bytea[])) WITH ORDINALITY AS c(hash, no)
     CROSS JOIN LATERAL (
-        SELECT pk, run, v, s FROM @schema@.saga_runtime_correlation h WHERE h.key_hash = c.hash LIMIT 1
+        SELECT pk, run, part, v, s FROM @schema@.saga_runtime_correlation h WHERE h.key_hash = c.hash LIMIT 1
     ) h
     LEFT JOIN LATERAL (
-        SELECT v FROM @schema@.saga_runtime_state t WHERE t.pk = h.pk AND t.run = h.run LIMIT 1
+        SELECT v FROM @schema@.saga_runtime_state t
+        WHERE t.pk = h.pk AND t.run = h.run AND h.part = ANY ($2::int[]) LIMIT 1
     ) t ON true
 """
 """The array is behind a SELECT of its own, so that its length is no reason to plan the statement anew each time:
@@ -363,10 +364,12 @@ class PostgresSagaRows(PostgresKeyValue):
         rows = await self._fetch(_COUNTED, saga_ids, statuses, key_prefix, *created, limit)
         return int(rows[0]["count"])
 
-    async def loaded(self, hashes: Sequence[bytes]) -> list[tuple[bytes, int, bytes | None] | None]:
-        """Head, its versionstamp and the newest run for each hash of a correlation key."""
+    async def loaded(
+        self, hashes: Sequence[bytes], *, parts: Collection[int]
+    ) -> list[tuple[bytes, int, bytes | None] | None]:
+        """Head, its versionstamp and, in these partitions, the newest run for each hash of a correlation key."""
         found: list[tuple[bytes, int, bytes | None] | None] = [None] * len(hashes)
-        for row in await self._fetch(_LOADED, hashes):
+        for row in await self._fetch(_LOADED, hashes, list(parts)):
             found[row["no"] - 1] = (row["head"], row["s"], row["run"])
         return found
 

@@ -292,6 +292,18 @@ class Units(SagaStoreCase):
 
         assert [found.instance for found in loaded] == [two, None, one, two]
 
+    async def test_of_keys_outside_of_the_wanted_partitions_only_heads_are_loaded(
+        self, store: SagaStore, lease: Lease
+    ) -> None:
+        one, two = await started(store, lease, "o-1"), await started(store, lease, "o-2")
+        keys = [("orders", key) for key in ("o-1", "o-9", "o-2")]
+
+        loaded = await store.load(keys, parts=frozenset({part_of("o-2")}))
+
+        assert part_of("o-1") != part_of("o-2")
+        assert [found.head.pk if found.head else None for found in loaded] == [one.pk, None, two.pk]
+        assert [found.instance for found in loaded] == [None, None, two]
+
     async def test_a_head_is_written_over_the_one_that_was_read_only(self, store: SagaStore, lease: Lease) -> None:
         waiting = head_of("o-1", await store.reserve_pks(1), run=0, awaits_start=True)
         await write(store, lease, UnitOfWork(part=waiting.part, head=waiting))
