@@ -32,7 +32,7 @@ LEASE_SECONDS: Final = 1.0
 """How long a worker that was stopped is still believed to be alive."""
 RESTARTED: Final = "database restarted"
 KILLED: Final = "database killed"
-_LOCK_SECONDS_MAX: Final = 5.0
+_LOCK_SECONDS_MAX: Final = 30.0
 
 
 class Place(ABC):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
+import apsw
 import httpx2
 import pytest
 
@@ -96,6 +98,20 @@ def ended(url: str, run_id: str) -> dict[str, Any]:
 
     found: dict[str, Any] = until(look, f"run {run_id} is over")
     return found
+
+
+def stop(pid: int, directory: Path) -> None:
+    """Has a process of `directory` stand still, and not in the middle of a write to its file: it would keep all others
+    from that as long as it stands."""
+    file = directory / ".sagaloom" / "sagas.db"
+    with contextlib.ExitStack() as stack:
+        if file.exists():
+            connection = apsw.Connection(str(file))
+            stack.callback(connection.close, force=True)  # which rolls back; there is nothing to keep
+            connection.set_busy_timeout(60_000)
+            connection.execute("BEGIN IMMEDIATE")
+        os.kill(pid, signal.SIGSTOP)
+        until(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][:1] == "T", f"{pid} stands still")
 
 
 # --- The command line ------------------------------------------------------------------------------------------------
@@ -360,7 +376,7 @@ def kill_both_before_it_was_told(tmp_path: Path, start: Callable[..., Server], *
         timeout=30,
     ).raise_for_status()
     until((tmp_path / "begun-1").exists, "the job begins")
-    sagas.signal(signal.SIGSTOP)  # it takes the reply in no more
+    stop(sagas.process.pid, tmp_path)  # it takes the reply in no more
     (tmp_path / "go").touch()
     runs = httpx2.get(f"{jobs.url}/api/v1/workers/runs", timeout=30).json()["runs"]
     [run_id] = [run["runId"] for run in runs]
@@ -388,7 +404,7 @@ def _completed(url: str) -> dict[str, Any] | None:
 def test_the_jobs_process_killed_in_the_middle_of_a_job_leaves_one_completed_instance(demo: Demo) -> None:
     sagas, jobs = demo.pid("sagas"), demo.pid("jobs")
     # A saga service that does not answer holds the job in its middle: it has sent the message, and waits.
-    os.kill(sagas, signal.SIGSTOP)
+    stop(sagas, demo.server.cwd)
     try:
         run_id = trigger(demo.jobs, "create-user-settings", {"userId": "u-1"}, traceparent=TRACE)
         until(lambda: run_of(demo.jobs, run_id)["status"] == "running", "the job is under way")
@@ -422,7 +438,7 @@ def kill_both_in_the_middle(demo: Demo) -> None:
     one trace."""
     sagas, jobs = demo.pid("sagas"), demo.pid("jobs")
     # The job is under way, and its message is on the wire: neither side knows what the other has done.
-    os.kill(sagas, signal.SIGSTOP)
+    stop(sagas, demo.server.cwd)
     run_id = trigger(demo.jobs, "create-user-settings", {"userId": "u-1"}, traceparent=TRACE)
     until(lambda: run_of(demo.jobs, run_id)["status"] == "running", "the job is under way")
     os.kill(jobs, signal.SIGKILL)
@@ -446,7 +462,7 @@ def kill_both_in_the_middle(demo: Demo) -> None:
 
 def test_the_saga_process_killed_in_the_middle_of_a_publish_leaves_one_completed_instance(demo: Demo) -> None:
     sagas = demo.pid("sagas")
-    os.kill(sagas, signal.SIGSTOP)
+    stop(sagas, demo.server.cwd)
     run_id = trigger(demo.jobs, "create-user-settings", {"userId": "u-1"}, traceparent=TRACE)
     until(lambda: run_of(demo.jobs, run_id)["status"] == "running", "the job is under way")
 
