@@ -58,11 +58,11 @@ class FarStore(MemoryStore):
             return CommitResult(self.conflicts.pop(0), 0, 0, 0)
         return await super().commit(units, lease=lease)
 
-    async def load(self, keys: Sequence[tuple[str, str]]) -> list[Loaded]:
+    async def load(self, keys: Sequence[tuple[str, str]], *, parts: Collection[int] | None = None) -> list[Loaded]:
         trouble = self.load_troubles.pop(0) if self.load_troubles else None
         if trouble is not None:
             raise trouble
-        return await super().load(keys)
+        return await super().load(keys, parts=parts)
 
     async def commits(self, count: int) -> None:
         """Returns when so many commits have come."""
