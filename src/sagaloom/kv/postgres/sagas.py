@@ -46,23 +46,9 @@ from typing import Any, Final, cast
 from sagaloom.definitions import SagaDurabilityTier
 from sagaloom.errors import BackendUnavailable, MessageRejected
 from sagaloom.kv.packing import pack, table_of
-from sagaloom.kv.postgres.batch import COMMIT, SagaBatch
+from sagaloom.kv.postgres.batch import COMMIT, SagaBatch, batch_of
 from sagaloom.kv.postgres.columns import (
-    child_row,
-    entry_row,
-    head_changes,
-    head_row,
-    inbox_changes,
-    inbox_row,
     left_row,
-    letter_row,
-    outbox_changes,
-    outbox_row,
-    run_changes,
-    run_row,
-    slot_row,
-    text,
-    timer_row,
 )
 from sagaloom.kv.postgres.connection import PostgresDatabase, RowsChanged, channel_of
 from sagaloom.kv.postgres.driver import Connection, Row
@@ -529,7 +515,7 @@ class PostgresSagaRows(PostgresKeyValue):
         if not keys or keys[0][0] not in _SAGA_TABLES:
             return await super().commit(checks=checks, inserts=inserts, puts=puts, deletes=deletes, reserve=reserve)
         self._refuse_if_closed()
-        batch = _batch_of(checks, inserts, puts, deletes, reserve or {})
+        batch = batch_of(checks, inserts, puts, deletes, reserve or {})
         self._is_sending = True
         try:
             done = await self._commit_batch(batch)
@@ -628,149 +614,9 @@ def _committed(row: Row) -> Committed:
     return Committed(row["stamp"], {"inbox": row["inbox_base"], "outbox": row["outbox_base"], "feed": row["feed_base"]})
 
 
-def _batch_of(
-    checks: Sequence[Check],
-    inserts: Sequence[tuple[Key, bytes]],
-    puts: Sequence[tuple[Key, bytes]],
-    deletes: Sequence[Key],
-    reserve: Mapping[str, int],
-) -> SagaBatch:
-    batch = SagaBatch()
-    heads_new: dict[bytes, tuple[object, ...]] = {}
-    runs_new: dict[tuple[int, int], tuple[object, ...]] = {}
-    key: Any  # The first part says of what kind the others are; to match each of them costs twice as much.
-    for key, stamp in checks:
-        match key[0]:
-            case "older":
-                _, part, saga, correlation, above, below, *own = key
-                batch.older.append((part, text(saga), text(correlation), above, below))
-                batch.older_keys.append(key)
-                batch.own += own
-            case "correlation" if stamp is not None:
-                _, _, hashed = key
-                batch.head_checks.append((hashed, stamp))
-            case "dead_letter" if stamp is not None:
-                _, letter = key
-                batch.letter_checks.append((letter, stamp))
-            case "dedupe" if stamp is None:
-                _, pk, hashed = key
-                batch.marks_absent.append((pk, hashed))
-            case "member" if stamp is not None:
-                _, holder = key
-                batch.member, batch.holder, batch.stamp = pack((holder,)), holder, stamp
-            case _:
-                raise AssertionError(f"a commit of saga rows does not check {key!r}")
-    for key, value in inserts:
-        match key[0]:
-            case "dedupe":
-                _, pk, hashed = key
-                batch.marks.append((pk, hashed, value))
-            case "transition":
-                _, pk, run, number = key
-                batch.entries.append(entry_row(pk, run, number, value))
-            case "outbox":
-                _, part, _ = key
-                batch.outbox_new.append(outbox_row(part, value))
-            case "state":
-                _, pk, run = key
-                runs_new[pk, run] = run_row(pk, run, value)
-            case "correlation":
-                _, _, hashed = key
-                heads_new[hashed] = head_row(hashed, value)
-            case "inbox":
-                _, part, _ = key
-                batch.inbox_new.append(inbox_row(part, value))
-            case "slot":
-                _, saga, concurrency, number = key
-                batch.slots.append(slot_row((saga, concurrency, number), value))
-            case "feed":
-                batch.feed, batch.feed_count = value, reserve["feed"]
-            case _:
-                raise AssertionError(f"a commit of saga rows does not insert {key!r}")
-    for key, value in puts:
-        match key[0]:
-            case "state":
-                _, pk, run = key
-                if (pk, run) in runs_new:
-                    runs_new[pk, run] = run_row(pk, run, value)
-                else:
-                    batch.runs.append(run_changes(pk, run, value))
-            case "correlation":
-                _, _, hashed = key
-                if hashed in heads_new:
-                    heads_new[hashed] = head_row(hashed, value)
-                else:
-                    batch.heads.append(head_changes(hashed, value))
-            case "timer":
-                _, due, timer = key
-                batch.timers.append(timer_row(due, timer, value))
-            case "outbox":
-                _, part, seq = key
-                batch.outbox.append(outbox_changes(part, seq, value))
-            case "inbox":
-                _, part, seq = key
-                batch.inbox.append(inbox_changes(part, seq, value))
-            case "dead_letter":
-                _, letter = key
-                batch.letters.append(letter_row(letter, value))
-            case "child":
-                _, pk, run, status, revision, position = key
-                batch.children.append(child_row((pk, run, status, revision, position), value))
-            case "arrivals":
-                _, part = key
-                batch.part_puts.append(part)
-            case "saga_seen":
-                _, saga = key
-                batch.sagas_seen.append(pack((saga,)))
-            case _:
-                raise AssertionError(f"a commit of saga rows does not put {key!r}")
-    for key in deletes:
-        match key[0]:
-            case "outbox":
-                _, part, seq = key
-                batch.outbox_gone.append((part, seq))
-            case "inbox":
-                _, part, seq = key
-                batch.inbox_gone.append((part, seq))
-            case "timer":
-                _, due, timer = key
-                batch.timers_gone.append((due, timer))
-            case "dedupe":
-                _, pk, hashed = key
-                batch.marks_gone.append((pk, hashed))
-            case "slot":
-                _, saga, concurrency, number = key
-                batch.slots_gone.append((saga, concurrency, number))
-            case "child":
-                _, *place = key
-                batch.children_gone.append(tuple(place))
-            case "dead_letter":
-                _, letter = key
-                batch.letters_gone.append(letter)
-            case _:
-                raise AssertionError(f"a commit of saga rows does not delete {key!r}")
-    # In one order, so that no two commits that want the same rows wait for each other. Heads that will be changed are
-    # locked together with those that are checked: the holder changes what somebody else, who brings, checks.
-    checked = {hashed for hashed, _ in batch.head_checks}
-    batch.head_checks += [(row[0], None) for row in batch.heads if row[0] not in checked]
-    batch.head_checks.sort(key=_first)
-    batch.letter_checks.sort()
-    batch.marks.sort()
-    batch.slots.sort(key=lambda row: row[:3])
-    batch.slots_gone.sort()
-    batch.heads_new = [row for _, row in sorted(heads_new.items())]
-    batch.runs_new = list(runs_new.values())
-    batch.sagas_seen.sort()
-    return batch
-
-
 def _member_first(check: Check) -> tuple[bool, Any]:
     """The order in which a commit locks: its writer, then the heads by their hashes."""
     return check.key[0] != "member", check.key[-1]
-
-
-def _first(row: tuple[object, ...]) -> Any:
-    return row[0]
 
 
 def _typed(key: Key, width: int) -> tuple[object, ...]:
