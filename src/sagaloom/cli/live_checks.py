@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from sagaloom.checks import LEVELS, Finding, Level, source_of
-from sagaloom.engine.decide import readable_state
+from sagaloom.engine.migrating import readable_state
 from sagaloom.errors import SagasError
 from sagaloom.foresight import Place
 from sagaloom.ids import instance_id

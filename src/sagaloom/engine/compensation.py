@@ -52,7 +52,10 @@ from sagaloom.engine.transition import Asked, HandlerRaised, Transition
 from sagaloom.errors import SagasError
 from sagaloom.messages import SagaMessage
 
-__all__ = ["UNWINDING", "begin_unwinding", "carry_out", "go_on", "skip_next"]
+__all__ = ["UNDO", "UNWINDING", "begin_unwinding", "carry_out", "go_on", "skip_next"]
+
+UNDO: Final = "saga:undo"
+"""The type of the message that carries on what is left."""
 
 UNWINDING: Final = Undoing("", is_unwinding=True, ending="failed")
 """Everything is left to undo."""

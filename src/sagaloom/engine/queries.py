@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from sagaloom.definitions import QueryBinding, SagaDefinition
-from sagaloom.engine.decide import MadeByNewer, readable_state
+from sagaloom.engine.migrating import MadeByNewer, readable_state
 from sagaloom.engine.records import Instance
 from sagaloom.engine.retrying import USER_ERRORS, describe, has_to_be_awaited
 from sagaloom.errors import BackendUnavailable, QueryFailed, QueryNotFound, SagasError
