@@ -15,8 +15,9 @@ import apsw
 import pytest
 
 from sagaloom.errors import BackendUnavailable, ConfigurationError, StoreCorrupt
-from sagaloom.kv import checkpoints, sqlite
-from sagaloom.kv.sqlite import SqliteKeyValue, require_sound_sqlite
+from sagaloom.kv import checkpoints, sqlite_file
+from sagaloom.kv.sqlite import SqliteKeyValue
+from sagaloom.kv.sqlite_driver import require_sound_sqlite
 from sagaloom.ports.keyvalue import Check, Committed, Conflicted, Key, Slot
 from sagaloom.testing.disk import BrokenDiskVfs, FullDiskVfs, PowerLossVfs, ReadOnlyVfs
 from tests.patience import PATIENCE_SECONDS
@@ -708,7 +709,7 @@ async def test_a_power_loss_while_a_thread_moves_pages_takes_no_commit(
     path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = random.Random(seed)
-    monkeypatch.setattr(sqlite, "_CHECKPOINT_PAGES", 40)
+    monkeypatch.setattr(sqlite_file, "_CHECKPOINT_PAGES", 40)
     disk = PowerLossVfs()
     moves_all = checkpoints._moves_all
     loses_at = rng.randrange(1, 12)  # in the middle of this round of the thread, or of the commits after it

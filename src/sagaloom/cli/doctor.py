@@ -36,7 +36,7 @@ def examine(modules: Sequence[str], settings: DoorSettings, *, url: str) -> list
 def _sqlite() -> Finding:
     import apsw
 
-    from sagaloom.kv.sqlite import require_sound_sqlite
+    from sagaloom.kv.sqlite_driver import require_sound_sqlite
 
     version = apsw.sqlite_lib_version()
     try:
