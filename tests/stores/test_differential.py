@@ -23,7 +23,7 @@ from sagaloom.kv import MemoryKeyValue, SqliteKeyValue
 from sagaloom.kv.postgres import PostgresSagaRows
 from sagaloom.ports.keyvalue import Check, Committed, Conflicted, Entry, Key, KeyValue
 from sagaloom.ports.store import InboxRow, InstanceFilter, Lease, OutboxRow, RowRef, SlotClaim, UnitOfWork
-from sagaloom.stores import KvSagaStore, SqlSagaStore, planning
+from sagaloom.stores import KvSagaStore, SqlSagaStore, beliefs
 from sagaloom.testing import MemoryStore
 from sagaloom.testing.contracts.sagastore.samples import (
     at,
@@ -764,6 +764,6 @@ async def test_a_store_that_remembers_next_to_nothing_does_what_the_model_does(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("_RUNS_KNOWN_MAX", "_HEADS_KNOWN_MAX", "_ROWS_KNOWN_MAX"):
-        monkeypatch.setattr(planning, name, 2)
+        monkeypatch.setattr(beliefs, name, 2)
 
     await Run(2_000 + seed, MemoryKeyValue()).play()

@@ -18,7 +18,7 @@ from sagaloom.kv import MemoryKeyValue
 from sagaloom.kv.sqlite import SqliteKeyValue
 from sagaloom.ports.keyvalue import Check, Committed, Conflicted, Entry, Key
 from sagaloom.ports.store import InstanceFilter, Lease, RegisteredDefinition, RowRef, UnitOfWork
-from sagaloom.stores import KvSagaStore, planning, rows
+from sagaloom.stores import KvSagaStore, beliefs, planning, rows
 from sagaloom.testing.contracts.sagastore.samples import (
     NOW,
     effect_of,
@@ -317,7 +317,7 @@ async def test_what_is_remembered_has_a_bound(
     store: KvSagaStore, lease: Lease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("_RUNS_KNOWN_MAX", "_HEADS_KNOWN_MAX", "_ROWS_KNOWN_MAX"):
-        monkeypatch.setattr(planning, name, 8)
+        monkeypatch.setattr(beliefs, name, 8)
 
     for n in range(40):
         await started(

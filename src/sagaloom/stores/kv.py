@@ -35,18 +35,7 @@ How a commit works:
    nothing has arrived in the partitions it applies messages of, or nothing older than these messages. A failed check is
    news: it is read, and the batch planned again.
 
-What is believed without asking, and why that is sound:
-
-- Only the holder of a partition changes instances in it, and consumes its inbox, outbox and timers; a lease belongs to
-  one object, and whoever takes a partition away from it removes its member row first. As long as the check of that row
-  holds, nobody but this object has touched them since it got them; so a run still is at the revision that it remembers,
-  and a row that it added or handed out, and has not consumed since, is there. What it does not remember is looked up.
-  The memory is bounded, and dropped when partitions come or go, after any error, and when the lease of somebody else is
-  used.
-- Messages that others bring add heads, marks and inbox rows, which the commit checks or does not believe in.
-- No row can carry a surrogate number (pk) that this object reserved and has not used: there is nothing to check.
-- A conflict found by memory alone is never reported: the rows are read, and the unit looked at once more.
-- Runs and tombstones are removed by this object alone, too, and between two commits: see `sagaloom.stores.removing`.
+What is believed without asking, and why that is sound, is told at the head of `sagaloom.stores.beliefs`.
 
 What we dislike about it: a state is written whole at each transition, and a listing over many sagas merges as many
 scans as there are sagas times statuses.
@@ -94,18 +83,9 @@ from sagaloom.ports.store import (
     Swept,
     UnitOfWork,
 )
+from sagaloom.stores.beliefs import Beliefs
 from sagaloom.stores.listing import Listing
-from sagaloom.stores.planning import (
-    ROW_BYTES_MAX,
-    Beliefs,
-    Plan,
-    brings_only,
-    consumed_row,
-    decided_key,
-    doubt,
-    pk_of,
-    refused,
-)
+from sagaloom.stores.planning import ROW_BYTES_MAX, Plan, refused
 from sagaloom.stores.removing import Remover, mark_cursor, mark_place
 from sagaloom.stores.rows import (
     CHILD_STATUSES,
@@ -136,6 +116,7 @@ from sagaloom.stores.rows import (
     to_json,
 )
 from sagaloom.stores.tenure import Presence, Tenure, Writer, member_key
+from sagaloom.stores.units import brings_only, consumed_row, decided_key, doubt, pk_of
 
 __all__ = ["ROW_BYTES_MAX", "SCHEMA", "KvSagaStore"]
 

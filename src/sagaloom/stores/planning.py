@@ -1,30 +1,25 @@
-"""Planning a commit of the key-value saga store: what a batch writes, and what may be believed without asking.
+"""Planning a commit of the key-value saga store: what a batch writes.
 
-`Plan.place` adds units one after the other, as if each were written before the next; `Beliefs` is the memory it plans
-on. Why that is sound is told at the head of `sagaloom.stores.kv`.
+`Plan.place` adds units one after the other, as if each were written before the next: each meets what is believed of the
+store (`sagaloom.stores.beliefs`), and what the units before it have changed in the plan. It adds a unit whole, or says
+why not and leaves the plan as it was; nothing is asked of the store here. What a unit that does not fit may rest on is
+read off it (`sagaloom.stores.units`), and looked up by whoever commits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from datetime import datetime
 from functools import partial
-from typing import Final, TypeVar, cast
+from typing import Final, cast
 
-from sagaloom.definitions import SagaInstanceStatus
 from sagaloom.engine.records import DeadLetter, FeedRecord, Head, HeldSlot, Instance
-from sagaloom.ids import instance_id
-from sagaloom.ports.keyvalue import Check, Committed, Entry, Key, KeyValue
-from sagaloom.ports.store import Conflict, RowRef, SlotClaim, UnitOfWork
+from sagaloom.ports.keyvalue import Check, Key
+from sagaloom.ports.store import Conflict, SlotClaim, UnitOfWork
+from sagaloom.stores.beliefs import Beliefs, Held, RunFacts, RunKey
 from sagaloom.stores.rows import (
     FEED_KEY,
     child_key,
     dead_letter_keys,
-    decode_dead_letter,
-    decode_head,
-    decode_instance,
-    decode_slot,
-    decoded,
     encode,
     head_key,
     mark_key,
@@ -34,149 +29,14 @@ from sagaloom.stores.rows import (
     slot,
     timer_key,
 )
+from sagaloom.stores.units import misshapen, name_of, only_settles, pk_of
 
-__all__ = [
-    "ROW_BYTES_MAX",
-    "Beliefs",
-    "Plan",
-    "brings_only",
-    "consumed_row",
-    "decided_key",
-    "doubt",
-    "pk_of",
-    "refused",
-]
+__all__ = ["ROW_BYTES_MAX", "Plan", "refused"]
 
 ROW_BYTES_MAX: Final = 256 << 20
 
-_RUNS_KNOWN_MAX: Final = 65_536
-_HEADS_KNOWN_MAX: Final = 65_536
-_ROWS_KNOWN_MAX: Final = 262_144
-
-_SLOTS_MAX: Final = 100_000
-
-_RunKey = tuple[int, int]
-_RunFacts = tuple[int, int, SagaInstanceStatus, datetime]
-"""Of a stored run: revision, entries, status, created_at."""
-
 # What a named tuple's own constructor does, without its Python frame: a third of the time, for each row of a commit.
 _check: Final = cast("Callable[[tuple[Key, int | None]], Check]", partial(tuple.__new__, Check))  # pyright: ignore[reportUnknownMemberType]
-
-
-_Held = dict[int, tuple[str, str]]
-"""Who holds which slot of a concurrency key: by number, the correlation key and the id of a message."""
-
-
-class Beliefs:
-    """What the holder of the lease knows of the store without asking it. Forgetting is always right."""
-
-    def __init__(self, kv: KeyValue) -> None:
-        self._kv = kv
-        self.generation = 0
-        """How many commits have ended: a read that saw another number may not teach us what is there."""
-        self.runs: dict[_RunKey, _RunFacts] = {}
-        self.heads: dict[Key, tuple[int, Head]] = {}
-        self.rows: dict[Key, None] = {}
-        """Inbox, outbox and timer rows that are there."""
-        self.sagas_seen: set[str] = set()
-        self.slots: dict[tuple[str, str], _Held] = {}
-        """Those of a saga and a concurrency key, as read for the commit that is planned: anybody may take some."""
-
-    def forget(self) -> None:
-        self.generation += 1
-        self.runs.clear()
-        self.heads.clear()
-        self.rows.clear()
-        self.sagas_seen.clear()
-
-    def learn(self, plan: Plan, done: Committed) -> None:
-        """Takes over what a commit has changed."""
-        self.generation += 1
-        stamp = done.versionstamp
-        rows = self.rows
-        self.runs.update(plan.runs)
-        for head_row, head in plan.heads.items():
-            self.heads[head_row] = (stamp, head)
-        for key in plan.consumed:
-            rows.pop(key, None)
-        base = done.bases.get("inbox", 0)
-        for offset, part in enumerate(plan.inbox):
-            rows["inbox", part, base + offset] = None
-        if plan.outbox:
-            rows.update(
-                dict.fromkeys([("outbox", part, n) for n, part in enumerate(plan.outbox, done.bases["outbox"])])
-            )
-        for key in plan.timers:
-            rows[key] = None
-        self.sagas_seen |= plan.sagas
-        self.bound()
-
-    def bound(self) -> None:
-        # Forgetting is always right: what is not remembered is looked up.
-        _shrink(self.runs, _RUNS_KNOWN_MAX)
-        _shrink(self.heads, _HEADS_KNOWN_MAX)
-        _shrink(self.rows, _ROWS_KNOWN_MAX)
-
-    def learn_row(self, key: Key, row: Entry | None) -> None:
-        """Takes over what was read under `key`."""
-        table = key[0]
-        if table == "state":
-            _, pk, run = key
-            assert isinstance(pk, int)
-            assert isinstance(run, int)
-            if row is None:
-                self.runs.pop((pk, run), None)
-            else:
-                self.learn_instance(decoded(self._kv, row, decode_instance))
-        elif table == "correlation":
-            if row is None:
-                self.heads.pop(key, None)
-            else:
-                self.heads[key] = (row.versionstamp, decoded(self._kv, row, decode_head))
-        elif row is None:
-            self.rows.pop(key, None)
-        else:
-            self.rows[key] = None
-
-    def learn_instance(self, instance: Instance) -> None:
-        self.runs[instance.pk, instance.run] = (
-            instance.revision,
-            instance.entries,
-            instance.status,
-            instance.created_at,
-        )
-
-    def learn_rows(self, rows: Iterable[Entry], generation: int) -> None:
-        self.learn_keys((row.key for row in rows), generation)
-
-    def learn_keys(self, keys: Iterable[Key], generation: int) -> None:
-        """Remembers rows that were there when `generation` was current."""
-        if generation == self.generation:
-            self.rows.update((key, None) for key in keys)
-            _shrink(self.rows, _ROWS_KNOWN_MAX)
-
-    async def look_up(
-        self, doubted: Sequence[Key], marks_there: set[Key], dead_letters: dict[str, tuple[DeadLetter, int]]
-    ) -> None:
-        """Reads the rows that are `doubted`. The marks among them that are there go to `marks_there`, the dead letters
-        to `dead_letters`, with their versionstamps: anybody may consume one, so each is checked."""
-        for where in {(str(key[1]), str(key[2])) for key in doubted if key[0] == "slot"}:
-            rows = await self._kv.scan(("slot", *where), limit=_SLOTS_MAX)
-            held = [decoded(self._kv, row, decode_slot) for row in rows]
-            self.slots[where] = {each.number: (each.correlation_key, each.message_id) for each in held}
-        doubted = [key for key in doubted if key[0] != "slot"]
-        for key, row in zip(doubted, await self._kv.get_many(doubted), strict=True):
-            if key[0] == "dead_letter":
-                if row is None:
-                    dead_letters.pop(str(key[1]), None)
-                else:
-                    letter = decoded(self._kv, row, decode_dead_letter)
-                    dead_letters[letter.id] = (letter, row.versionstamp)
-            elif key[0] == "dedupe":
-                if row is not None:
-                    marks_there.add(key)
-            else:
-                self.learn_row(key, row)
 
 
 class _Beside:
@@ -236,7 +96,7 @@ class Plan:
         self.inserts: list[tuple[Key, bytes]] = []
         """Rows that must be new: first states of runs, history, marks, slots, and those whose number the commit gives.
         Only a mark or a slot is ever deleted by the commit that would insert it."""
-        self.runs: dict[_RunKey, _RunFacts] = {}
+        self.runs: dict[RunKey, RunFacts] = {}
         self.heads: dict[Key, Head] = {}
         self.marks: dict[Key, bool] = {}
         self.assumed_new: set[Key] = set()
@@ -251,7 +111,7 @@ class Plan:
         self.outbox: list[int] = []
         self.feed: list[FeedRecord] = []
         self.sagas: set[str] = set()
-        self.slots: dict[tuple[str, str], _Held] = {}
+        self.slots: dict[tuple[str, str], Held] = {}
         """Who will hold which slot, where that changes."""
 
     def place(
@@ -260,7 +120,7 @@ class Plan:
         """Adds `unit`, whole; or says why not, and leaves the plan as it was."""
         instance, entry, head, mark = unit.instance, unit.entry, unit.head, unit.mark
         done = unit.outbox_done
-        if done and _only_settles(unit):
+        if done and only_settles(unit):
             # Nearly every effect ends in such a unit, together with many others.
             settled: dict[Key, None] = dict.fromkeys([("outbox", *ref) for ref in done])
             if not (settled.keys() <= beliefs.rows.keys() and settled.keys().isdisjoint(self.consumed)):
@@ -271,7 +131,7 @@ class Plan:
             self.consumed.update(settled)
             self.feed += unit.feed
             return None
-        if (instance is not None or entry is not None) and (shape := _misshapen(unit)) is not None:
+        if (instance is not None or entry is not None) and (shape := misshapen(unit)) is not None:
             return Conflict("refused", shape)
         pk = pk_of(unit)
         if self.lost and pk and pk in self.lost:
@@ -385,7 +245,7 @@ class Plan:
                 if key not in beliefs.rows or key in self.consumed:
                     return Conflict("gone", f"outbox rows {done}")
                 rows.append((key, None))
-        held: _Held = {}
+        held: Held = {}
         if unit.slot is not None:
             claimed = self._claim(unit.slot, beliefs, rows, inserts)
             if isinstance(claimed, Conflict):
@@ -514,7 +374,7 @@ class Plan:
 
     def _claim(
         self, claim: SlotClaim, beliefs: Beliefs, rows: list[tuple[Key, bytes | None]], inserts: list[tuple[Key, bytes]]
-    ) -> _Held | Conflict:
+    ) -> Held | Conflict:
         """Who holds which slot after `claim`, with the rows that this takes; changes nothing yet. That a number is free
         is found out by its insert: whoever else takes it makes the commit conflict."""
         where, owner = (claim.saga_id, claim.key), (claim.correlation_key, claim.message_id)
@@ -561,58 +421,6 @@ class Plan:
         self.marks[row] = False
 
 
-def brings_only(unit: UnitOfWork) -> bool:
-    """Whether `unit` does nothing but bring messages, which everybody may do for any partition."""
-    return unit.instance is None and not (
-        unit.outbox_done
-        or unit.inbox_done
-        or unit.timer_done
-        or unit.inbox_update
-        or unit.outbox_update
-        or unit.outbox_add
-        or unit.timers_add
-        or unit.timers_remove
-    )
-
-
-def decided_key(unit: UnitOfWork) -> tuple[str, str] | None:
-    """The saga and the correlation key whose message `unit` decides; None when it decides none."""
-    instance = unit.instance
-    return unit.about if instance is None else (instance.saga_id, instance.key)
-
-
-def consumed_row(unit: UnitOfWork) -> RowRef | None:
-    """The inbox row that the message of `unit` stands in; None when it comes from elsewhere."""
-    if unit.inbox_done is not None:
-        return unit.inbox_done
-    return None if unit.inbox_update is None else unit.inbox_update.ref
-
-
-def doubt(unit: UnitOfWork) -> list[Key]:
-    """The rows on which a conflict of `unit` may rest, or that may name a better one."""
-    keys: list[Key] = []
-    if unit.instance is not None:
-        keys.append(("state", unit.instance.pk, unit.instance.run))
-    if unit.head is not None:
-        keys.append(head_key(unit.head.saga_id, unit.head.key))
-    if unit.mark is not None:
-        keys.append(mark_key(unit.mark_pk, unit.mark.dedupe_key))
-    keys += [("outbox", *ref) for ref in unit.outbox_done]
-    if unit.inbox_done is not None:
-        keys.append(("inbox", *unit.inbox_done))
-    if unit.timer_done is not None:
-        keys.append(timer_key(unit.timer_done))
-    if unit.inbox_update is not None:
-        keys.append(("inbox", *unit.inbox_update.ref))
-    if unit.outbox_update is not None:
-        keys.append(("outbox", *unit.outbox_update.ref))
-    if unit.dead_letter_done is not None:
-        keys.append(("dead_letter", unit.dead_letter_done))
-    if unit.slot is not None:
-        keys.append(("slot", unit.slot.saga_id, unit.slot.key))
-    return keys
-
-
 def _size_of(rows: Iterable[tuple[Key, bytes | None]]) -> int:
     return sum([len(value) for _, value in rows if value is not None])
 
@@ -623,75 +431,10 @@ def _check_sizes(rows: Iterable[tuple[Key, bytes | None]], inserts: Iterable[tup
         raise ValueError(f"a row of {largest} bytes is too large for the store: at most {ROW_BYTES_MAX} are allowed")
 
 
-def _only_settles(unit: UnitOfWork) -> bool:
-    """Whether a unit with an `outbox_done` writes nothing else but its feed."""
-    return not (
-        unit.mark
-        or unit.instance
-        or unit.entry
-        or unit.head
-        or unit.inbox_add
-        or unit.inbox_done
-        or unit.inbox_update
-        or unit.outbox_add
-        or unit.outbox_update
-        or unit.timers_add
-        or unit.timers_remove
-        or unit.timer_done
-        or unit.dead_letters_add
-        or unit.dead_letter_done
-        or unit.unmark
-    )
-
-
-def _misshapen(unit: UnitOfWork) -> str | None:
-    """Why no store could write `unit`, whatever it holds: a fault of the caller."""
-    instance = unit.instance
-    entry = unit.entry
-    if instance is None:
-        return None if entry is None else "a history entry comes with its instance"
-    revision = unit.revision_before or 0
-    entries = unit.entries_before
-    if entry is not None and instance.revision == revision + 1 and entries < entry.entry_no <= instance.entries:
-        return None  # as nearly every unit is
-    if instance.revision == revision:
-        if instance.entries < entries:
-            return f"{_name(instance)}: {entries} entries cannot become {instance.entries}"
-    elif instance.revision != revision + 1 or instance.entries < entries:
-        return f"{_name(instance)}: a step leads from revision {revision} to {revision + 1}, not to {instance.revision}"
-    if entry is not None and not entries < entry.entry_no <= instance.entries:
-        return f"{_name(instance)}: entry {entry.entry_no} is not one of {entries + 1} to {instance.entries}"
-    return None
-
-
-def pk_of(unit: UnitOfWork) -> int:
-    """Which instance `unit` is about; 0 when it does not say."""
-    if unit.instance is not None:
-        return unit.instance.pk
-    if unit.head is not None:
-        return unit.head.pk
-    return unit.mark_pk
-
-
 def refused(error: Exception) -> Conflict:
     return Conflict("refused", f"{type(error).__name__}: {error}")
 
 
-def _wrong_revision(instance: Instance, facts: _RunFacts | None) -> Conflict:
+def _wrong_revision(instance: Instance, facts: RunFacts | None) -> Conflict:
     found = "does not exist" if facts is None else f"is at revision {facts[0]} with {facts[1]} entries"
-    return Conflict("revision", f"{_name(instance)} {found}")
-
-
-def _name(instance: Instance) -> str:
-    return instance_id(instance.saga_id, instance.key, instance.run)
-
-
-_K = TypeVar("_K")
-_V = TypeVar("_V")
-
-
-def _shrink(known: dict[_K, _V], most: int) -> None:
-    """Drops the oldest entries of `known` beyond `most`, some more at once so that it is seldom done."""
-    if len(known) > most:
-        for key in list(known)[: len(known) - most + most // 8]:
-            del known[key]
+    return Conflict("revision", f"{name_of(instance)} {found}")

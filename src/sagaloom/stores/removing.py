@@ -28,7 +28,7 @@ from sagaloom.errors import MessageRejected
 from sagaloom.ids import partition_of
 from sagaloom.ports.keyvalue import Check, Committed, Conflicted, Key, KeyValue
 from sagaloom.ports.store import Lease
-from sagaloom.stores.planning import Beliefs
+from sagaloom.stores.beliefs import Beliefs
 from sagaloom.stores.rows import (
     children_key,
     decode_head,

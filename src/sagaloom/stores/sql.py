@@ -1,7 +1,7 @@
 """The saga store on a relational database.
 
 What makes the key-value store correct makes this one correct: batches are planned on what is believed
-(`sagaloom.stores.planning`), partitions are held by leases (`sagaloom.stores.tenure`), and everything a batch asks for
+(`sagaloom.stores.beliefs`), partitions are held by leases (`sagaloom.stores.tenure`), and everything a batch asks for
 is one commit of one statement. What a database does better is asked of it: listing and counting runs and dead letters,
 the feed with many who commit, and reads of many rows in one round trip.
 
