@@ -260,6 +260,7 @@ class SqliteKeyValue(SqliteFile):
             return
         self._is_closed = True
         self._problem = "the store is closed"
+        self._watches.end_all()
         self._let_go()
 
     # -- reading ----------------------------------------------------------------------------------------------
