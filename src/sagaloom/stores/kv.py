@@ -1,26 +1,7 @@
 """The saga store over an ordered key-value store: one row a fact, one key-value commit a batch.
 
-The rows (the first part of a key names its table; times are microseconds since 1970):
-
-    correlation     saga id, hash of saga and key       Head; random order, so written only for a new key or run
-    state           pk, run                             Instance
-    instance_index  saga id, status, created, pk, run   empty; moved when a run's status changes. A key whose first
-                                                        message waits is run 0, `pending`, and its row is the Head
-    transition      pk, run, entry number               HistoryEntry
-    dedupe          pk, hash of the dedupe key          Mark
-    inbox, outbox   partition, number                   Envelope, OutboxEffect
-    timer           due, id                             Timer
-    schedule        saga id                             ScheduleCursor
-    slot            saga id, concurrency key, no.   HeldSlot: which message holds it
-    child           parent's pk, run, status, place     Child; moved when it ends
-    standing        saga id                             SagaStanding
-    tombstone       until, saga id, hash                the key whose head is one
-    dead_letter     id                                  DeadLetter; found by saga and by key through dead_letter_index
-    feed            number of its first event           the FeedRecords of one commit, unit by unit
-    member, lease, arrivals                             who may write what: see `sagaloom.stores.tenure`
-    definition, saga("registry", id)                    RegisteredDefinition, and its document as JSON for everybody
-    saga_seen       saga id                             empty: which sagas have rows
-    meta            "schema", "store_id"
+`sagaloom.stores.rows` names the rows. They are read in `sagaloom.stores.reading` for the runtime, and in
+`sagaloom.stores.looking` for people; here they are written, by whoever holds the lease.
 
 How a commit works:
 
@@ -37,107 +18,53 @@ How a commit works:
 
 What is believed without asking, and why that is sound, is told at the head of `sagaloom.stores.beliefs`.
 
-What we dislike about it: a state is written whole at each transition, and a listing over many sagas merges as many
-scans as there are sagas times statuses.
+What we dislike about it: a state is written whole at each transition.
 """
 
 from __future__ import annotations
 
 import asyncio
-import uuid
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from datetime import datetime
 from itertools import pairwise
 from typing import Final, TypeVar
 
 from sagaloom.definitions import SagaDurabilityTier
-from sagaloom.engine.records import (
-    Child,
-    ChildStatus,
-    DeadLetter,
-    Envelope,
-    FeedEvent,
-    HeldSlot,
-    HistoryEntry,
-    Instance,
-    Mark,
-    OutboxEffect,
-    PendingTimer,
-    SagaStanding,
-    ScheduleCursor,
-    Timer,
-)
-from sagaloom.errors import BackendUnavailable, ConfigurationError, SagasError, StoreCorrupt
+from sagaloom.engine.records import DeadLetter, Instance, SagaStanding, ScheduleCursor
+from sagaloom.errors import BackendUnavailable
 from sagaloom.ports.keyvalue import Check, Committed, Conflicted, Entry, Key, KeyValue, SeesOthers
 from sagaloom.ports.store import (
     CommitResult,
     Conflict,
     Holding,
     InboxRow,
-    InstanceFilter,
     Lease,
-    Loaded,
-    OutboxRow,
     RegisteredDefinition,
-    RowRef,
     Swept,
     UnitOfWork,
 )
-from sagaloom.stores.beliefs import Beliefs
-from sagaloom.stores.listing import Listing
+from sagaloom.stores.looking import LookingStore
 from sagaloom.stores.planning import ROW_BYTES_MAX, Plan, refused
+from sagaloom.stores.reading import SCHEMA
 from sagaloom.stores.removing import Remover, mark_cursor, mark_place
-from sagaloom.stores.rows import (
-    CHILD_STATUSES,
-    children_key,
-    decode_child,
-    decode_cursor,
-    decode_dead_letter,
-    decode_definition,
-    decode_effect,
-    decode_entry,
-    decode_envelope,
-    decode_events,
-    decode_head,
-    decode_instance,
-    decode_mark,
-    decode_slot,
-    decode_standing,
-    decode_timer,
-    decoded,
-    encode,
-    head_key,
-    mark_key,
-    micros,
-    number_of,
-    placed,
-    ref_of,
-    timer_key,
-    to_json,
-)
+from sagaloom.stores.rows import decode_cursor, decode_mark, decoded, encode, number_of, to_json
 from sagaloom.stores.tenure import Presence, Tenure, Writer, member_key
 from sagaloom.stores.units import brings_only, consumed_row, decided_key, doubt, pk_of
 
 __all__ = ["ROW_BYTES_MAX", "SCHEMA", "KvSagaStore"]
-
-SCHEMA: Final = 2
-"""Since 2 a feed row has a record for each message; before, it had every event. Rows of both are read."""
 
 _TIERS: Final[frozenset[SagaDurabilityTier]] = frozenset({"t1", "t2"})
 _ROUNDS_MAX: Final = 16
 _ARRIVALS_MAX: Final = 3
 """How often a commit looks at what has arrived meanwhile; then it leaves out whatever would have to know of it."""
 _PAGE: Final = 256
-_COUNTED_MAX: Final = 10_000_000
 
-_SCHEMA_KEY: Final[Key] = ("meta", "schema")
-_STORE_ID_KEY: Final[Key] = ("meta", "store_id")
 _PROBE_KEY: Final[Key] = ("meta", "probe")
 
 _R = TypeVar("_R")
 
 
-class KvSagaStore:
+class KvSagaStore(LookingStore):
     """A `SagaStore` over a `KeyValue`, which it closes with itself. One object belongs to one event loop.
 
     `presence` tells which other processes are alive, so that several of them share the work. Without it the later
@@ -159,16 +86,10 @@ class KvSagaStore:
     """Whether rows of ours find runs and dead letters; a store that has indexes does it without."""
 
     def __init__(self, kv: KeyValue, *, presence: Presence | None = None, reads_only: bool = False) -> None:
-        self._kv = kv
-        self._reads_only = reads_only
-        """Whether we only look, and leave the marker of an empty store, or of an older schema, as it is."""
+        super().__init__(kv, reads_only=reads_only)
         self._tenure = Tenure(kv, presence)
         self._writing = asyncio.Lock()
-        self._store_id = ""
-        self._problem: str | None = None
         self._version_seen: int | None = None
-        self._beliefs = Beliefs(kv)
-        self._listing = Listing(kv)
         self._remover = Remover(
             kv, self._beliefs, self._tenure, commit=self._commit_removal, keeps_indexes=self._keeps_indexes
         )
@@ -176,15 +97,6 @@ class KvSagaStore:
     @property
     def id(self) -> str:
         return "kv-saga-store"
-
-    @property
-    def store_id(self) -> str:
-        """Known after the first awaited call; `open()` is one that does nothing else."""
-        if not self._store_id:
-            raise ConfigurationError(
-                f"{self._kv.name} has not been opened: await store.open() or store.acquire() first"
-            )
-        return self._store_id
 
     @property
     def tiers(self) -> frozenset[SagaDurabilityTier]:
@@ -197,37 +109,6 @@ class KvSagaStore:
             f"{self._kv.name} has no replica that a commit could wait for: lower the tier to t2, or use PostgreSQL "
             "with a synchronous standby (NETSCRIPT_SAGA_STORE=sql)"
         )
-
-    @property
-    def problem(self) -> str | None:
-        problem: str | None = self._problem or getattr(self._kv, "problem", None)
-        return problem
-
-    async def open(self) -> None:
-        """Reads the store's marker, or writes it into an empty store. Every other method does so by itself."""
-        if self._store_id:
-            return
-        schema, store_id = await self._kv.get_many([_SCHEMA_KEY, _STORE_ID_KEY])
-        if schema is None and not self._reads_only:
-            await self._commit_kv(
-                checks=[Check(_SCHEMA_KEY, None)],
-                puts=[(_SCHEMA_KEY, str(SCHEMA).encode()), (_STORE_ID_KEY, uuid.uuid4().hex.encode())],
-            )
-            # Conflicted means that somebody else was faster; either way there is one now.
-            schema, store_id = await self._kv.get_many([_SCHEMA_KEY, _STORE_ID_KEY])
-        if schema is None or store_id is None or not schema.value.isdigit():
-            raise StoreCorrupt(f"{self._kv.name}: rows {_SCHEMA_KEY!r} and {_STORE_ID_KEY!r} are no store's marker")
-        if int(schema.value) > SCHEMA:
-            raise ConfigurationError(
-                f"{self._kv.name} was written with schema {int(schema.value)}, this version reads up to {SCHEMA}: "
-                "upgrade sagaloom, or choose another store"
-            )
-        if int(schema.value) < SCHEMA and not self._reads_only:
-            # From here on rows may come that an older program cannot read. When somebody else was faster, it is done.
-            await self._commit_kv(
-                checks=[Check(_SCHEMA_KEY, schema.versionstamp)], puts=[(_SCHEMA_KEY, str(SCHEMA).encode())]
-            )
-        self._store_id = store_id.value.decode()
 
     async def close(self) -> None:
         self._beliefs.forget()
@@ -318,6 +199,20 @@ class KvSagaStore:
             puts.append((("definition", definition.saga_id), encode(definition)))
             puts.append((("saga", "registry", definition.saga_id), to_json(definition.document)))
         await self._commit_kv(puts=puts)
+
+    async def put_standing(self, standing: SagaStanding) -> None:
+        await self.open()
+        await self._commit_kv(puts=[(("standing", standing.saga_id), encode(standing))])
+
+    async def put_schedule_cursor(self, cursor: ScheduleCursor, *, replaces: ScheduleCursor | None) -> bool:
+        await self.open()
+        key: Key = ("schedule", cursor.saga_id)
+        row = await self._kv.get(key)
+        stored = None if row is None else decoded(self._kv, row, decode_cursor)
+        if stored != replaces:
+            return False
+        check = Check(key, None if row is None else row.versionstamp)
+        return isinstance(await self._commit_kv(checks=[check], puts=[(key, encode(cursor))]), Committed)
 
     async def commit(self, units: Sequence[UnitOfWork], *, lease: Lease) -> CommitResult:
         if not self._store_id:
@@ -491,23 +386,6 @@ class KvSagaStore:
                     tenure.nudge()
         return done
 
-    async def _commit_kv(
-        self,
-        *,
-        checks: Sequence[Check] = (),
-        inserts: Sequence[tuple[Key, bytes]] = (),
-        puts: Sequence[tuple[Key, bytes]] = (),
-        deletes: Sequence[Key] = (),
-        reserve: dict[str, int] | None = None,
-    ) -> Committed | Conflicted:
-        try:
-            done = await self._kv.commit(checks=checks, inserts=inserts, puts=puts, deletes=deletes, reserve=reserve)
-        except SagasError as error:
-            self._problem = error.message
-            raise
-        self._problem = None
-        return done
-
     # -- removing -------------------------------------------------------------------------------------------------
 
     async def remove_runs(self, runs: Sequence[Instance], *, tombstone_until: datetime, lease: Lease) -> int:
@@ -548,225 +426,6 @@ class KvSagaStore:
         checks = [Check(row.key, row.versionstamp) for row in rows]
         return isinstance(await self._commit_kv(checks=checks, deletes=[row.key for row in rows]), Committed)
 
-    # -- what the runtime reads -----------------------------------------------------------------------------------
-
-    async def load(self, keys: Sequence[tuple[str, str]], *, parts: Collection[int] | None = None) -> list[Loaded]:
-        await self.open()
-        generation = self._beliefs.generation
-        head_rows = await self._kv.get_many([head_key(*key) for key in keys])
-        heads = [None if row is None else decoded(self._kv, row, decode_head) for row in head_rows]
-        wanted: list[Key] = [
-            ("state", head.pk, head.run)
-            for head in heads
-            if head is not None and head.run and (parts is None or head.part in parts)
-        ]
-        rows = iter(await self._kv.get_many(wanted) if wanted else ())
-        loaded: list[Loaded] = []
-        believed = generation == self._beliefs.generation
-        for head_row, head in zip(head_rows, heads, strict=True):
-            instance: Instance | None = None
-            if head is not None and head_row is not None:
-                if believed:
-                    self._beliefs.heads[head_row.key] = (head_row.versionstamp, head)
-                if head.run and (parts is None or head.part in parts) and (row := next(rows)) is not None:
-                    instance = decoded(self._kv, row, decode_instance)
-                    if believed:
-                        self._beliefs.learn_instance(instance)
-            loaded.append(Loaded(head, instance))
-        self._beliefs.bound()
-        return loaded
-
-    async def load_run(self, saga_id: str, key: str, run: int) -> Instance | None:
-        await self.open()
-        head = await self._read(head_key(saga_id, key), decode_head)
-        return None if head is None else await self._read(("state", head.pk, run), decode_instance)
-
-    async def slots(self, saga_id: str, *, key: str | None = None, limit: int = 1_000) -> list[HeldSlot]:
-        await self.open()
-        prefix: Key = ("slot", saga_id) if key is None else ("slot", saga_id, key)
-        return [decoded(self._kv, row, decode_slot) for row in await self._kv.scan(prefix, limit=limit)]
-
-    async def marks(self, wanted: Sequence[tuple[int, str]]) -> list[Mark | None]:
-        await self.open()
-        return await self._read_many([mark_key(*pair) for pair in wanted], decode_mark)
-
-    async def inbox_page(self, *, after: RowRef | None, limit: int) -> list[InboxRow]:
-        return [
-            InboxRow(ref_of(row), decoded(self._kv, row, decode_envelope))
-            for row in await self._waiting(("inbox",), after, limit)
-        ]
-
-    async def inbox_rows(self, refs: Sequence[RowRef]) -> list[Envelope | None]:
-        await self.open()
-        return await self._read_many([("inbox", *ref) for ref in refs], decode_envelope)
-
-    async def outbox_page(
-        self, *, after: RowRef | None, limit: int, parts: Collection[int] | None = None
-    ) -> list[OutboxRow]:
-        rows: list[Entry] = []
-        if parts is None:
-            rows = await self._waiting(("outbox",), after, limit)
-        else:
-            for part in sorted(parts):
-                if len(rows) < limit and (after is None or part >= after.part):
-                    rows += await self._waiting(("outbox", part), after, limit - len(rows))
-        return [OutboxRow(ref_of(row), decoded(self._kv, row, decode_effect)) for row in rows]
-
-    async def outbox_rows(self, refs: Sequence[RowRef]) -> list[OutboxEffect | None]:
-        await self.open()
-        return await self._read_many([("outbox", *ref) for ref in refs], decode_effect)
-
-    async def timers(
-        self, *, due_by: datetime | None = None, after: PendingTimer | None = None, limit: int = 100
-    ) -> list[Timer]:
-        await self.open()
-        generation = self._beliefs.generation
-        rows = await self._kv.scan(
-            ("timer",),
-            after=None if after is None else timer_key(after),
-            before=None if due_by is None else ("timer", micros(due_by) + 1),
-            limit=limit,
-        )
-        self._beliefs.learn_rows(rows, generation)
-        return [decoded(self._kv, row, decode_timer) for row in rows]
-
-    async def timer(self, timer_id: str) -> Timer | None:
-        # An index would be a write more for each timer, for what operators seldom ask.
-        await self.open()
-        after: Key | None = None
-        while rows := await self._kv.scan(("timer",), after=after, limit=_PAGE):
-            for row in rows:
-                if row.key[-1] == timer_id:
-                    return decoded(self._kv, row, decode_timer)
-            after = rows[-1].key
-        return None
-
-    async def schedule_cursors(self) -> list[ScheduleCursor]:
-        await self.open()
-        return [decoded(self._kv, row, decode_cursor) for row in await self._all(("schedule",))]
-
-    async def put_schedule_cursor(self, cursor: ScheduleCursor, *, replaces: ScheduleCursor | None) -> bool:
-        await self.open()
-        key: Key = ("schedule", cursor.saga_id)
-        row = await self._kv.get(key)
-        stored = None if row is None else decoded(self._kv, row, decode_cursor)
-        if stored != replaces:
-            return False
-        check = Check(key, None if row is None else row.versionstamp)
-        return isinstance(await self._commit_kv(checks=[check], puts=[(key, encode(cursor))]), Committed)
-
-    async def _waiting(self, prefix: Key, after: RowRef | None, limit: int) -> list[Entry]:
-        await self.open()
-        generation = self._beliefs.generation
-        # A bound outside the prefix is no bound: a partition behind that of `after` is read from its beginning.
-        is_elsewhere = after is None or prefix[1:2] not in ((), (after.part,))
-        past: Key | None = None if after is None or is_elsewhere else (*prefix[:1], *after)
-        rows = await self._kv.scan(prefix, after=past, limit=limit)
-        self._beliefs.learn_rows(rows, generation)
-        return rows
-
-    # -- what people read -----------------------------------------------------------------------------------------
-
-    async def instances(
-        self, wanted: InstanceFilter, *, limit: int, offset: int = 0, cursor: str | None = None
-    ) -> tuple[list[Instance], str | None]:
-        await self.open()
-        return await self._listing.page(wanted, limit=limit, offset=offset, cursor=cursor)
-
-    async def count_instances(self, wanted: InstanceFilter, *, limit: int = 10_000) -> int:
-        await self.open()
-        return await self._listing.count(wanted, limit=limit)
-
-    async def runs(self, saga_id: str, key: str) -> list[Instance]:
-        await self.open()
-        head = await self._read(head_key(saga_id, key), decode_head)
-        found: list[Instance] = []
-        before: Key | None = None
-        while head is not None:
-            rows = await self._kv.scan(("state", head.pk), before=before, limit=_PAGE, reverse=True)
-            found += [decoded(self._kv, row, decode_instance) for row in rows]
-            if len(rows) < _PAGE:
-                break
-            before = rows[-1].key
-        return found
-
-    async def history(self, instance: Instance, *, after_entry: int = 0, limit: int = 50) -> list[HistoryEntry]:
-        await self.open()
-        prefix: Key = ("transition", instance.pk, instance.run)
-        rows = await self._kv.scan(prefix, after=(*prefix, after_entry), limit=limit)
-        return [decoded(self._kv, row, decode_entry) for row in rows]
-
-    async def children(
-        self, pk: int, run: int, *, status: ChildStatus = "live", after: tuple[int, int] | None = None, limit: int = 50
-    ) -> list[Child]:
-        await self.open()
-        prefix = children_key(pk, run, status)
-        rows = await self._kv.scan(prefix, after=None if after is None else (*prefix, *after), limit=limit)
-        return [decoded(self._kv, row, decode_child) for row in rows]
-
-    async def count_children(self, pk: int, run: int) -> Mapping[ChildStatus, int]:
-        await self.open()
-        return {each: await self._kv.count(children_key(pk, run, each), limit=_COUNTED_MAX) for each in CHILD_STATUSES}
-
-    async def dead_letters(
-        self, *, saga_id: str | None = None, key: str | None = None, after: str | None = None, limit: int = 50
-    ) -> list[DeadLetter]:
-        await self.open()
-        if saga_id is None:
-            prefix: Key = ("dead_letter",)
-        elif key is None:
-            prefix = ("dead_letter_index", saga_id, b"")
-        else:
-            prefix = ("dead_letter_index", saga_id, placed(saga_id, key)[0])
-        found: list[DeadLetter] = []
-        before = None if after is None else (*prefix, after)
-        while len(found) < limit:
-            rows = await self._kv.scan(prefix, before=before, limit=limit, reverse=True)
-            if saga_id is None:
-                letters = [decoded(self._kv, row, decode_dead_letter) for row in rows]
-            else:
-                keys: list[Key] = [("dead_letter", row.key[-1]) for row in rows]
-                read = await self._read_many(keys, decode_dead_letter)
-                letters = [letter for letter in read if letter is not None]
-            found += [letter for letter in letters if key is None or letter.key == key]
-            if len(rows) < limit:
-                break
-            before = rows[-1].key
-        return found[:limit]
-
-    async def dead_letter(self, dead_letter_id: str) -> DeadLetter | None:
-        await self.open()
-        return await self._read(("dead_letter", dead_letter_id), decode_dead_letter)
-
-    async def feed(self, *, after: int, limit: int) -> list[tuple[int, FeedEvent]]:
-        await self.open()
-        # The row that holds number after + 1 may begin before it.
-        rows = await self._kv.scan(("feed",), before=("feed", after + 2), limit=1, reverse=True)
-        begin: Key = rows[-1].key if rows else ("feed", after)
-        # A row says where it begins: those that begin behind the page are not even read.
-        rows += await self._kv.scan(("feed",), after=begin, before=("feed", after + limit + 1), limit=limit)
-        found: list[tuple[int, FeedEvent]] = []
-        for row in rows:
-            number = number_of(row)
-            for event in decoded(self._kv, row, decode_events):
-                if number > after and len(found) < limit:
-                    found.append((number, event))
-                number += 1
-        if not found and limit > 0:
-            # Nothing in the whole page: the feed has ended, or what came next has been pruned.
-            kept = await self._kv.scan(("feed",), after=("feed", after), limit=1)
-            return await self.feed(after=number_of(kept[0]) - 1, limit=limit) if kept else []
-        return found
-
-    async def feed_bounds(self) -> tuple[int, int]:
-        await self.open()
-        oldest = await self._kv.scan(("feed",), limit=1)
-        newest = await self._kv.scan(("feed",), limit=1, reverse=True)
-        if not oldest or not newest:
-            return 1, 0
-        events = len(decoded(self._kv, newest[0], decode_events))
-        return number_of(oldest[0]), number_of(newest[0]) + events - 1
-
     async def prune_feed(self, *, before: int, limit: int) -> int:
         await self.open()
         rows = await self._kv.scan(("feed",), limit=limit + 1)
@@ -775,33 +434,3 @@ class KvSagaStore:
         if keys:
             await self._commit_kv(deletes=keys)
         return len(keys)
-
-    async def put_standing(self, standing: SagaStanding) -> None:
-        await self.open()
-        await self._commit_kv(puts=[(("standing", standing.saga_id), encode(standing))])
-
-    async def standings(self) -> list[SagaStanding]:
-        await self.open()
-        return [decoded(self._kv, row, decode_standing) for row in await self._all(("standing",))]
-
-    async def definitions(self) -> list[RegisteredDefinition]:
-        await self.open()
-        return [decoded(self._kv, row, decode_definition) for row in await self._all(("definition",))]
-
-    # -- reading rows ---------------------------------------------------------------------------------------------
-
-    async def _read(self, key: Key, decode: Callable[[bytes], _R]) -> _R | None:
-        row = await self._kv.get(key)
-        return None if row is None else decoded(self._kv, row, decode)
-
-    async def _read_many(self, keys: Sequence[Key], decode: Callable[[bytes], _R]) -> list[_R | None]:
-        rows = await self._kv.get_many(keys) if keys else []
-        return [None if row is None else decoded(self._kv, row, decode) for row in rows]
-
-    async def _all(self, prefix: Key) -> list[Entry]:
-        found: list[Entry] = []
-        while True:
-            rows = await self._kv.scan(prefix, after=found[-1].key if found else None, limit=_PAGE)
-            found += rows
-            if len(rows) < _PAGE:
-                return found

@@ -1,4 +1,27 @@
-"""The rows of the key-value saga store: their keys, and how their values are read and written."""
+"""The rows of the key-value saga store: their keys, and how their values are read and written.
+
+The first part of a key names its table; times are microseconds since 1970:
+
+    correlation     saga id, hash of saga and key       Head; random order, so written only for a new key or run
+    state           pk, run                             Instance
+    instance_index  saga id, status, created, pk, run   empty; moved when a run's status changes. A key whose first
+                                                        message waits is run 0, `pending`, and its row is the Head
+    transition      pk, run, entry number               HistoryEntry
+    dedupe          pk, hash of the dedupe key          Mark
+    inbox, outbox   partition, number                   Envelope, OutboxEffect
+    timer           due, id                             Timer
+    schedule        saga id                             ScheduleCursor
+    slot            saga id, concurrency key, no.   HeldSlot: which message holds it
+    child           parent's pk, run, status, place     Child; moved when it ends
+    standing        saga id                             SagaStanding
+    tombstone       until, saga id, hash                the key whose head is one
+    dead_letter     id                                  DeadLetter; found by saga and by key through dead_letter_index
+    feed            number of its first event           the FeedRecords of one commit, unit by unit
+    member, lease, arrivals                             who may write what: see `sagaloom.stores.tenure`
+    definition, saga("registry", id)                    RegisteredDefinition, and its document as JSON for everybody
+    saga_seen       saga id                             empty: which sagas have rows
+    meta            "schema", "store_id"
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The rows of the saga store on PostgreSQL: each kind in a table of its own, with columns that people can read.
 
-It is a key-value store to whoever writes: keys and values are those of `sagaloom.stores.kv`. Some kinds have tables of
-their own, which `sagaloom.kv.postgres.reading` lists and reads. All others (members, leases, the registry, schedules)
-lie in `saga_runtime_row`, and a commit is of one sort or the other.
+It is a key-value store to whoever writes: keys and values are those of `sagaloom.stores.rows`. Some kinds have tables
+of their own, which `sagaloom.kv.postgres.reading` lists and reads. All others (members, leases, the registry,
+schedules) lie in `saga_runtime_row`, and a commit is of one sort or the other.
 
 What a commit of theirs promises beyond the port:
 
