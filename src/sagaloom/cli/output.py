@@ -12,7 +12,7 @@ import msgspec
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["console", "print_fields", "print_json", "print_table"]
+__all__ = ["console", "print_fields", "print_json", "print_next_page", "print_one", "print_table"]
 
 _WIDTH_WITHOUT_TERMINAL = 250
 
@@ -52,6 +52,20 @@ def print_fields(fields: Mapping[str, object]) -> None:
         if value is not None:
             table.add_row(name, escape(value if isinstance(value, str) else _one_line(value)))
     console().print(table)
+
+
+def print_one(answer: Mapping[str, Any], *, as_json: bool) -> None:
+    """What a server says of one thing: as JSON, or as fields."""
+    if as_json:
+        print_json(answer)
+    else:
+        print_fields(answer)
+
+
+def print_next_page(answer: Mapping[str, Any]) -> None:
+    """How to get the page after this one, if there is one."""
+    if answer.get("cursor"):
+        print(f"more with --cursor {answer['cursor']}")
 
 
 def _one_line(value: Any) -> str:
