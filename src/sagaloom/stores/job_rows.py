@@ -1,4 +1,19 @@
-"""The rows of the key-value store of job runs: their keys, and how their values are read and written."""
+"""The rows of the key-value store of job runs: their keys, and how their values are read and written.
+
+The first part of a key names its table; times are microseconds since 1970:
+
+    job_run      run id                                      JobRun
+    job_ready    job id, 100 - priority, due, run id         empty: runs that are due, in the order of their claim
+    job_later    due, run id                                 job id and priority of a run that is not due yet
+    job_claim    run id                                      (holder, epoch, expires, whether it was asked to end)
+    job_dedupe   job id, hash of the idempotency key         (run id, digest of the payload)
+    job_index    job id, status, run id                      empty; moved when a run's status changes
+    job_seen     job id                                      empty: which jobs have runs
+    job_reply    due, run id                                 empty: runs whose end a saga has not heard of
+    job_event    number                                      JobEvent: what happened, to whichever run
+    job_schedule job id                                      ScheduleCursor
+    job_meta     "schema", "pulse"
+"""
 
 from __future__ import annotations
 
@@ -15,6 +30,7 @@ from sagaloom.ports.keyvalue import Entry, Key, Slot
 from sagaloom.stores.rows import encode, micros
 
 EVENT_COUNTER: Final = "job_event"
+PULSE_KEY: Final[Key] = ("job_meta", "pulse")
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -59,6 +75,10 @@ def index_key(run: JobRun) -> Key:
 
 def ready_key(job_id: str, priority: int, due: int, run_id: str) -> Key:
     return "job_ready", job_id, PRIORITY_MAX - priority, due, run_id
+
+
+def ready_row(run: JobRun) -> tuple[Key, bytes]:
+    return ready_key(run.job_id, run.priority, micros(run.due_at), run.run_id), b""
 
 
 def later_row(run: JobRun) -> tuple[Key, bytes]:

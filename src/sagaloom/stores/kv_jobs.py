@@ -1,36 +1,15 @@
 """The store of job runs over an ordered key-value store; several processes may share its file with each other, and with
 a saga store.
 
-The rows (the first part of a key names its table; times are microseconds since 1970):
+`job_rows` names the rows, `job_opening` opens the store and shows us to the others, and `job_claiming` claims runs and
+settles them. Here runs come to be, are steered by operators, are looked at, and are forgotten.
 
-    job_run      run id                                      JobRun
-    job_ready    job id, 100 - priority, due, run id         empty: runs that are due, in the order of their claim
-    job_later    due, run id                                 job id and priority of a run that is not due yet
-    job_claim    run id                                      (holder, epoch, expires, whether it was asked to end)
-    job_dedupe   job id, hash of the idempotency key         (run id, digest of the payload)
-    job_index    job id, status, run id                      empty; moved when a run's status changes
-    job_seen     job id                                      empty: which jobs have runs
-    job_reply    due, run id                                 empty: runs whose end a saga has not heard of
-    job_event    number                                      JobEvent: what happened, to whichever run
-    job_schedule job id                                      ScheduleCursor
-    job_meta     "schema", "pulse"
-
-How it works:
-
-- A run has one row in `job_ready`, `job_later` or `job_claim` until it is over, and each move is one commit that checks
-  the version of the run's row. Of two processes that want one run, one commits; the other looks again. What a move
-  makes of a run is in `job_moves`; the event of it is written in the same commit.
-- A claim moves what has become due from `job_later` to `job_ready`, takes over claims that are expired or whose holder
-  is dead, and then takes the first ready runs.
-- The row `pulse` is rewritten by every commit that makes a run claimable earlier than anybody could know: enqueueing,
-  retrying, releasing. A store that found nothing remembers the version of that row and the moment at which something
-  may become due; until one of them is over, a further claim is one read.
-- Death is known before a lease is over where there is a `Presence`: on one host, by locks that the kernel frees. All
-  who share a store then show themselves in the same way, for who is not seen is dead.
-
+- A run is enqueued once for each idempotency key: the row of the key is inserted with the run, and whoever finds it
+  there gets the first run, or is refused for another payload.
+- Whatever changes a run checks the version of its row, so of two who change it one looks again.
+- The end of a run that a saga waits for is told by a reply, which has a row until the saga has heard of it.
 - Runs are forgotten in the order of their ids, which is that of their triggers. A run that waits for years is looked at
   in each round until it is over.
-
 - Commits that are asked for at the same time go together (`job_commits`).
 
 What we dislike about it: the log and the history of a run are in its row, and written anew with each move.
@@ -40,41 +19,22 @@ from __future__ import annotations
 
 import heapq
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from datetime import datetime
-from typing import Final, NamedTuple, Protocol
+from typing import Final
 
 import msgspec
 
 from sagaloom.engine.records import ScheduleCursor
-from sagaloom.errors import (
-    BackendUnavailable,
-    ConfigurationError,
-    IdempotencyKeyReused,
-    MessageRejected,
-    StoreCorrupt,
-)
+from sagaloom.errors import IdempotencyKeyReused, MessageRejected, StoreCorrupt
 from sagaloom.ids import content_digest
-from sagaloom.ports.jobs import (
-    JOB_RUN_STATUSES,
-    PRIORITY_MAX,
-    Claimed,
-    Enqueued,
-    JobClaim,
-    JobEvent,
-    JobNote,
-    JobReply,
-    JobRun,
-    JobRunStatus,
-    Pruned,
-    Released,
-    Renewed,
-    Settlement,
-)
+from sagaloom.ports.jobs import JOB_RUN_STATUSES, Enqueued, JobEvent, JobReply, JobRun, JobRunStatus, Pruned
 from sagaloom.ports.keyvalue import Check, Committed, Conflicted, Entry, Key, KeyValue
 from sagaloom.stores import job_moves
-from sagaloom.stores.job_commits import JobCommits
+from sagaloom.stores.job_claiming import ClaimingJobs
+from sagaloom.stores.job_opening import ROUNDS_MAX, SCHEMA, Presence
 from sagaloom.stores.job_rows import (
+    PULSE_KEY,
     ClaimRow,
     DedupeRow,
     canonical,
@@ -82,14 +42,12 @@ from sagaloom.stores.job_rows import (
     decode_cursor,
     decode_dedupe,
     decode_event,
-    decode_later,
     decode_run,
     dedupe_key,
     index_key,
     later_row,
-    moment_of,
     number_at,
-    ready_key,
+    ready_row,
     reply_row,
     run_key,
     text_at,
@@ -98,70 +56,11 @@ from sagaloom.stores.rows import decoded, encode, micros
 
 __all__ = ["SCHEMA", "KvJobRunStore", "Presence"]
 
-SCHEMA: Final = 2
-"""1 knew neither cancelled runs nor events."""
-
-_ROUNDS_MAX: Final = 32
-_PAGE: Final = 256
-_CLAIMS_MAX: Final = 10_000
 _JOBS_MAX: Final = 10_000
 _RUN_ID: Final = re.compile("[0-9a-f]{32}")
 
-_SCHEMA_KEY: Final[Key] = ("job_meta", "schema")
-_PULSE_KEY: Final[Key] = ("job_meta", "pulse")
-_PROBE_KEY: Final[Key] = ("job_meta", "probe")
 
-
-class Presence(Protocol):
-    """Shows one holder to the others, and them to it; `sagaloom.kv.presence.FilePresence` is one."""
-
-    def enter(self, holder: str) -> None: ...
-
-    def renew(self) -> bool: ...
-
-    def others(self) -> frozenset[str]:
-        """The holders that are alive, but for ourselves."""
-        ...
-
-    def leave(self) -> None: ...
-
-
-class _Candidate(NamedTuple):
-    """A run that may be claimed; sorts in the order in which runs are."""
-
-    rank: int
-    due: int
-    run_id: str
-    place: Entry
-    """The row that goes when it is claimed."""
-
-
-class _Look(NamedTuple):
-    """What a claim has seen."""
-
-    takeovers: list[Entry]
-    """Rows of `job_claim`, each of a holder that is over."""
-    candidates: list[_Candidate]
-    promoted: dict[str, Entry]
-    """Rows of `job_later` that are due, by run."""
-    next_at: int | None
-    others: frozenset[str]
-    """Living holders of other claims."""
-    is_complete: bool
-    """Whether nothing that is claimable was left out."""
-
-
-class _Memory(NamedTuple):
-    """When the last look found nothing to claim, and what would have to change."""
-
-    holder: str
-    job_ids: frozenset[str]
-    pulse: int
-    next_at: int | None
-    others: frozenset[str]
-
-
-class KvJobRunStore:
+class KvJobRunStore(ClaimingJobs):
     """A `JobRunStore` over a `KeyValue`, which it closes with itself. One object belongs to one event loop.
 
     >>> import asyncio
@@ -178,74 +77,8 @@ class KvJobRunStore:
     """
 
     def __init__(self, kv: KeyValue, *, presence: Presence | None = None) -> None:
-        self._kv = kv
-        self._commits = JobCommits(kv)
-        self._presence = presence
-        self._is_open = False
-        self._memory: _Memory | None = None
+        super().__init__(kv, presence=presence)
         self._seen: set[str] = set()
-
-    @property
-    def name(self) -> str:
-        return self._kv.name
-
-    @property
-    def problem(self) -> str | None:
-        problem: str | None = getattr(self._kv, "problem", None)
-        return problem
-
-    async def open(self) -> None:
-        """Reads the marker of the rows, or writes it. Every other method does so by itself."""
-        if self._is_open:
-            return
-        schema = await self._kv.get(_SCHEMA_KEY)
-        if schema is None:
-            await self._kv.commit(
-                checks=[Check(_SCHEMA_KEY, None)], puts=[(_SCHEMA_KEY, str(SCHEMA).encode()), (_PULSE_KEY, b"")]
-            )
-            # Conflicted means that somebody else was faster; either way there is one now.
-            schema = await self._kv.get(_SCHEMA_KEY)
-        if schema is None or not schema.value.isdigit():
-            raise StoreCorrupt(f"{self.name}: row {_SCHEMA_KEY!r} is no marker of job runs")
-        if int(schema.value) > SCHEMA:
-            raise ConfigurationError(
-                f"the job runs in {self.name} were written with schema {int(schema.value)}, this version reads up to "
-                f"{SCHEMA}: upgrade sagaloom, or choose another store"
-            )
-        if int(schema.value) < SCHEMA:
-            # The rows are the same, with less in them. Who reads only the older ones must not meet the newer.
-            await self._kv.commit(puts=[(_SCHEMA_KEY, str(SCHEMA).encode())])
-        self._is_open = True
-
-    async def close(self) -> None:
-        self._memory = None
-        await self.leave()
-        await self._kv.close()
-
-    # -- being seen -----------------------------------------------------------------------------------------------
-
-    async def join(self, holder: str) -> None:
-        await self.open()
-        if self._presence is not None:
-            self._presence.enter(holder)
-
-    def stay(self) -> None:
-        if self._presence is not None:
-            self._presence.renew()
-
-    async def leave(self) -> None:
-        if self._presence is not None:
-            self._presence.leave()
-
-    def _gone(self, holders: Collection[str]) -> frozenset[str]:
-        """Those of `holders` that certainly live no more."""
-        if self._presence is None or not holders:
-            return frozenset()
-        return frozenset(holders) - self._presence.others()
-
-    async def probe(self) -> None:
-        await self.open()
-        await self._kv.commit(puts=[(_PROBE_KEY, b"")])
 
     # -- enqueueing -----------------------------------------------------------------------------------------------
 
@@ -255,13 +88,13 @@ class KvJobRunStore:
         if run.idempotency_key is not None:
             digest = content_digest(run.job_id, canonical(run.payload))
             dedupe = (dedupe_key(run.job_id, run.idempotency_key), DedupeRow(run.run_id, digest))
-        for _ in range(_ROUNDS_MAX):
+        for _ in range(ROUNDS_MAX):
             if dedupe is not None and (row := await self._kv.get(dedupe[0])) is not None:
                 return await self._first_of(run, dedupe[1], decoded(self._kv, row, decode_dedupe))
             inserts = [(run_key(run.run_id), encode(run)), (index_key(run), b""), self._waiting_row(run)]
             if dedupe is not None:
                 inserts.append((dedupe[0], encode(dedupe[1])))
-            puts: list[tuple[Key, bytes]] = [(_PULSE_KEY, b"")]
+            puts: list[tuple[Key, bytes]] = [(PULSE_KEY, b"")]
             if run.job_id not in self._seen:
                 puts.append((("job_seen", run.job_id), b""))
             done = await self._commits.commit([job_moves.event_of(run, at=run.created_at)], inserts=inserts, puts=puts)
@@ -285,230 +118,17 @@ class KvJobRunStore:
         return Enqueued(first, duplicate=True)
 
     def _waiting_row(self, run: JobRun) -> tuple[Key, bytes]:
-        return later_row(run) if run.due_at > run.created_at else self._ready_row(run)
-
-    def _ready_row(self, run: JobRun) -> tuple[Key, bytes]:
-        return ready_key(run.job_id, run.priority, micros(run.due_at), run.run_id), b""
-
-    # -- claiming -------------------------------------------------------------------------------------------------
-
-    async def claim(
-        self, holder: str, job_ids: Collection[str], *, now: datetime, until: datetime, limit: int
-    ) -> Claimed:
-        await self.open()
-        wanted = frozenset(job_ids)
-        if limit <= 0 or not wanted:
-            return Claimed((), None)
-        for _ in range(_ROUNDS_MAX):
-            # Read before everything else: what is enqueued after it changes it, and is seen by the next look.
-            row = await self._kv.get(_PULSE_KEY)
-            pulse = row.versionstamp if row is not None else 0
-            memory = self._memory
-            if memory is not None and not self._is_news(memory, holder, wanted, pulse, micros(now)):
-                return Claimed((), moment_of(memory.next_at))
-            look = await self._look(holder, wanted, now=micros(now), limit=limit)
-            runs = await self._take(look, holder, wanted, now=now, until=until, limit=limit)
-            if runs is None:
-                continue
-            is_done = look.is_complete and not runs
-            self._memory = _Memory(holder, wanted, pulse, look.next_at, look.others) if is_done else None
-            return Claimed(runs, moment_of(look.next_at))
-        raise self._too_many_rounds("claiming")
-
-    def _is_news(self, memory: _Memory, holder: str, wanted: frozenset[str], pulse: int, now: int) -> bool:
-        return (
-            (memory.holder, memory.job_ids, memory.pulse) != (holder, wanted, pulse)
-            or (memory.next_at is not None and memory.next_at <= now)
-            or bool(self._gone(memory.others))
-        )
-
-    async def _look(self, holder: str, wanted: frozenset[str], *, now: int, limit: int) -> _Look:
-        moments: list[int] = []
-        later = await self._kv.scan(("job_later",), limit=_PAGE)
-        promoted: dict[str, Entry] = {}
-        # By run: one that somebody promotes between the two scans is in both.
-        candidates: dict[str, _Candidate] = {}
-        for row in later:
-            due, run_id = number_at(row, 1), text_at(row, 2)
-            if due > now:
-                moments.append(due)
-                break
-            promoted[run_id] = row
-            job_id, priority = decoded(self._kv, row, decode_later)
-            if job_id in wanted:
-                candidates[run_id] = _Candidate(PRIORITY_MAX - priority, due, run_id, row)
-        is_complete = len(promoted) < _PAGE
-        for job_id in sorted(wanted):
-            for row in await self._kv.scan(("job_ready", job_id), limit=limit):
-                run_id = text_at(row, 4)
-                candidates[run_id] = _Candidate(number_at(row, 2), number_at(row, 3), run_id, row)
-        claims = await self._kv.scan(("job_claim",), limit=_CLAIMS_MAX)
-        takeovers: list[Entry] = []
-        held = [(row, decoded(self._kv, row, decode_claim)) for row in claims]
-        others = frozenset(claim.holder for _, claim in held if claim.holder != holder)
-        gone = self._gone(others)
-        for row, claim in held:
-            if claim.holder == holder:
-                continue
-            if claim.expires <= now or claim.holder in gone:
-                takeovers.append(row)
-            else:
-                moments.append(claim.expires)
-        return _Look(
-            takeovers,
-            sorted(candidates.values()),
-            promoted,
-            min(moments, default=None),
-            others - gone,
-            is_complete and len(claims) < _CLAIMS_MAX,
-        )
-
-    async def _take(
-        self, look: _Look, holder: str, wanted: frozenset[str], *, now: datetime, until: datetime, limit: int
-    ) -> tuple[JobRun, ...] | None:
-        """The runs that were claimed; None when somebody was faster, and it must be looked again."""
-        # All of them are read: which jobs they are of is in their runs.
-        over = await self._kv.get_many([run_key(text_at(row, 1)) for row in look.takeovers])
-        taken_over = [
-            (claim_row, run_row)
-            for claim_row, run_row in zip(look.takeovers, over, strict=True)
-            if run_row is None or decoded(self._kv, run_row, decode_run).job_id in wanted
-        ][:limit]
-        chosen = look.candidates[: limit - len(taken_over)]
-        waiting = await self._kv.get_many([run_key(one.run_id) for one in chosen])
-        checks: list[Check] = []
-        inserts: list[tuple[Key, bytes]] = []
-        puts: list[tuple[Key, bytes]] = []
-        deletes: list[Key] = []
-        runs: list[JobRun] = []
-        events: list[JobEvent] = []
-
-        def move(row: Entry | None, was: JobRunStatus) -> JobRun | None:
-            run = decoded(self._kv, row, decode_run) if row is not None else None
-            if row is None or run is None or run.status != was:
-                return None
-            claimed = job_moves.claimed(run, holder, now=now)
-            events.append(job_moves.event_of(claimed, at=now))
-            checks.append(Check(row.key, row.versionstamp))
-            puts.append((row.key, encode(claimed)))
-            if was != "running":
-                deletes.append(index_key(run))
-                puts.append((index_key(claimed), b""))
-            runs.append(claimed)
-            return claimed
-
-        for claim_row, run_row in taken_over:
-            claimed = move(run_row, "running")
-            if claimed is None:
-                return None
-            checks.append(Check(claim_row.key, claim_row.versionstamp))  # a renewal at this very moment wins
-            puts.append((claim_row.key, encode(ClaimRow(holder, claimed.epoch, micros(until)))))
-        for candidate, run_row in zip(chosen, waiting, strict=True):
-            claimed = move(run_row, "pending")
-            if claimed is None:
-                return None
-            checks.append(Check(candidate.place.key, candidate.place.versionstamp))
-            deletes.append(candidate.place.key)
-            inserts.append((("job_claim", claimed.run_id), encode(ClaimRow(holder, claimed.epoch, micros(until)))))
-        taken = {run.run_id for run in runs}
-        for run_id, row in look.promoted.items():
-            if run_id not in taken:
-                job_id, priority = decoded(self._kv, row, decode_later)
-                checks.append(Check(row.key, row.versionstamp))
-                deletes.append(row.key)
-                inserts.append((ready_key(job_id, priority, number_at(row, 1), run_id), b""))
-        if not checks:
-            return ()
-        done = await self._commits.commit(events, checks=checks, inserts=inserts, puts=puts, deletes=deletes)
-        return None if isinstance(done, Conflicted) else tuple(runs)
-
-    # -- holding --------------------------------------------------------------------------------------------------
-
-    async def renew(self, claims: Sequence[JobClaim], *, until: datetime) -> Renewed:
-        await self.open()
-        for _ in range(_ROUNDS_MAX):
-            rows = await self._kv.get_many([("job_claim", claim.run_id) for claim in claims])
-            held = [
-                (claim, row, decoded(self._kv, row, decode_claim))
-                for claim, row in zip(claims, rows, strict=True)
-                if row is not None and self._is_held(claim, row)
-            ]
-            if held:
-                done = await self._kv.commit(
-                    checks=[Check(row.key, row.versionstamp) for _, row, _ in held],
-                    puts=[(row.key, encode(stored._replace(expires=micros(until)))) for _, row, stored in held],
-                )
-                if isinstance(done, Conflicted):
-                    continue
-            valid = {claim for claim, _, _ in held}
-            return Renewed(
-                [claim for claim in claims if claim not in valid],
-                [claim for claim, _, stored in held if stored.is_cancelled],
-            )
-        raise self._too_many_rounds("renewing")
-
-    async def note(self, claim: JobClaim, note: JobNote) -> None:
-        await self.open()
-        for _ in range(_ROUNDS_MAX):
-            run_row, claim_row, before = await self._held(claim)
-            event = job_moves.progress_event(before, note)
-            done = await self._commits.commit(
-                [event] if event is not None else [],
-                checks=[Check(row.key, row.versionstamp) for row in (run_row, claim_row)],
-                puts=[(run_row.key, encode(job_moves.noted(before, note)))],
-            )
-            if isinstance(done, Committed):
-                return
-        raise self._too_many_rounds("noting")
-
-    async def settle(self, claim: JobClaim, settlement: Settlement, *, note: JobNote | None = None) -> JobRun:
-        await self.open()
-        for _ in range(_ROUNDS_MAX):
-            run_row, claim_row, before = await self._held(claim)
-            after = job_moves.settled(before, settlement, note)
-            puts = [(run_row.key, encode(after)), (index_key(after), b"")]
-            if after.status == "pending":
-                # One that was given back is due since before it was claimed.
-                puts += [
-                    self._ready_row(after) if isinstance(settlement, Released) else later_row(after),
-                    (_PULSE_KEY, b""),
-                ]
-            if after.reply is not None:
-                puts.append(reply_row(after))
-            done = await self._commits.commit(
-                [job_moves.event_of(after, at=after.history[-1].ended_at)],
-                checks=[Check(row.key, row.versionstamp) for row in (run_row, claim_row)],
-                deletes=[claim_row.key, index_key(before)],
-                puts=puts,
-            )
-            if isinstance(done, Committed):
-                return after
-        raise self._too_many_rounds("settling")
-
-    async def _held(self, claim: JobClaim) -> tuple[Entry, Entry, JobRun]:
-        """The rows of a run and of its claim, and the run; raises `Fenced` when the claim is over."""
-        run_row, claim_row = await self._kv.get_many([run_key(claim.run_id), ("job_claim", claim.run_id)])
-        if run_row is None or claim_row is None or not self._is_held(claim, claim_row):
-            raise job_moves.fenced(
-                self.name,
-                claim,
-                holder=None if claim_row is None else decoded(self._kv, claim_row, decode_claim).holder,
-                status=None if run_row is None else decoded(self._kv, run_row, decode_run).status,
-            )
-        return run_row, claim_row, decoded(self._kv, run_row, decode_run)
-
-    def _is_held(self, claim: JobClaim, row: Entry) -> bool:
-        return decoded(self._kv, row, decode_claim)[:2] == (claim.holder, claim.epoch)
+        return later_row(run) if run.due_at > run.created_at else ready_row(run)
 
     # -- operators ------------------------------------------------------------------------------------------------
 
     async def cancel(self, run_id: str, *, at: datetime, reason: str | None = None) -> JobRun:
         await self.open()
-        for _ in range(_ROUNDS_MAX):
+        for _ in range(ROUNDS_MAX):
             run_row, before = await self._found(run_id)
             checks = [Check(run_row.key, run_row.versionstamp)]
             held: tuple[Key, ClaimRow] | None = None
-            deletes = [index_key(before), later_row(before)[0], self._ready_row(before)[0]]
+            deletes = [index_key(before), later_row(before)[0], ready_row(before)[0]]
             if before.status == "running":
                 claim_row = await self._kv.get(("job_claim", run_id))
                 if claim_row is None:
@@ -538,7 +158,7 @@ class KvJobRunStore:
 
     async def redrive(self, run_id: str, *, at: datetime) -> JobRun:
         await self.open()
-        for _ in range(_ROUNDS_MAX):
+        for _ in range(ROUNDS_MAX):
             run_row, before = await self._found(run_id)
             after = job_moves.redriven(before, at=at)
             puts = [(run_row.key, encode(after))]
@@ -548,7 +168,7 @@ class KvJobRunStore:
             events: list[JobEvent] = []
             if after.status == "pending":
                 deletes.append(index_key(before))
-                puts += [(index_key(after), b""), self._ready_row(after), (_PULSE_KEY, b"")]
+                puts += [(index_key(after), b""), ready_row(after), (PULSE_KEY, b"")]
                 events = [job_moves.event_of(after, at=at)]
             else:
                 puts.append(reply_row(after))
@@ -569,7 +189,7 @@ class KvJobRunStore:
 
     async def claim_replies(self, *, now: datetime, until: datetime, limit: int) -> list[JobRun]:
         await self.open()
-        for _ in range(_ROUNDS_MAX):
+        for _ in range(ROUNDS_MAX):
             found = await self._kv.scan(("job_reply",), limit=limit)
             due = [row for row in found if number_at(row, 1) <= micros(now)]
             if not due:
@@ -595,7 +215,7 @@ class KvJobRunStore:
 
     async def settle_reply(self, run: JobRun, reply: JobReply) -> bool:
         await self.open()
-        for _ in range(_ROUNDS_MAX):
+        for _ in range(ROUNDS_MAX):
             row = await self._kv.get(run_key(run.run_id))
             if row is None:
                 return False
@@ -728,6 +348,3 @@ class KvJobRunStore:
                 lists.append([text_at(row, 3) for row in rows])
         # A run that changed its status between two scans is in two of them.
         return list(dict.fromkeys(heapq.merge(*lists, reverse=True)))[:limit]
-
-    def _too_many_rounds(self, doing: str) -> BackendUnavailable:
-        return BackendUnavailable(f"{self.name}: others were faster {_ROUNDS_MAX} times while {doing} a job run")
