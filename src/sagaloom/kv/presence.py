@@ -41,6 +41,7 @@ __all__ = ["FilePresence"]
 _BOOT_FILE: Final = Path("/proc/sys/kernel/random/boot_id")
 _TRIES: Final = 10
 _PIPE: Final = ".wake"
+_SAID_BYTES_MAX: Final = 256
 
 
 class FilePresence:
@@ -115,9 +116,11 @@ class FilePresence:
             return self._seen
         own = self._file.name if self._file is not None else None
         self._seen = frozenset(
-            unquote(name)
-            for name in names
-            if name != own and not name.endswith(_PIPE) and self._is_alive(self._directory / name)
+            [
+                unquote(name)
+                for name in names
+                if name != own and not name.endswith(_PIPE) and self._is_alive(f"{self._directory}/{name}")
+            ]
         )
         return self._seen
 
@@ -172,7 +175,7 @@ class FilePresence:
     def is_gone(self, holder: str) -> bool:
         """Whether `holder` is certainly dead: nobody has its lock any more. One that was stopped still has it."""
         file = self._directory / quote(holder, safe="")
-        return not file.exists() or _is_abandoned(file)
+        return not file.exists() or _is_abandoned(os.fspath(file))
 
     def _say(self, now: float) -> None:
         assert self._descriptor is not None
@@ -183,20 +186,26 @@ class FilePresence:
             os.pwrite(self._descriptor, text.encode(), 0)
             self._believed_until = until
 
-    def _is_alive(self, file: Path) -> bool:
-        if _is_abandoned(file):
-            self.buried.add(unquote(file.name))
-            return False
+    def _is_alive(self, file: str) -> bool:
+        holder = unquote(os.path.basename(file))  # noqa: PTH119 - asked for often; a Path for each file costs more
         try:
-            lines = file.read_text(errors="replace").split("\n")
+            descriptor = os.open(file, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
             return False
         except OSError:
-            return unquote(file.name) in self._seen
+            return holder in self._seen
         try:
+            if _has_lost_owner(descriptor, file):
+                self.buried.add(holder)
+                return False
+            lines = os.pread(descriptor, _SAID_BYTES_MAX, 0).decode(errors="replace").split("\n")
             return lines[2] == _boot_id() and float(lines[1]) > self._monotonic()
+        except OSError:
+            return holder in self._seen
         except (IndexError, ValueError):
             return True  # It has just been made, and its owner is about to write.
+        finally:
+            os.close(descriptor)
 
     def _leave_to_parent(self) -> None:
         # A forked child shares the locked file: it would keep the lock after its parent's death.
@@ -208,10 +217,8 @@ class FilePresence:
                 os.close(each)
 
 
-def _is_abandoned(file: Path) -> bool:
+def _is_abandoned(file: str) -> bool:
     """Whether nobody has the lock of `file`; then it is removed."""
-    if sys.platform == "win32":
-        return False
     try:
         descriptor = os.open(file, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -219,16 +226,24 @@ def _is_abandoned(file: Path) -> bool:
     except OSError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Its owner may have left and entered again meanwhile, with another file of that name.
-        with contextlib.suppress(OSError):
-            if os.fstat(descriptor).st_ino == file.stat().st_ino:
-                _remove(file)
-        return True
-    except BlockingIOError:
-        return False
+        return _has_lost_owner(descriptor, file)
     finally:
         os.close(descriptor)
+
+
+def _has_lost_owner(descriptor: int, file: str) -> bool:
+    """The same of a file that is open. Another process that looks at the same moment is taken for the owner."""
+    if sys.platform == "win32":
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    # Its owner may have left and entered again meanwhile, with another file of that name.
+    with contextlib.suppress(OSError):
+        if os.path.samestat(os.fstat(descriptor), os.stat(file)):  # noqa: PTH116 - as above
+            _remove(Path(file))
+    return True
 
 
 def _remove(file: Path) -> None:
