@@ -26,7 +26,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Final
 from urllib.parse import quote, unquote
@@ -117,7 +117,7 @@ class FilePresence:
         own = self._file.name if self._file is not None else None
         self._seen = frozenset(
             [
-                unquote(name)
+                _holder_of(name)
                 for name in names
                 if name != own and not name.endswith(_PIPE) and self._is_alive(f"{self._directory}/{name}")
             ]
@@ -187,7 +187,7 @@ class FilePresence:
             self._believed_until = until
 
     def _is_alive(self, file: str) -> bool:
-        holder = unquote(os.path.basename(file))  # noqa: PTH119 - asked for often; a Path for each file costs more
+        holder = _holder_of(os.path.basename(file))  # noqa: PTH119 - as above
         try:
             descriptor = os.open(file, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -292,6 +292,11 @@ def _open_locked(file: Path) -> int:
                     return descriptor
             os.close(descriptor)
     raise ConfigurationError(f"{file} was taken away {_TRIES} times while it was made: does another tool clean there?")
+
+
+@lru_cache(maxsize=1024)
+def _holder_of(name: str) -> str:
+    return unquote(name)
 
 
 @cache

@@ -42,14 +42,12 @@ _check: Final = cast("Callable[[tuple[Key, int | None]], Check]", partial(tuple.
 class _Beside:
     """The rows of one unit that most units do without, and what they will have changed."""
 
-    __slots__ = ("checks", "consumed", "inbox_parts", "inserts", "rows", "timers_added")
+    __slots__ = ("checks", "consumed", "rows", "timers_added")
 
     def __init__(self) -> None:
         self.checks: list[Check] = []
         self.rows: list[tuple[Key, bytes | None]] = []
-        self.inserts: list[tuple[Key, bytes]] = []
         self.consumed: list[Key] = []
-        self.inbox_parts: list[int] = []
         self.timers_added: list[Key] = []
 
 
@@ -215,11 +213,16 @@ class Plan:
                 size += len(encoded)
                 inserts.append((("outbox", unit.part, slot("outbox", number)), encoded))
                 number += 1
+        inbox_parts: list[int] = []
+        for envelope in unit.inbox_add:
+            part = placed(envelope.saga_id, envelope.key)[1]
+            encoded = encode(envelope)
+            size += len(encoded)
+            inserts.append((("inbox", part, slot("inbox", len(self.inbox) + len(inbox_parts))), encoded))
+            inbox_parts.append(part)
         beside: _Beside | None = None
         if (
-            unit.inbox_add
-            or unit.inbox_done is not None
-            or unit.inbox_update is not None
+            unit.inbox_update is not None
             or unit.outbox_update is not None
             or unit.timers_add
             or unit.timers_remove
@@ -235,8 +238,13 @@ class Plan:
             beside = found
             checks += beside.checks
             rows += beside.rows
-            inserts += beside.inserts
-            size += _size_of(beside.rows) + _size_of(beside.inserts)
+            size += _size_of(beside.rows)
+        inbox_row: Key = ()
+        if unit.inbox_done is not None:
+            inbox_row = ("inbox", *unit.inbox_done)
+            if inbox_row not in beliefs.rows or inbox_row in self.consumed:
+                return Conflict("gone", f"inbox row {unit.inbox_done}")
+            rows.append((inbox_row, None))
         effects_done: Sequence[Key] = ()
         if done:
             # The unit of an answer, mostly: its effect is settled without the detour that rarer rows take.
@@ -283,6 +291,11 @@ class Plan:
         if unit.outbox_add:
             self.outbox += [unit.part] * len(unit.outbox_add)
         self.feed += unit.feed
+        if inbox_parts:
+            self.inbox += inbox_parts
+            self.inbox_keys += [(envelope.saga_id, envelope.key) for envelope in unit.inbox_add]
+        if inbox_row:
+            self.consumed.add(inbox_row)
         if effects_done:
             self.consumed.update(effects_done)
         if beside is not None:
@@ -305,23 +318,17 @@ class Plan:
     def _beside(
         self, unit: UnitOfWork, beliefs: Beliefs, dead_letters: dict[str, tuple[DeadLetter, int]]
     ) -> _Beside | Conflict:
-        """What `unit` writes beside a run, its mark, its effects and those it settles; or why it cannot. Changes
-        nothing yet."""
+        """What `unit` writes beside a run, its mark, its messages and effects, and those it ends; or why it cannot.
+        Changes nothing yet."""
         there = beliefs.rows
         beside = _Beside()
         rows, consumed = beside.rows, beside.consumed
-        # Rows that the unit consumes or replaces must be there. Updates come first: a unit may do both.
+        # Rows that the unit consumes or replaces must be there. An update comes before the end of the same row.
         if unit.inbox_update is not None:
             key: Key = ("inbox", *unit.inbox_update.ref)
             if key not in there or key in self.consumed:
                 return Conflict("gone", f"inbox row {unit.inbox_update.ref}")
             rows.append((key, encode(unit.inbox_update.envelope)))
-        if unit.inbox_done is not None:
-            key = ("inbox", *unit.inbox_done)
-            if key not in there or key in self.consumed:
-                return Conflict("gone", f"inbox row {unit.inbox_done}")
-            rows.append((key, None))
-            consumed.append(key)
         if unit.outbox_update is not None:
             key = ("outbox", *unit.outbox_update.ref)
             if key not in there or key in self.consumed:
@@ -344,12 +351,6 @@ class Plan:
                 return Conflict("gone", f"dead letter {unit.dead_letter_done}")
             rows += [(row, None) for row in self._letter_keys(letter)]
 
-        number = len(self.inbox)
-        for envelope in unit.inbox_add:
-            part = placed(envelope.saga_id, envelope.key)[1]
-            beside.inserts.append((("inbox", part, slot("inbox", number)), encode(envelope)))
-            beside.inbox_parts.append(part)
-            number += 1
         for pending in unit.timers_remove:
             key = timer_key(pending)
             rows.append((key, None))
@@ -400,8 +401,6 @@ class Plan:
         return held
 
     def _learn(self, unit: UnitOfWork, beside: _Beside) -> None:
-        self.inbox += beside.inbox_parts
-        self.inbox_keys += [(envelope.saga_id, envelope.key) for envelope in unit.inbox_add]
         self.consumed.update(beside.consumed)
         self.timers.difference_update(beside.consumed)
         self.timers.update(beside.timers_added)

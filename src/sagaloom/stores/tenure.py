@@ -36,7 +36,7 @@ What we dislike about it: without `Presence` nobody can tell the dead, so the la
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Final, NamedTuple, Protocol, runtime_checkable
+from typing import Final, NamedTuple, Protocol, cast, runtime_checkable
 
 import msgspec
 
@@ -362,8 +362,9 @@ class Tenure:
     def consumed(self, keys: Iterable[Key]) -> None:
         """Minds that these rows are gone."""
         if self._own:
-            for ref in [RowRef(*key[1:]) for key in keys if key[0] == "inbox"]:  # type: ignore[arg-type]
-                if self._own.get(ref.part, {}).pop(ref.seq, None) is not None:
+            for part, seq in [cast("tuple[int, int]", key[1:]) for key in keys if key[0] == "inbox"]:
+                own = self._own.get(part)
+                if own is not None and own.pop(seq, None) is not None:
                     self._own_count -= 1
 
     @property
@@ -413,7 +414,7 @@ class Tenure:
                 is_read = len(rows) < limit
                 for row in rows:
                     # At once: what is seen is not read again, should the next read fail.
-                    self._take(row, own)
+                    self._take(row, ref_of(row), own)
             if not is_read:
                 break  # The rest of this partition, and the others, another time.
             self._stamps[part] = stamp
@@ -427,9 +428,9 @@ class Tenure:
         parts = sorted(self.parts)
         unread = dict.fromkeys(parts, limit)
         for row in await kv.inbox_above({part: self._seen.get(part, 0) for part in parts}, limit=limit):
-            part = ref_of(row).part
-            unread[part] -= 1
-            self._take(row, self._own.get(part, ()))
+            ref = ref_of(row)
+            unread[ref.part] -= 1
+            self._take(row, ref, self._own.get(ref.part, ()))
         for part, more in unread.items():
             if more:
                 self._stamps[part] = None
@@ -437,13 +438,13 @@ class Tenure:
         if all(unread.values()):
             self._be_alone()
 
-    def _take(self, row: Entry, own: Collection[int]) -> None:
+    def _take(self, row: Entry, ref: RowRef, own: Collection[int]) -> None:
         """Minds that an inbox row of ours has been read, and keeps it unless we have brought it ourselves."""
-        ref = ref_of(row)
         self._seen[ref.part] = ref.seq
         if ref.seq not in own:
-            self._arrived.append(InboxRow(ref, decoded(self._kv, row, decode_envelope)))
-            self._mind(self._arrived[-1:])
+            envelope = decoded(self._kv, row, decode_envelope)
+            self._arrived.append(InboxRow(ref, envelope))
+            self._oldest_arrived.setdefault((envelope.saga_id, envelope.key), ref.seq)
 
     def _be_alone(self) -> None:
         if self._may_be_alone:
