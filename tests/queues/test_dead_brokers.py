@@ -37,6 +37,12 @@ _URLS = {
     "postgres": "postgresql://me@127.0.0.1:{port}/db",
     "rabbitmq": "amqp://guest:guest@127.0.0.1:{port}/",
 }
+_ANSWER_SECONDS = {
+    "redis": "sagaloom.queues.redis._ANSWER_SECONDS",
+    "postgres": "sagaloom.queues.postgres._ANSWER_SECONDS",
+    "rabbitmq": "sagaloom.queues.rabbitmq_connection.ANSWER_SECONDS",
+}
+"""How long each waits for its server."""
 
 
 async def ended(what: Coroutine[Any, Any, object], *, seconds: float = _SECONDS_MAX) -> BaseException | None:
@@ -95,7 +101,7 @@ async def test_nobody_waits_for_long_for_a_server_that_is_gone(
             await asyncio.to_thread(server.kill)
             return
         # Each call takes as long as that from now on; more seconds of it teach nothing more.
-        monkeypatch.setattr(f"sagaloom.queues.{server.name}._ANSWER_SECONDS", 1.0)
+        monkeypatch.setattr(_ANSWER_SECONDS[server.name], 1.0)
         monkeypatch.setattr("sagaloom.queues.listening._AGAIN_SECONDS_MAX", 0.5)
         await asyncio.to_thread(server.freeze)
 
