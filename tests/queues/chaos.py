@@ -15,7 +15,7 @@ consumers are killed at once instead. What must hold in the end:
 - dead letters are those that spent their attempts, and no others.
 
 A RabbitMQ gets some seconds with its new queues before it is harmed: what one before 4.0 does otherwise is in
-`sagaloom.queues.rabbitmq`, and in a test.
+`sagaloom.queues.rabbitmq_sending`, and in a test.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,8 @@ from tests.servers.finding import find, own
 from tests.servers.others import MariaDB, Nats, RabbitMQ, Redis, amqp_takes, mariadb_greets, nats_answers, redis_answers
 from tests.servers.postgres import PgBouncer, Postgres
 from tests.servers.server import Missing, Server, binary
+
+_WHERE_POSTGRES = ("usr/lib/postgresql/*/bin", "usr/pgsql-*/bin")
 
 QUICK = [
     pytest.param(kind, marks=pytest.mark.server(kind.name), id=kind.name) for kind in (Postgres, MariaDB, Redis, Nats)
@@ -103,8 +105,7 @@ def test_a_frozen_server_says_nothing_and_goes_on_when_it_is_thawed() -> None:
 
 @pytest.mark.server("postgres")
 def test_a_server_goes_with_the_process_that_started_it() -> None:
-    with own(Postgres):
-        pass  # skips where there is none
+    _skip_without("initdb", of="PostgreSQL", among=_WHERE_POSTGRES)
     code = "import time\nfrom tests.servers.postgres import Postgres\np = Postgres().start()\n"
     code += "print(p.directory, flush=True)\ntime.sleep(60)\n"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
@@ -130,8 +131,7 @@ def test_a_server_that_is_named_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.server("redis")
 def test_without_one_on_the_standard_port_one_of_our_own_is_started_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    with own(Redis):
-        pass  # skips where there is none
+    _skip_without("redis-server", "valkey-server", of="Redis or Valkey")
     monkeypatch.delenv("SAGALOOM_TEST_REDIS_URL", raising=False)
     monkeypatch.setitem(finding._STANDARD, "redis", lambda: None)
     monkeypatch.setattr(finding, "_ours", {})
@@ -153,6 +153,16 @@ def test_a_port_where_nobody_listens_is_no_server(answers: Callable[[int], bool]
     assert not answers(1)
 
 
+def _skip_without(*names: str, of: str, among: Sequence[str] = ()) -> None:
+    """The end of the test where no server of its own could be started."""
+    if sys.platform != "linux":
+        pytest.skip(f"a server of our own needs Linux, this is {sys.platform}")
+    try:
+        binary(*names, of=of, among=among)
+    except Missing as missing:
+        pytest.skip(str(missing))
+
+
 def _processes_in(directory: Path) -> list[int]:
     """The servers' processes that work in `directory`, or were started for it."""
     found = []
@@ -170,7 +180,7 @@ def _processes_in(directory: Path) -> list[int]:
 
 
 def _asks(url: str) -> str:
-    asked = [binary("psql", of="PostgreSQL", among=("usr/lib/postgresql/*/bin",)), "-XAtqw", "-c", "SELECT 1", url]
+    asked = [binary("psql", of="PostgreSQL", among=_WHERE_POSTGRES), "-XAtqw", "-c", "SELECT 1", url]
     return subprocess.run(asked, capture_output=True, text=True, timeout=30, check=False).stdout.strip()
 
 
