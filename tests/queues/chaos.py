@@ -58,7 +58,7 @@ class Witness:
     offset: int = 0
     rest: bytes = b""
     done: dict[str, list[tuple[int, float]]] = field(default_factory=lambda: defaultdict(list))
-    failed: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    failed: dict[str, list[tuple[int, float]]] = field(default_factory=lambda: defaultdict(list))
     begun: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
     def read(self) -> None:
@@ -75,7 +75,7 @@ class Witness:
                 case "+":
                     self.begun[message_id] += 1
                 case "!":
-                    self.failed[message_id] += 1
+                    self.failed[message_id].append((int(pid), float(moment)))
                 case _:
                     self.done[message_id].append((int(pid), float(moment)))
 
@@ -245,7 +245,7 @@ class Chaos:
 
     def _open_ids(self) -> set[str]:
         done, failed = self.witness.done, self.witness.failed
-        return {each for each in self.acknowledged if each not in done and failed[each] < ATTEMPTS}
+        return {each for each in self.acknowledged if each not in done and len(failed[each]) < ATTEMPTS}
 
     async def _verdict(self, queue: Any, seconds: float) -> bool:
         for process in self.processes:
@@ -260,9 +260,7 @@ class Chaos:
         done = self.witness.done
         lost = [each for each in self.acknowledged if each not in done and each not in dead]
         repeats = {each: times for each, times in done.items() if len(times) > 1}
-        unexplained = [
-            each for each, times in repeats.items() if each not in self.doubled and not self._is_explained(times)
-        ]
+        unexplained = [each for each in repeats if each not in self.doubled and not self._is_explained(each)]
         spared = [each for each, kind in self.kinds.items() if kind == DOOMED and each not in dead]
         untimely = [
             each
@@ -297,13 +295,20 @@ class Chaos:
                 f"a consumer did not end; what it waits for is in {self.place / 'consumers.log'}"
             ) from None
 
-    def _is_explained(self, times: list[tuple[int, float]]) -> bool:
-        """Whether each time but the last one was before a death that can have swallowed its acknowledgement: that of
-        its process, or of the broker while it was working on it."""
+    def _is_explained(self, message_id: str) -> bool:
+        """Whether each time that it was done, but for the last, a death can have swallowed the acknowledgement, or one
+        before has: a failed attempt is handed on first, and acknowledged then, so there are two of it in between."""
+        done = sorted(self.witness.done[message_id], key=lambda each: each[1])[:-1]
+        failed = self.witness.failed[message_id]
+        return sum(map(self._is_swallowed, done)) + sum(map(self._is_swallowed, failed)) >= len(done)
+
+    def _is_swallowed(self, attempt: tuple[int, float]) -> bool:
+        """Whether its process, or the broker, died when it may have been about to be acknowledged."""
+        pid, moment = attempt
         slack = VISIBILITY_SECONDS + 1
-        return all(
-            pid in self.killed or any(down - slack <= moment <= up + slack for down, up in self.outages)
-            for pid, moment in sorted(times, key=lambda each: each[1])[:-1]
+        killed_at = self.killed.get(pid)
+        return (killed_at is not None and killed_at <= moment + slack) or any(
+            down - slack <= moment <= up + slack for down, up in self.outages
         )
 
     async def _remove(self, queue: Any) -> None:
