@@ -82,7 +82,9 @@ def test_bytes_that_were_never_packed_are_refused_or_are_a_tuple(packed: bytes) 
     assert unpack(pack(key)) == key
 
 
-@pytest.mark.parametrize("packed", [b"\x11", b"\x14abc", b"\x30abc", b"\x20a\0\xff", b"\x99", b"\x30\xff\0"])
+@pytest.mark.parametrize(
+    "packed", [b"\x11", b"\x14abc", b"\x30abc", b"\x20a\0\xff", b"\x99", b"\x30\xff\0", b"\x14\x80" + bytes(7)]
+)
 def test_a_torn_key_is_refused(packed: bytes) -> None:
     with pytest.raises(ValueError, match="not a packed key"):
         unpack(packed)

@@ -123,7 +123,10 @@ def unpack(packed: bytes) -> tuple[PackedPart, ...]:
                 parts.append(_read_four(packed, at)[0])
                 at += 4
             elif tag == _EIGHT_BYTES:
-                parts.append(_read_eight(packed, at)[0])
+                number = _read_eight(packed, at)[0]
+                if number > INT_MAX:
+                    raise ValueError(f"{number} is no int of 64 bits with sign")
+                parts.append(number)
                 at += 8
             elif tag == _TWO_BYTES:
                 parts.append(_read_two(packed, at)[0])
