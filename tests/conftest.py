@@ -23,7 +23,7 @@ __all__ = ["schema", "schema_of_the_session"]
 GROUPS = (
     *("core", "authoring", "servers", "stores", "queues", "runtime", "publisher", "doors", "workers"),
     *("middleware", "telemetry"),
-    *("crash", "chaos", "typing", "examples", "bugs"),
+    *("crash", "chaos", "typing", "examples"),
 )
 
 # How long an example takes says how busy the machine is, and nothing of what it is an example of. With
