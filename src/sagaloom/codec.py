@@ -65,6 +65,10 @@ class Codec(Protocol[T]):
 
     def encode(self, value: T) -> bytes: ...
 
+    def encode_and_read(self, value: T) -> tuple[bytes, T]:
+        """What `encode` gives, and what `decode` would make of it: the check has read it, and nobody else has it."""
+        ...
+
     def decode(self, data: bytes) -> T: ...
 
     def json_schema(self) -> Mapping[str, Any]: ...
@@ -106,7 +110,7 @@ def encode_any(value: object) -> bytes:
     if kind is not dict and is_declared_class(kind):
         return _relabelled(codec_for(kind), value)
     try:
-        return _ANY.encode(value)
+        return _ANY.encode_and_read(value)[0]
     except EncodeError:
         pass
     try:
@@ -179,16 +183,20 @@ class _Checked(ABC):
         return f"<codec of {self.name}>"
 
     def encode(self, value: Any) -> bytes:
+        return self.encode_and_read(value)[0]
+
+    def encode_and_read(self, value: Any) -> tuple[bytes, Any]:
+        dump, load = self._dump, self._load  # Called as if they were methods, slots are looked up the slow way.
         try:
-            data = self._dump(value)
+            data = dump(value)
         except RecursionError:
             raise _too_deep(self.name, self.encode_code) from None
         except Exception as error:
             raise self._refusal(self._find(value, None), error) from error
         try:
-            back = self._load(data)
+            back = load(data)
             if back == value:
-                return data
+                return data, back
             problem = self._find(value, back)
         except RecursionError:
             raise _too_deep(self.name, self.encode_code) from None
@@ -196,7 +204,7 @@ class _Checked(ABC):
             raise self._unreadable(value, error) from error
         if problem is not None:
             raise self._refusal(problem, None)
-        return data
+        return data, back
 
     def decode(self, data: bytes) -> Any:
         try:

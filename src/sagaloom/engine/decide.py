@@ -24,8 +24,9 @@ answer was lost. Somebody else writes the Decision down, all of it or nothing.
    A key whose newest run was removed after its time (a *tombstone*) takes what that run would have taken, which is a
    starting message that opens the next one, or nothing.
    A paused run defers whatever comes, except what operators ask for themselves (`controls.py`).
-2. *State.* Decoded from bytes anew for each step, so that no handler sees an object that another one, or an attempt
-   that failed, has changed. State of an older definition is brought up to date first (`migrating.py`).
+2. *State.* Read from its bytes for each step alone (`read_ahead.py`), so that no handler sees an object that another
+   one, or an attempt that failed, has changed. That of an older definition is brought up to date first
+   (`migrating.py`).
 3. *Steps.* The forward handler, then the compensations it asks for (`compensation.py`), in one decision and one
    revision (I2). `lifecycle.py` says which status follows; `ledger.py` writes the effects down and numbers them.
 4. *Failure.* What user code raises is retried by the saga's policy; what the engine refuses is a dead letter at once.

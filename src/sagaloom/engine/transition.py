@@ -1,7 +1,7 @@
 """One run being changed by one message: the steps taken so far, and the state after them.
 
-A step runs one handler (the forward one, or a compensation) on a state decoded from bytes for it alone, and encodes
-what it left behind. So a step sees what the step before it committed itself to, never an object somebody still holds,
+A step runs one handler (the forward one, or a compensation) on a state read from bytes for it alone, and encodes what
+it left behind. So a step sees what the step before it committed itself to, never an object somebody still holds,
 and what cannot be stored is found at the step that made it.
 """
 
@@ -24,6 +24,7 @@ from sagaloom.effects import (
 )
 from sagaloom.engine.ledger import HANDLER_RESULT, LIMIT_EXCEEDED, Ledger, Refused
 from sagaloom.engine.lifecycle import is_terminal, next_status
+from sagaloom.engine.read_ahead import keep_read, read_state
 from sagaloom.engine.records import (
     AppliedStep,
     DecideContext,
@@ -156,7 +157,7 @@ class Transition(Ledger):
         definition, envelope = self.definition, self.envelope
         codec = definition.state_codec
         try:
-            saga = Saga(codec.decode(self.state))
+            saga = Saga(read_state(codec, self.state))
         except SagasError as error:
             name = instance_id(definition.id, envelope.key, self.run)
             self.refuse(
@@ -174,7 +175,7 @@ class Transition(Ledger):
         if not issubclass(type(returned), (list, tuple)):
             self._refuse_returned(phase, message.type, returned)
         asked = self._write_down(phase, message.type, returned)
-        self._keep(saga.state, message.type)
+        self._keep(saga.state, message.type, is_last=asked is not ASKED_NOTHING)
         return asked
 
     def end(self, ending: Complete | Fail, *, by: str) -> None:
@@ -304,11 +305,12 @@ class Transition(Ledger):
             return ASKED_NOTHING
         return Asked(ending, compensations)
 
-    def _keep(self, state: Any, message_type: str) -> None:
+    def _keep(self, state: Any, message_type: str, *, is_last: bool) -> None:
         """Encodes the new state, and checks what must hold of it."""
         definition = self.definition
+        codec = definition.state_codec
         try:
-            encoded = definition.state_codec.encode(state)
+            encoded, back = codec.encode_and_read(state)
         except SagasError as error:
             self.refuse(error.code, f"the state that its handler left behind cannot be stored: {error.message}")
         if len(encoded) > self.limits.state_bytes_max:
@@ -325,6 +327,8 @@ class Transition(Ledger):
                     f"invariant {invariant.name!r} {broken} after {message_type!r} was handled; nothing was changed",
                     state_after=encoded,
                 )
+        if not is_last:
+            keep_read(codec, encoded, back)
         self.state = encoded
 
     def _refuse_returned(self, phase: Literal["handle", "compensate"], message_type: str, returned: object) -> NoReturn:
