@@ -65,6 +65,9 @@ def carry_out(transition: Transition, asked: Asked, *, leaves_failures: bool = F
     """Does what the forward handler's list asks of the run itself: compensations, then the end. With `leaves_failures`
     a compensation that was asked for by name and fails is left undone, with those behind it, instead of raising."""
     ending, before = asked.ending, transition.undoing
+    if isinstance(ending, Complete) and before is None and not asked.compensations:
+        transition.complete(ending)
+        return
     current = transition.envelope.type
     own = transition.definition.compensations.get(current) if isinstance(ending, Fail) else None
     if own is not None or asked.compensations or isinstance(ending, Compensate):

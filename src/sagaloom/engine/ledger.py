@@ -105,21 +105,21 @@ class Ledger:
     def send(self, effect: Send) -> EffectSummary:
         """Writes a command down: one that leaves goes to the outbox, one for a saga stays in the store."""
         target, envelope, run, revision = effect.target, self.envelope, self.run, self.revision
-        saga_id, key = self.definition.id, envelope.key
+        kind, target_id, saga_id, key = target.kind, target.id, self.definition.id, envelope.key
         try:
-            place = _place(target.kind, target.id)
+            place = _place(kind, target_id)
         except SagasError as error:
             self.refuse(HANDLER_RESULT, error.message)
         if effect.idempotency_key or effect.concurrency_key or effect.queue:
             self._check_options(effect)
         position = self._next_position()
         name = effect_key(saga_id, key, run, revision, position)
-        if target.kind == "saga":
+        if kind == "saga":
             payload, encoded = self._encode_sent("send", effect.payload)
             self.outgoing.append(
                 Outgoing(
                     "send",
-                    target.id,
+                    target_id,
                     payload,
                     name,
                     (saga_id, key, run),
@@ -138,8 +138,8 @@ class Ledger:
             OutboxEffect(
                 name,
                 f"{saga_id}\0{key}\0{run}\0{place}",
-                target.kind,
-                target.id,
+                kind,
+                target_id,
                 self._encode("send", effect.payload),
                 saga_id,
                 key,

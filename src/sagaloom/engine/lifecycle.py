@@ -52,6 +52,10 @@ _NEXT: Final[dict[tuple[SagaInstanceStatus, Happening], SagaInstanceStatus]] = {
 }
 STATUS_TABLE: Final[Mapping[tuple[SagaInstanceStatus, Happening], SagaInstanceStatus]] = MappingProxyType(_NEXT)
 
+_AFTER: Final[dict[Happening, dict[SagaInstanceStatus, SagaInstanceStatus]]] = {
+    happening: {before: after for (before, what), after in _NEXT.items() if what == happening}
+    for happening in HAPPENINGS
+}
 _LIVE: Final = frozenset(status for status, _ in STATUS_TABLE)
 
 
@@ -67,7 +71,7 @@ def is_terminal(status: SagaInstanceStatus) -> bool:
 def next_status(status: SagaInstanceStatus, happening: Happening) -> SagaInstanceStatus:
     """The status after `happening`; raises `StatusRefused` when the table has no such pair."""
     try:
-        return _NEXT[status, happening]
+        return _AFTER[happening][status]
     except KeyError:
         raise StatusRefused(f"the status table knows no {happening!r} for an instance that is {status!r}") from None
 

@@ -26,12 +26,11 @@ DETAIL_MAX: Final = 2_000  # The feed is kept in memory by those who watch. Hist
 def shown(transition: Transition, steps: tuple[StepRecord, ...], reason: str | None) -> FeedRecord:
     """What the feed shows of a message that was applied."""
     message, before, status = transition.envelope, transition.status_before, transition.status
-    is_new = transition.instance is None
     if len(steps) == 1 and reason is None:
-        moments = _moments_of_one_step(before, status, is_new=is_new)
+        moments = _moments_of_one_step(before, status)
     else:
         undo_reason = None if transition.undo_reason is None else storable(transition.undo_reason)
-        moments = _moments(before, status, steps, reason, undo_reason, is_new=is_new)
+        moments = _moments(before, status, steps, reason, undo_reason)
     return FeedRecord(
         transition.now,
         transition.definition.id,
@@ -46,10 +45,8 @@ def shown(transition: Transition, steps: tuple[StepRecord, ...], reason: str | N
 
 # Nearly every message takes one step, and what that shows depends on so little that it is made once.
 @lru_cache(maxsize=256)
-def _moments_of_one_step(
-    before: SagaInstanceStatus, status: SagaInstanceStatus, *, is_new: bool
-) -> tuple[FeedMoment, ...]:
-    return _moments(before, status, (StepRecord("handle", "", status),), None, None, is_new=is_new)
+def _moments_of_one_step(before: SagaInstanceStatus, status: SagaInstanceStatus) -> tuple[FeedMoment, ...]:
+    return _moments(before, status, (StepRecord("handle", "", status),), None, None)
 
 
 def _moments(
@@ -58,11 +55,9 @@ def _moments(
     steps: tuple[StepRecord, ...],
     reason: str | None,
     undo_reason: str | None,
-    *,
-    is_new: bool,
 ) -> tuple[FeedMoment, ...]:
     moments = [FeedMoment(FeedKind.MESSAGE_RECEIVED, before)]
-    if is_new:
+    if before == "pending":
         moments.append(FeedMoment(FeedKind.STARTED, "running"))
     was_compensating = before == "compensating"
     for step in steps:

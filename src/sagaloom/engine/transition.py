@@ -192,9 +192,13 @@ class Transition(Ledger):
             self.status = next_status(self.status, "fail")
             self.reason = ending.reason
         else:
-            self.status = next_status(self.status, "complete")
-            self.reason = None
-            self.result = self.encode_result(ending.result)
+            self.complete(ending)
+
+    def complete(self, ending: Complete) -> None:
+        """Ends a live run as completed."""
+        self.status = next_status(self.status, "complete")
+        self.reason = None
+        self.result = self.encode_result(ending.result)
 
     @property
     def is_over(self) -> bool:
@@ -265,34 +269,34 @@ class Transition(Ledger):
         compensations: tuple[Compensate, ...] = ()
         summaries: list[EffectSummary] = []
         for effect in returned:
-            match effect:
-                case Send():
-                    summaries.append(self.send(effect))
-                    continue
-                case Scheduled():
-                    summaries.append(self.schedule(effect))
-                    continue
-                case CancelScheduled():
-                    summaries.append(self.cancel_scheduled(effect))
-                    continue
-                case Spawn():
-                    summaries.append(self.spawn(effect))
-                    continue
-                case Compensate() if effect.message is not None:
-                    summaries.append(self.note("compensate", target=effect.message.type, detail=effect.reason))
-                    compensations = (*compensations, effect)
-                    continue
-                case Compensate():
-                    summaries.append(self.note("compensate", target="ALL_STEPS", detail=effect.reason))
-                case Complete():
-                    summaries.append(self.note("complete"))
-                case Fail():
-                    summaries.append(self.note("fail", detail=effect.reason))
-                case Answer():
-                    summaries.append(self.take_answer(phase, effect))
-                    continue
-                case _:
-                    self._refuse_foreign(phase, message_type, effect)
+            # The commonest come first: to find that an effect is of another kind costs more than to write it down.
+            if isinstance(effect, Send):
+                summaries.append(self.send(effect))
+                continue
+            if isinstance(effect, Complete):
+                summaries.append(self.note("complete"))
+            elif isinstance(effect, Scheduled):
+                summaries.append(self.schedule(effect))
+                continue
+            elif isinstance(effect, CancelScheduled):
+                summaries.append(self.cancel_scheduled(effect))
+                continue
+            elif isinstance(effect, Spawn):
+                summaries.append(self.spawn(effect))
+                continue
+            elif isinstance(effect, Answer):
+                summaries.append(self.take_answer(phase, effect))
+                continue
+            elif isinstance(effect, Fail):
+                summaries.append(self.note("fail", detail=effect.reason))
+            elif not isinstance(effect, Compensate):
+                self._refuse_foreign(phase, message_type, effect)
+            elif effect.message is not None:
+                summaries.append(self.note("compensate", target=effect.message.type, detail=effect.reason))
+                compensations = (*compensations, effect)
+                continue
+            else:
+                summaries.append(self.note("compensate", target="ALL_STEPS", detail=effect.reason))
             if ending is not None:
                 self.refuse(
                     HANDLER_RESULT,
