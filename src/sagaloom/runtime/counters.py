@@ -6,7 +6,7 @@ here is stored: a restart begins at 0, which is what those who read such numbers
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
@@ -40,7 +40,8 @@ class Counters:
     def __init__(self) -> None:
         self.accepted: Counter[str] = Counter()
         self.decided: Counter[tuple[str, Disposition]] = Counter()
-        self.effects: Counter[tuple[str, EffectEnd]] = Counter()
+        # One at a time a plain dict counts twice as fast as a counter.
+        self.effects: defaultdict[tuple[str, EffectEnd], int] = defaultdict(int)
         self.throttled: Counter[str] = Counter()
         self.commits = 0
         self.commits_failed = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from sagaloom.engine.records import Decision, Envelope, HistoryEntry, Instance, Mark
+from sagaloom.engine.records import Decision, Disposition, Envelope, HistoryEntry, Instance, Mark
 from sagaloom.ids import instance_id
 from sagaloom.ports.store import SagaStore, UnitOfWork
 from sagaloom.runtime.deliveries import Delivery
@@ -19,21 +19,25 @@ _decode = msgspec.json.Decoder().decode
 
 def outcome_of(delivery: Delivery, decision: Decision | None, unit: UnitOfWork, *, detailed: bool) -> Outcome:
     """What a message did. State, effects and result are filled in only for those who wait for them."""
-    envelope = delivery.envelope
-    instance = unit.instance
-    reason = decision.reason or decision.error if decision is not None else None
-    if reason is None and instance is not None:
-        reason = instance.reason
-    run = instance.run if instance is not None else envelope.run or 0
+    envelope, instance = delivery.envelope, unit.instance
+    disposition: Disposition = "pending"
+    reason: str | None = None
+    if decision is not None:
+        disposition, reason = decision.disposition, decision.reason or decision.error
+    run, status, revision = envelope.run or 0, None, None
+    if instance is not None:
+        run, status, revision = instance.run, instance.status, instance.revision
+        if reason is None:
+            reason = instance.reason
     outcome = Outcome(
         message_id=envelope.id,
         instance_id=instance_id(envelope.saga_id, envelope.key, run),
         saga_id=envelope.saga_id,
         correlation_key=envelope.key,
         run=run,
-        disposition="pending" if decision is None else decision.disposition,
-        status=instance.status if instance is not None else None,
-        revision=instance.revision if instance is not None else None,
+        disposition=disposition,
+        status=status,
+        revision=revision,
         reason=reason,
     )
     if not detailed:

@@ -78,7 +78,9 @@ class Senders(Part):
                 received = publishing.message
             if within is not None:
                 return await self._leave(received, within, waits=wait is not None)
-            deliveries = self._address(received, waits=wait is not None)
+            deliveries = self._addressed(received, waits=wait is not None)
+            for delivery in deliveries:
+                self._receiver.offer(delivery)
             outcomes: list[Outcome] = []
             for delivery in deliveries:
                 assert delivery.answered is not None
@@ -137,7 +139,7 @@ class Senders(Part):
             hops=hops,
         )
         answered: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self._receiver.offer(Delivery(envelope, (saga_id, key), answered=answered))
+        self._receiver.offer(Delivery(envelope, (saga_id, key), enters=True, answered=answered))
         return await answered
 
     @overload
@@ -263,7 +265,8 @@ class Senders(Part):
             publishing.end()
 
     async def _take_tick(self, definition: SagaDefinition[Any], tick: SagaMessage[Any]) -> Outcome:
-        (delivery,) = self._address(tick, waits=False, only=definition)
+        (delivery,) = self._addressed(tick, waits=False, only=definition)
+        self._receiver.offer(delivery)
         assert delivery.answered is not None
         return await delivery.answered
 
@@ -275,29 +278,21 @@ class Senders(Part):
             )
         if waits:
             raise MessageRejected("within= and wait= contradict each other: nothing happens before your commit")
-        envelopes = [delivery.envelope for delivery in self._addressed(message, waits=False, only=None)]
+        envelopes = [delivery.envelope for delivery in self._addressed(message, waits=False)]
         await self.store.leave(connection, envelopes)
         return _receipt(message.type, [outcome_of_left(envelope) for envelope in envelopes])
 
-    def _address(
+    def _addressed(
         self, message: SagaMessage[Any], *, waits: bool, only: SagaDefinition[Any] | None = None
     ) -> list[Delivery]:
-        """Queues the message for every saga that handles its type, or for `only` one, or raises why not; nothing was
-        queued then."""
-        deliveries = self._addressed(message, waits=waits, only=only)
-        for delivery in deliveries:
-            self._receiver.offer(delivery)
-        return deliveries
-
-    def _addressed(self, message: SagaMessage[Any], *, waits: bool, only: SagaDefinition[Any] | None) -> list[Delivery]:
-        """The message for every saga that handles its type, or for `only` one."""
+        """The message for every saga that handles its type, or for `only` one; raises why it cannot be taken in."""
         if self._state != "running":
             raise BackendUnavailable(
                 f"the runtime is {self._state}: publish between start() and stop()", code="SAGA_NOT_STARTED"
             )
         if self._receiver.problem is not None:
             raise self._receiver.problem
-        waiting = self._receiver.waiting
+        waiting = self._receiver.waiting()
         if waiting >= self.options.backlog_max:
             raise BackendUnavailable(f"{waiting} messages are waiting already: try again later", code="SAGA_OVERLOADED")
         receivers = (only,) if only is not None else self.definitions.handling(message.type)
@@ -318,13 +313,13 @@ class Senders(Part):
         assert loop is not None
         deliveries: list[Delivery] = []
         for definition in receivers:
-            found = address(definition, message, payload_json=payload, accepted_at=now, message_id=message_id)
-            envelope = found.envelope
+            envelope, typed = address(definition, message, payload, now, message_id)
             deliveries.append(
                 Delivery(
                     envelope,
                     (envelope.saga_id, envelope.key),
-                    typed=found.message,
+                    enters=True,
+                    typed=typed,
                     answered=loop.create_future(),
                     settled=loop.create_future() if waits else None,
                 )

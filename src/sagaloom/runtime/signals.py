@@ -240,7 +240,8 @@ class Signals:
         if loaded.instance is None and not loaded.head.awaits_start:
             raise removed_instance(loaded.head, run) or _no_instance(saga_id, key, run)
         loop = asyncio.get_running_loop()
-        delivery = Delivery(envelope, (saga_id, key), answered=loop.create_future(), settled=loop.create_future())
+        answered, settled = loop.create_future(), loop.create_future()
+        delivery = Delivery(envelope, (saga_id, key), enters=True, answered=answered, settled=settled)
         self._receiver.offer(delivery)
         return delivery, loaded
 
