@@ -34,7 +34,7 @@ __all__ = [
     "partition_of",
 ]
 
-# BLAKE2 costs half of what SHA-256 does here, and to copy one that is set up costs less than to set up another. Keys keep
+# BLAKE2 costs half of what SHA-256 does here, and a copy of one that is set up less than one that has to be. Keys keep
 # SHA-256: databases can compute it too.
 _effect_hash = hashlib.blake2b(digest_size=20).copy
 _content_hash = hashlib.blake2b(digest_size=16).copy
@@ -74,7 +74,7 @@ def check_saga_id(saga_id: str) -> str:
     return trimmed
 
 
-def check_key(key: str, *, what: str = "correlation key") -> str:
+def check_key(key: str, what: str = "correlation key") -> str:
     """Returns `key` unchanged; raises `MessageRejected` unless it is 1 to 1024 UTF-8 bytes without control characters
     or lone surrogates."""
     if not isinstance(key, str):

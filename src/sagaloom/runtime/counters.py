@@ -51,8 +51,11 @@ class Counters:
         """Counts a commit and the messages it has written."""
         self.commits += 1
         self.conflicts += conflicts
-        # A counter counts a list three times as fast as a loop does.
+        # A counter counts a list three times as fast as a loop does, and texts three times as fast as pairs of them.
         self.accepted.update([each.delivery.key[0] for each in written if each.unit.mark is not None])
-        self.decided.update(
-            [(each.delivery.key[0], each.decision.disposition) for each in written if each.decision is not None]
-        )
+        ends = [(each, each.decision.disposition) for each in written if each.decision is not None]
+        applied = [each.delivery.key[0] for each, end in ends if end == "applied"]
+        for saga_id, count in Counter(applied).items():
+            self.decided[saga_id, "applied"] += count
+        if len(applied) < len(ends):
+            self.decided.update([(each.delivery.key[0], end) for each, end in ends if end != "applied"])

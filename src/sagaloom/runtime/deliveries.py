@@ -198,7 +198,6 @@ def unit_of_loss(delivery: Delivery, decision: Decision) -> UnitOfWork:
 def unit_of_decision(
     delivery: Delivery,
     decision: Decision,
-    *,
     head: Head,
     head_before: Head | None,
     before: Instance | None,

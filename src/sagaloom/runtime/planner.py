@@ -293,15 +293,7 @@ class Planner:
         children: Sequence[Child] = ()
         if decision.outgoing:
             cascaded, dead_letters, children = _routed(decision, definitions, now)
-        unit = unit_of_decision(
-            delivery,
-            decision,
-            head=head,
-            head_before=head_before,
-            before=before,
-            cascaded=cascaded,
-            dead_letters=dead_letters,
-        )
+        unit = unit_of_decision(delivery, decision, head, head_before, before, cascaded, dead_letters)
         if children or decision.child_end is not None:
             unit = msgspec.structs.replace(unit, children_add=tuple(children), child_done=decision.child_end)
         newest, hot = known.instance, None

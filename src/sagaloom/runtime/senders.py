@@ -78,8 +78,10 @@ class Senders(Part):
                 received = publishing.message
             if within is not None:
                 return await self._leave(received, within, waits=wait is not None)
-            deliveries = self._addressed(received, waits=wait is not None)
+            deliveries = self._addressed(received)
             for delivery in deliveries:
+                if wait is not None:
+                    delivery.settled = asyncio.get_running_loop().create_future()
                 self._receiver.offer(delivery)
             outcomes: list[Outcome] = []
             for delivery in deliveries:
@@ -132,7 +134,7 @@ class Senders(Part):
             saga_id,
             key,
             received,
-            self._payload(received),
+            payload_json(received.payload, "message", received.type, self.options.limits.payload_bytes_max),
             run=run,
             now=self.clock.now(),
             causation_id=causation_id,
@@ -265,7 +267,7 @@ class Senders(Part):
             publishing.end()
 
     async def _take_tick(self, definition: SagaDefinition[Any], tick: SagaMessage[Any]) -> Outcome:
-        (delivery,) = self._addressed(tick, waits=False, only=definition)
+        (delivery,) = self._addressed(tick, definition)
         self._receiver.offer(delivery)
         assert delivery.answered is not None
         return await delivery.answered
@@ -278,13 +280,11 @@ class Senders(Part):
             )
         if waits:
             raise MessageRejected("within= and wait= contradict each other: nothing happens before your commit")
-        envelopes = [delivery.envelope for delivery in self._addressed(message, waits=False)]
+        envelopes = [delivery.envelope for delivery in self._addressed(message)]
         await self.store.leave(connection, envelopes)
         return _receipt(message.type, [outcome_of_left(envelope) for envelope in envelopes])
 
-    def _addressed(
-        self, message: SagaMessage[Any], *, waits: bool, only: SagaDefinition[Any] | None = None
-    ) -> list[Delivery]:
+    def _addressed(self, message: SagaMessage[Any], only: SagaDefinition[Any] | None = None) -> list[Delivery]:
         """The message for every saga that handles its type, or for `only` one; raises why it cannot be taken in."""
         if self._state != "running":
             raise BackendUnavailable(
@@ -298,7 +298,7 @@ class Senders(Part):
         receivers = (only,) if only is not None else self.definitions.handling(message.type)
         if not receivers:
             raise self._unknown(message.type)
-        payload = self._payload(message)
+        payload = payload_json(message.payload, "message", message.type, self.options.limits.payload_bytes_max)
         if waiting > self._scales.few and not self._scales.have_room(waiting, len(payload) * len(receivers)):
             raise BackendUnavailable(
                 f"{waiting} messages of {self._scales.bytes} bytes are waiting already, and {len(payload)} more do not "
@@ -321,7 +321,6 @@ class Senders(Part):
                     enters=True,
                     typed=typed,
                     answered=loop.create_future(),
-                    settled=loop.create_future() if waits else None,
                 )
             )
         return deliveries
@@ -340,10 +339,6 @@ class Senders(Part):
                 delivery.settled.cancel()  # Nobody waits for it any more, so nobody need look for it.
             elif not delivery.settled.exception():
                 outcomes[number] = delivery.settled.result()
-
-    def _payload(self, message: SagaMessage[Any]) -> bytes:
-        limit = self.options.limits.payload_bytes_max
-        return payload_json(message.payload, bytes_max=limit, what=f"message {message.type!r}")
 
     async def _unknown_saga(self, saga_id: str) -> SagasError:
         if any(each.saga_id == saga_id for each in await self.store.definitions()):

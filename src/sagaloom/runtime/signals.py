@@ -225,9 +225,7 @@ class Signals:
             kind,
             _name(signal),
             key=check_key(key),
-            payload_json=payload_json(
-                payload, bytes_max=self._options.limits.payload_bytes_max, what=f"{kind} {_name(signal)!r}"
-            ),
+            payload_json=payload_json(payload, kind, _name(signal), self._options.limits.payload_bytes_max),
             message_id=new_message_id(now) if id is None else check_key(id, what=f"{kind} id"),
             accepted_at=now,
             run=run,
