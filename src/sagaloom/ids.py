@@ -11,7 +11,7 @@ import hashlib
 import os
 import random
 import re
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -41,10 +41,12 @@ _content_hash = hashlib.blake2b(digest_size=16).copy
 
 # Seeded by the operating system, and again in a forked child: parent and child must not make the same ids.
 _random = random.Random()
+_random_bits = _random.getrandbits
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_random.seed)
 
 PARTITIONS = 64
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 KEY_BYTES_MAX = 1024
 _CONTROLS = re.compile(r"[\x00-\x1f]")
 _SURROGATES = re.compile(r"[\ud800-\udfff]")
@@ -140,11 +142,29 @@ def content_digest(message_type: str, payload: bytes) -> bytes:
     return hashed.digest()
 
 
-def new_message_id(now: datetime) -> str:
-    """A fresh id that sorts by time: 12 hex digits of milliseconds, then 80 random bits."""
-    return (int(now.timestamp() * 1000) << 80 | _random.getrandbits(80)).to_bytes(16, "big").hex()
+class _MessageIds:
+    """Makes message ids. It remembers the second of the last one, whose timestamp costs as much as all the rest."""
+
+    __slots__ = ("_second",)
+
+    def __init__(self) -> None:
+        self._second = (_EPOCH, _EPOCH, 0)
+        """When it begins and ends, and its milliseconds: in one piece, since several threads may ask for ids."""
+
+    def new(self, now: datetime) -> str:
+        """A fresh id that sorts by time: 12 hex digits of milliseconds, then 80 random bits."""
+        begins, ends, milliseconds = self._second
+        if not begins <= now < ends:
+            begins = now.replace(microsecond=0)
+            milliseconds = int(begins.timestamp()) * 1000
+            self._second = (begins, begins + timedelta(seconds=1), milliseconds)
+        milliseconds += now.microsecond // 1000
+        return (milliseconds << 80 | _random_bits(80)).to_bytes(16, "big").hex()
+
+
+new_message_id = _MessageIds().new
 
 
 def new_traceparent() -> str:
     """A fresh W3C trace context, for work that came without one: a trace of its own, marked as sampled."""
-    return f"00-{_random.getrandbits(128) | 1:032x}-{_random.getrandbits(64) | 1:016x}-01"
+    return f"00-{_random_bits(128) | 1:032x}-{_random_bits(64) | 1:016x}-01"

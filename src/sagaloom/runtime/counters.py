@@ -53,9 +53,11 @@ class Counters:
         self.conflicts += conflicts
         # A counter counts a list three times as fast as a loop does, and texts three times as fast as pairs of them.
         self.accepted.update([each.delivery.key[0] for each in written if each.unit.mark is not None])
-        ends = [(each, each.decision.disposition) for each in written if each.decision is not None]
-        applied = [each.delivery.key[0] for each, end in ends if end == "applied"]
+        decided: list[tuple[str, Disposition]] = [
+            (each.delivery.key[0], each.decision.disposition) for each in written if each.decision is not None
+        ]
+        applied = [saga_id for saga_id, disposition in decided if disposition == "applied"]
         for saga_id, count in Counter(applied).items():
             self.decided[saga_id, "applied"] += count
-        if len(applied) < len(ends):
-            self.decided.update([(each.delivery.key[0], end) for each, end in ends if end != "applied"])
+        if len(applied) < len(decided):
+            self.decided.update([each for each in decided if each[1] != "applied"])

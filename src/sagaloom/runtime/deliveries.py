@@ -191,7 +191,7 @@ def unit_of_loss(delivery: Delivery, decision: Decision) -> UnitOfWork:
         inbox_done=delivery.row,
         timer_done=delivery.timer,
         dead_letters_add=(decision.dead_letter,),
-        feed=shown_by(decision),
+        feed=() if decision.feed is None else (decision.feed,),
     )
 
 
@@ -240,7 +240,7 @@ def unit_of_decision(
         outbox_add=decision.effects,
         timers_add=decision.timers,
         timers_remove=decision.timers_ended,
-        feed=shown_by(decision),
+        feed=() if decision.feed is None else (decision.feed,),
     )
     if row is not None or delivery.timer is not None:
         unit = msgspec.structs.replace(
@@ -262,10 +262,6 @@ def unit_of_decision(
 def settling(unit: UnitOfWork, effect: HandedOver) -> UnitOfWork:
     """`unit`, which decides about the answer to `effect` or accepts it, and settles the effect with it."""
     return msgspec.structs.replace(unit, outbox_done=(effect.ref,), feed=(effect.happened, *unit.feed))
-
-
-def shown_by(decision: Decision) -> tuple[FeedRecord, ...]:
-    return () if decision.feed is None else (decision.feed,)
 
 
 def _gave_up(letter: DeadLetter, sender: Instance | None) -> FeedRecord:

@@ -221,16 +221,17 @@ class Dispatcher:
 
     def add(self, rows: Sequence[tuple[RowRef, OutboxEffect]]) -> None:
         """Lines committed effects up in their lanes."""
-        lanes = self._lanes
+        lanes, room = self._lanes, _BODIES_RESIDENT_MAX - self._resident
         for ref, effect in rows:
             # One that waits for its next attempt is read again by then: many of those must not take the places of those
             # that leave now, which would each be a question to the store.
             leaves_now = effect.due_at is None and effect.dead_letter_id is None
-            keep = leaves_now and self._resident < _BODIES_RESIDENT_MAX
-            self._resident += keep
+            kept = effect if leaves_now and room > 0 else None
+            if kept is not None:
+                room -= 1
             lane = lanes.get(effect.lane)
             if lane is None:
-                lanes[effect.lane] = lane = _Lane(effect.lane, ref, effect if keep else None)
+                lanes[effect.lane] = lane = _Lane(effect.lane, ref, kept)
                 if leaves_now:
                     self._ready.append(lane)  # as `_start` would, without asking the clock and nudging for each
                 else:
@@ -238,7 +239,8 @@ class Dispatcher:
                 continue
             if lane.behind is None:
                 lane.behind = deque()
-            lane.behind.append(_Waiting(ref, effect if keep else None))
+            lane.behind.append(_Waiting(ref, kept))
+        self._resident = _BODIES_RESIDENT_MAX - room
         self.waiting += len(rows)
         if self._ready:
             self._nudge()

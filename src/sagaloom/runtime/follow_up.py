@@ -128,9 +128,10 @@ class FollowUp:
         """Answers the publisher of a message that is done with, and gives those who waited for it their turn."""
         delivery, decision = each.delivery, each.decision
         assert decision is not None
-        if delivery.answered is not None or delivery.settled is not None:
-            outcome = outcome_of(delivery, decision, each.unit)
-            answer(delivery, outcome if delivery.settled is None else with_details(outcome, decision, each.unit))
+        if delivery.settled is not None:
+            answer(delivery, with_details(outcome_of(delivery, decision, each.unit), decision, each.unit))
+        elif delivery.answered is not None and not delivery.answered.done():
+            delivery.answered.set_result(outcome_of(delivery, decision, each.unit))
         if delivery.envelope.origin != "door" and ends_pause(delivery.envelope):
             self._backlog.put_back(self._backlog.release([delivery.key]))
         if decision.disposition == "applied":

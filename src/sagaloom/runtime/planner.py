@@ -175,17 +175,16 @@ class Planner:
                 unit = unit_of_accept(delivery, head, known.head)
                 step = Planned(delivery, unit, None, Hot(head, known.instance), holds=True, awaits_slot=True)
             else:
-                addressed = known.instance
-                if envelope.run is not None and envelope.run != head.run and key not in corrupt:
+                addressed, damage = known.instance, corrupt.get(key)
+                if envelope.run is not None and envelope.run != head.run and damage is None:
                     # Rare: a reply, timer or child of a run that is not the newest. Such runs are read each time.
                     addressed = await self._store.load_run(envelope.saga_id, envelope.key, envelope.run)
                 if telemetry is None:
-                    why_not = corrupt.get(key) if corrupt else None
-                    decision = self._decide(delivery, addressed, head, definitions, now, why_not, envelope)
+                    decision = self._decide(delivery, addressed, head, definitions, now, damage, envelope)
                 else:
                     definition = definitions.get(envelope.saga_id)
                     tier = None if definition is None else definition.durability
-                    run = partial(self._decide, delivery, addressed, head, definitions, now, corrupt.get(key))
+                    run = partial(self._decide, delivery, addressed, head, definitions, now, damage)
                     decision = telemetry.decide(delivery, addressed, tier, run)
                 if delivery.is_offer and decision.disposition in ("pending", "deferred") and not _is_held(decision):
                     self._backlog.put_aside(delivery)
@@ -205,7 +204,7 @@ class Planner:
                     is_deferred = decision.stands_aside
                     shown = decision if is_deferred else None
                     step = Planned(delivery, unit, shown, Hot(head, known.instance), is_deferred=is_deferred)
-                elif corrupt and key in corrupt:
+                elif damage is not None:
                     step = Planned(delivery, unit_of_loss(delivery, decision), decision, None, waits=False)
                 else:
                     step = self._plan_decision(delivery, decision, known, head, addressed, definitions, now)
@@ -221,15 +220,16 @@ class Planner:
                 step.unit = self._slots.claim(definitions.get(key[0]), delivery, step.unit, step.decision, now)
             if step.holds or (envelope.origin != "door" and ends_pause(envelope)):
                 holding.add(key)
-            if step.unit.mark is not None:
-                seen[where] = step.unit.mark
             if step.hot is not None:
                 newest[key] = step.hot
             planned.append(step)
+            unit = step.unit
+            if unit.mark is not None:
+                seen[where] = unit.mark
             size += len(envelope.payload)
-            if step.unit.instance is not None:
-                size += len(step.unit.instance.state)
-            for effect in step.unit.outbox_add:
+            if unit.instance is not None:
+                size += len(unit.instance.state)
+            for effect in unit.outbox_add:
                 size += len(effect.payload)
         return planned, postponed
 

@@ -90,7 +90,7 @@ class CallableTarget:
             if inspect.isawaitable(answer):
                 answer = await answer
         if answer is None:
-            return ()
+            return []
         answers = cast("Sequence[object]", answer) if isinstance(answer, (list, tuple)) else [answer]
         try:
             return [as_message(one) for one in answers]
