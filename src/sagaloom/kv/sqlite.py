@@ -21,7 +21,6 @@ What happens when the file fails us is told in `sagaloom.kv.sqlite_trouble`, how
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from itertools import chain
 from typing import Final
 
 import apsw
@@ -31,10 +30,12 @@ from sagaloom.kv.packing import pack, prefix_range, table_of, unpack
 from sagaloom.kv.sqlite_driver import Connection
 from sagaloom.kv.sqlite_file import SqliteFile
 from sagaloom.kv.sqlite_tables import (
+    CELLS_A_ROW,
     ROWS_A_STATEMENT,
-    Row,
+    Cells,
     Table,
-    rows_by_table,
+    cells_by_table,
+    keys_of,
     write_in_halves,
 )
 from sagaloom.kv.watching import WatchHub
@@ -204,13 +205,13 @@ class SqliteKeyValue(SqliteFile):
 
                 created: list[Table] = []
                 dropped = self._delete(deletes) if deletes else {}
-                new_rows = rows_by_table(inserts, versionstamp, bases)
-                rows = rows_by_table(puts, versionstamp, bases)
-                batches = [(self._insert, self._table(name, created), new) for name, new in new_rows.items()]
-                batches += [(self._put, self._table(name, created), changed) for name, changed in rows.items()]
+                new = cells_by_table(inserts, versionstamp, bases)
+                changed = cells_by_table(puts, versionstamp, bases)
+                batches = [(self._insert, self._table(name, created), cells) for name, cells in new.items()]
+                batches += [(self._put, self._table(name, created), cells) for name, cells in changed.items()]
                 if on_step is None:
-                    for write, table, table_rows in batches:
-                        write(table, table_rows)
+                    for write, table, cells in batches:
+                        write(table, cells)
                 else:
                     write_in_halves(batches, on_step)
                     on_step("kv:written")
@@ -232,10 +233,10 @@ class SqliteKeyValue(SqliteFile):
         if on_step is not None:
             on_step("kv:committed")
         if self._watches:
-            written: dict[str, list[bytes]] = {}
-            for changed in (dropped, rows, new_rows):
-                for name, changes in changed.items():
-                    written.setdefault(name, []).extend([change[0] for change in changes])
+            written = {name: [*keys] for name, keys in dropped.items()}
+            for tables in (new, changed):
+                for name, cells in tables.items():
+                    written.setdefault(name, []).extend(keys_of(cells))
             self._watches.written(versionstamp, written)
         return Committed(versionstamp, bases)
 
@@ -300,19 +301,19 @@ class SqliteKeyValue(SqliteFile):
         self.statements += len(checks)
         return tuple(failed)
 
-    def _delete(self, deletes: Sequence[Key]) -> dict[str, list[tuple[bytes]]]:
+    def _delete(self, deletes: Sequence[Key]) -> dict[str, list[bytes]]:
         """Deletes rows, and returns their packed keys by table."""
-        dropped: dict[str, list[tuple[bytes]]] = {}
+        dropped: dict[str, list[bytes]] = {}
         for key in deletes:
             try:
                 keys = dropped[key[0]]  # type: ignore[index]  # a miss is looked at next
             except LookupError:
                 keys = dropped.setdefault(table_of(key), [])
-            keys.append((pack(key[1:]),))
+            keys.append(pack(key[1:]))
         for name, keys in dropped.items():
             table = self._tables.get(name) or self._look_for_table(name)
             if table is not None:
-                self._write_each(table.delete, keys)
+                self._write_each(table.delete, keys, 1)
         self.statements += len(deletes)
         return dropped
 
@@ -342,21 +343,21 @@ class SqliteKeyValue(SqliteFile):
             raise ValueError(f"two inserts have the same key {twice!r}")
         return Conflicted(failed)
 
-    def _insert(self, table: Table, rows: Sequence[Row]) -> None:
-        last_of_many = len(rows) - len(rows) % ROWS_A_STATEMENT
-        for first in range(0, last_of_many, ROWS_A_STATEMENT):
-            many = rows[first : first + ROWS_A_STATEMENT]
-            self._execute(table.insert_many, tuple(chain.from_iterable(many)))
-        self._write_each(table.insert, rows[last_of_many:])
+    def _insert(self, table: Table, cells: Cells) -> None:
+        cells_at_once = ROWS_A_STATEMENT * CELLS_A_ROW
+        last_of_many = len(cells) - len(cells) % cells_at_once
+        for first in range(0, last_of_many, cells_at_once):
+            self._execute(table.insert_many, cells[first : first + cells_at_once])
+        self._write_each(table.insert, cells[last_of_many:], CELLS_A_ROW)
 
-    def _put(self, table: Table, rows: Sequence[Row]) -> None:
-        self._write_each(table.put, rows)
+    def _put(self, table: Table, cells: Cells) -> None:
+        self._write_each(table.put, cells, CELLS_A_ROW)
 
-    def _write_each(self, statement: str, rows: Sequence[tuple[bytes] | Row]) -> None:
-        if len(rows) == 1:
-            self._execute(statement, rows[0])  # a lone message makes six of these, and a batch of one costs more
-        elif rows:
-            self._cursor.executemany(statement, rows)
+    def _write_each(self, statement: str, cells: Sequence[bytes | int], cells_a_row: int) -> None:
+        if len(cells) == cells_a_row:
+            self._execute(statement, cells)  # a lone message makes six of these, and a batch of one costs more
+        elif cells:
+            self._cursor.executemany(statement, zip(*[iter(cells)] * cells_a_row, strict=True))
 
 
 def _is_taken(cause: apsw.Error) -> bool:

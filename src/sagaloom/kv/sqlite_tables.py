@@ -8,18 +8,20 @@ order in which it was asked to.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Final
+from typing import Final, cast
 
 from sagaloom.kv.packing import pack, table_of
 from sagaloom.ports.keyvalue import Key
 
-__all__ = ["ROWS_A_STATEMENT", "Batch", "Row", "Table", "rows_by_table", "write_in_halves"]
+__all__ = ["CELLS_A_ROW", "ROWS_A_STATEMENT", "Batch", "Cells", "Table", "cells_by_table", "keys_of", "write_in_halves"]
 
 # So many rows are inserted by one statement: that takes two thirds of a statement a row, and more rows gain nothing.
 # (With deletes it gains nothing at all: SQLite makes a tree of the keys first.)
 ROWS_A_STATEMENT: Final = 16
 
-Row = tuple[bytes, bytes, int]
+CELLS_A_ROW: Final = 3
+Cells = list[bytes | int]
+"""Rows one after the other: key, value, versionstamp, key, ... A list for each row would cost more than its cells."""
 
 
 class Table:
@@ -60,35 +62,41 @@ class Table:
         self.count = f"SELECT count(*) FROM (SELECT 1 FROM {table} WHERE k > ? AND k < ? LIMIT ?)"
 
 
-Batch = tuple[Callable[[Table, Sequence[Row]], None], Table, Sequence[Row]]
+Batch = tuple[Callable[[Table, Cells], None], Table, Cells]
 
 
-def rows_by_table(
+def cells_by_table(
     writes: Iterable[tuple[Key, bytes]], versionstamp: int, bases: Mapping[str, int]
-) -> dict[str, list[Row]]:
+) -> dict[str, Cells]:
     """The rows of `writes`, grouped so that each table gets one batch, in the order of `writes` within a table."""
-    rows: dict[str, list[Row]] = {}
+    tables: dict[str, Cells] = {}
     for key, value in writes:
         try:
-            table_rows = rows[key[0]]  # type: ignore[index]  # a miss is looked at next
+            cells = tables[key[0]]  # type: ignore[index]  # a miss is looked at next
         except LookupError:
-            table_rows = rows.setdefault(table_of(key), [])
-        table_rows.append((pack(key[1:], bases), value, versionstamp))
-    return rows
+            cells = tables.setdefault(table_of(key), [])
+        cells += pack(key[1:], bases), value, versionstamp
+    return tables
+
+
+def keys_of(cells: Cells) -> list[bytes]:
+    """The packed keys of the rows in `cells`."""
+    return cast("list[bytes]", cells[::CELLS_A_ROW])
 
 
 def write_in_halves(batches: Sequence[Batch], on_step: Callable[[str], None]) -> None:
     """Writes the rows of `batches` with a step after half of them, wherever in a table that is."""
-    left_of_first_half = (sum(len(rows) for _, _, rows in batches) + 1) // 2
+    rows = sum(len(cells) for _, _, cells in batches) // CELLS_A_ROW
+    left_of_first_half = (rows + 1) // 2 * CELLS_A_ROW
     reported = False
-    for write, table, rows in batches:
-        if not reported and len(rows) >= left_of_first_half:
-            write(table, rows[:left_of_first_half])
+    for write, table, cells in batches:
+        if not reported and len(cells) >= left_of_first_half:
+            write(table, cells[:left_of_first_half])
             on_step("kv:half_written")
             reported = True
-            write(table, rows[left_of_first_half:])
+            write(table, cells[left_of_first_half:])
         else:
-            write(table, rows)
-            left_of_first_half -= len(rows)
+            write(table, cells)
+            left_of_first_half -= len(cells)
     if not reported:
         on_step("kv:half_written")
