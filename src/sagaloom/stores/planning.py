@@ -66,6 +66,7 @@ class Plan:
         "heads",
         "inbox",
         "inbox_keys",
+        "index_rows",
         "indexes",
         "inserts",
         "lost",
@@ -94,6 +95,9 @@ class Plan:
         self.inserts: list[tuple[Key, bytes]] = []
         """Rows that must be new: first states of runs, history, marks, slots, and those whose number the commit gives.
         Only a mark or a slot is ever deleted by the commit that would insert it."""
+        self.index_rows: dict[Key, bytes] = {}
+        """Those that find runs under their new status: new as well, for a run has one at a time. It may move on in the
+        same batch, and take its row along."""
         self.runs: dict[RunKey, RunFacts] = {}
         self.heads: dict[Key, Head] = {}
         self.marks: dict[Key, bool] = {}
@@ -140,6 +144,8 @@ class Plan:
         size = 0
 
         run_key = (0, 0)
+        index_row: Key = ()
+        index_before: Key = ()
         if instance is not None:
             run = instance.run
             encoded = encode(instance)
@@ -159,8 +165,8 @@ class Plan:
                 created = micros(instance.created_at)
                 if facts is not None:
                     known = created if facts[3] == instance.created_at else micros(facts[3])
-                    rows.append((("instance_index", instance.saga_id, facts[2], known, pk, run), None))
-                rows.append((("instance_index", instance.saga_id, status, created, pk, run), b""))
+                    index_before = ("instance_index", instance.saga_id, facts[2], known, pk, run)
+                index_row = ("instance_index", instance.saga_id, status, created, pk, run)
             if entry is not None:
                 # The second belt: whoever else has written this run has written this entry.
                 encoded = encode(entry)
@@ -279,6 +285,10 @@ class Plan:
         self.checks += checks
         if instance is not None:
             self.runs[run_key] = (instance.revision, instance.entries, instance.status, instance.created_at)
+            if index_before and self.index_rows.pop(index_before, None) is None:
+                self.writes[index_before] = None
+            if index_row:
+                self.index_rows[index_row] = b""
             if unit.revision_before is None:
                 self.sagas.add(instance.saga_id)
         if head is not None:
@@ -310,6 +320,7 @@ class Plan:
             shown = encode(self.feed)
             self._bytes += len(shown)
             self.inserts.append((FEED_KEY, shown))
+        self.inserts += self.index_rows.items()
         # Only when all rows together are so large can one of them be.
         if self._bytes > ROW_BYTES_MAX:
             _check_sizes(self.writes.items(), self.inserts)

@@ -140,6 +140,27 @@ class Reading(SagaStoreCase):
         assert await store.count_instances(InstanceFilter(statuses=("running",))) == 0
         assert await store.count_instances(InstanceFilter(statuses=("completed",))) == 1
 
+    @pytest.mark.parametrize("is_stored", [True, False], ids=["stored before", "new in the batch"])
+    async def test_a_run_that_leaves_a_status_and_returns_in_one_batch_is_listed_once(
+        self, store: SagaStore, lease: Lease, *, is_stored: bool
+    ) -> None:
+        head = head_of("o-1", await store.reserve_pks(1))
+        running = start_of(head)
+        undoing = next_of(running, status="compensating")
+        again = next_of(undoing, status="running")
+        starts = step_of(None, running, head=head)
+        moves = [step_of(running, undoing), step_of(undoing, again)]
+
+        if is_stored:
+            await write(store, lease, starts)
+            await write(store, lease, *moves)
+        else:
+            await write(store, lease, starts, *moves)
+
+        assert await store.instances(EVERY, limit=10) == ([again], None)
+        assert await store.count_instances(InstanceFilter(statuses=("running",))) == 1
+        assert await store.count_instances(InstanceFilter(statuses=("compensating",))) == 0
+
     async def test_a_key_whose_first_message_waits_is_listed_as_pending(self, store: SagaStore, lease: Lease) -> None:
         waiting = head_of("o-1", await store.reserve_pks(1), run=0, awaits_start=True, created_at=at(3))
         await write(store, lease, UnitOfWork(part=waiting.part, head=waiting, inbox_add=(envelope_of("o-1", "m-1"),)))
