@@ -58,6 +58,12 @@ def text(value: str | None) -> str | None:
     return value.replace("\0", "\N{SYMBOL FOR NULL}").encode("utf-8", "replace").decode()
 
 
+def _texts(*values: str) -> tuple[str | None, ...]:
+    """The same of several at once, which nearly always can be held as they are."""
+    together = "".join(values)
+    return values if together.isascii() and "\0" not in together else tuple(map(text, values))
+
+
 def head_row(hashed: bytes, value: bytes) -> _Row:
     head = _head(value)
     where = (hashed, head.saga_id, text(head.key), head.pk, head.part)
@@ -90,7 +96,7 @@ def run_changes(pk: int, run: int, value: bytes) -> _Row:
 def entry_row(pk: int, run: int, number: int, value: bytes) -> _Row:
     entry = _entry(value)
     return (
-        *(pk, run, number, entry.revision, entry.disposition, text(entry.type), text(entry.message_id)),
+        *(pk, run, number, entry.revision, entry.disposition, *_texts(entry.type, entry.message_id)),
         *(entry.status_after, text(entry.reason), entry.at, value),
     )
 
@@ -98,7 +104,7 @@ def entry_row(pk: int, run: int, number: int, value: bytes) -> _Row:
 def inbox_row(part: int, value: bytes) -> _Row:
     each = _envelope(value)
     return (
-        *(part, text(each.saga_id), text(each.key), text(each.type), text(each.id)),
+        *(part, *_texts(each.saga_id, each.key, each.type, each.id)),
         *(each.attempt, each.due_at, each.accepted_at, text(each.last_error), value),
     )
 
@@ -110,14 +116,15 @@ def inbox_changes(part: int, seq: int, value: bytes) -> _Row:
 
 def left_row(part: int, value: bytes) -> _Row:
     each = _envelope(value)
-    return (part, text(each.saga_id), text(each.key), text(each.type), text(each.id), each.accepted_at, value)
+    return (part, *_texts(each.saga_id, each.key, each.type, each.id), each.accepted_at, value)
 
 
 def outbox_row(part: int, value: bytes) -> _Row:
     each = _effect(value)
-    target = text(f"{each.target_kind}:{each.target_id}")
-    whose = (text(each.saga_id), text(each.key), each.run)
-    return (part, *whose, target, text(each.effect_key), each.created_at, value)
+    saga_id, key, target, effect_key = _texts(
+        each.saga_id, each.key, f"{each.target_kind}:{each.target_id}", each.effect_key
+    )
+    return (part, saga_id, key, each.run, target, effect_key, each.created_at, value)
 
 
 def outbox_changes(part: int, seq: int, value: bytes) -> _Row:
