@@ -111,7 +111,7 @@ def show(place: Path) -> str:
             lines.append(f"  {table:15} key {key:3} B  " + (f"value {value:4} B" if value >= 0 else "deleted"))
     encode = msgspec.msgpack.Encoder().encode
     for number, sent in enumerate(order_messages(_ORDER), 1):
-        envelope = address(
+        envelope, _ = address(
             order,
             sent,
             payload_json=encode_any(sent.payload),

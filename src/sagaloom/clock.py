@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from datetime import UTC, datetime
+from functools import partial
 from typing import Protocol
 
 __all__ = ["Clock", "SystemClock"]
@@ -30,8 +31,8 @@ class Clock(Protocol):
 class SystemClock:
     """The wall clock of this machine."""
 
-    def now(self) -> datetime:
-        return datetime.now(UTC)
+    # Every message asks: this way it costs no call of a Python function.
+    now = staticmethod(partial(datetime.now, UTC))
 
     async def sleep_until(self, moment: datetime) -> None:
         # Short naps: a wall clock that jumps forward must not leave us asleep for the old distance.

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from datetime import datetime
-from operator import attrgetter
 from typing import Any, Generic, TypeVar, cast
 
 import msgspec
@@ -32,8 +31,6 @@ RESERVED_PREFIX = "saga:"
 """How the types of the engine's own messages begin. No saga handles them, and no door takes them in."""
 
 _TEXTS = ("correlation_key", "idempotency_key", "concurrency_key", "id", "traceparent", "tracestate")
-_texts_of = attrgetter(*_TEXTS)
-_NO_TEXTS = (None,) * len(_TEXTS)
 _WIRE_FIELDS = {
     **{name: name for name in ("type", "payload", "occurred_at", *_TEXTS)},
     "correlationKey": "correlation_key",
@@ -126,9 +123,16 @@ def _checked(message: Any) -> SagaMessage[Any]:
     """Returns `message` when its fields have the types that they declare. Keys are checked where they are used."""
     if not isinstance(message.type, str) or not message.type:
         raise MessageRejected(f"message without a type: 'type' must be a non-empty string, got {message.type!r:.80}")
-    texts = _texts_of(message)
-    if texts != _NO_TEXTS:
-        for field, text in zip(_TEXTS, texts, strict=True):
+    if (
+        message.correlation_key is not None
+        or message.idempotency_key is not None
+        or message.concurrency_key is not None
+        or message.id is not None
+        or message.traceparent is not None
+        or message.tracestate is not None
+    ):
+        for field in _TEXTS:
+            text = getattr(message, field)
             if text is not None and not isinstance(text, str):
                 raise MessageRejected(f"message {message.type!r:.80}: {field} must be a string, got {text!r:.80}")
     at = message.occurred_at

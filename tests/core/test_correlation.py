@@ -115,10 +115,10 @@ def test_a_type_that_the_saga_does_not_handle_is_not_found() -> None:
 def test_an_envelope_carries_everything_the_message_says() -> None:
     message: SagaMessage[Any] = SagaMessage("Placed", {}, "k", "i", "c", NOW, "m1", "00-a", "v=1")
 
-    found = address(order(), message, payload_json=b'{"order_id":"o-1"}', accepted_at=NOW, message_id="m1")
+    envelope, typed = address(order(), message, b'{"order_id":"o-1"}', accepted_at=NOW, message_id="m1")
 
-    assert found.message == SagaMessage("Placed", Placed("o-1"), "k", "i", "c", NOW, "m1", "00-a", "v=1")
-    assert found.envelope == Envelope(
+    assert typed == SagaMessage("Placed", Placed("o-1"), "k", "i", "c", NOW, "m1", "00-a", "v=1")
+    assert envelope == Envelope(
         saga_id="order",
         key="k",
         type="Placed",
@@ -136,9 +136,9 @@ def test_an_envelope_carries_everything_the_message_says() -> None:
 
 
 def test_without_an_idempotency_key_the_message_id_is_what_makes_a_repeat_a_duplicate() -> None:
-    found = address(order(), PLACED, payload_json=b'{"order_id":"o-1"}', accepted_at=NOW, message_id="m1")
+    envelope, _ = address(order(), PLACED, b'{"order_id":"o-1"}', accepted_at=NOW, message_id="m1")
 
-    assert found.envelope.dedupe_key == "m1"
+    assert envelope.dedupe_key == "m1"
 
 
 def test_a_payload_of_the_wrong_type_is_refused_at_the_door_even_without_a_rule() -> None:

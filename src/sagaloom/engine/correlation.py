@@ -39,7 +39,6 @@ from sagaloom.messages import SagaMessage, as_message, message_type_of
 __all__ = [
     "CORRELATION_REQUIRED",
     "SINGLETON_KEY",
-    "Addressed",
     "Correlated",
     "DefinitionSet",
     "Routed",
@@ -63,13 +62,6 @@ class Correlated(msgspec.Struct, frozen=True, gc=False):
 
     key: str
     opens_run: bool = False
-
-
-class Addressed(msgspec.Struct, frozen=True, gc=False):
-    """A message that found its instance: what is stored of it, and the message as the saga's handler takes it."""
-
-    envelope: Envelope
-    message: SagaMessage[Any]
 
 
 class Routed(NamedTuple):
@@ -158,13 +150,13 @@ def correlate(
     `payload_json` is the payload as JSON, when the caller has it already. Raises `MessageRejected` (`SagaNotFound` when
     the saga does not handle the type).
     """
-    return _find_key(definition, message, _typed(definition, message, payload_json, message.id))
+    return Correlated(*_find_key(definition, message, _typed(definition, message, payload_json, message.id)))
 
 
+# Its parameters may be given by position: Python looks up one by one the defaults of those that may not.
 def address(
     definition: SagaDefinition[Any],
     message: SagaMessage[Any],
-    *,
     payload_json: bytes,
     accepted_at: datetime,
     message_id: str,
@@ -174,8 +166,8 @@ def address(
     hops: int = 0,
     parent: ParentLink | None = None,
     key_if_none: str | None = None,
-) -> Addressed:
-    """The envelope that takes `message` to an instance of this saga; its payload has been read by the saga's codec.
+) -> tuple[Envelope, SagaMessage[Any]]:
+    """The envelope that takes `message` to an instance of this saga, and the message as the saga's handler takes it.
 
     `correlation_key` counts as the message's own where that has none. `key_if_none` is the key for a message that no
     rule and no key names an instance for. Raises `MessageRejected`.
@@ -192,8 +184,7 @@ def address(
         message = msgspec.structs.replace(message, correlation_key=correlation_key)
     typed = _typed(definition, message, payload_json, message_id)
     try:
-        correlated = _find_key(definition, message, typed)
-        key, opens_run = correlated.key, correlated.opens_run
+        key, opens_run = _find_key(definition, message, typed)
         if opens_run and key_if_none is not None:
             key, opens_run = key_if_none, False
     except MessageRejected as refused:
@@ -226,7 +217,7 @@ def address(
         hops,
         parent,
     )
-    return Addressed(envelope, typed)
+    return envelope, typed
 
 
 def route(definitions: DefinitionSet, outgoing: Outgoing, *, now: datetime) -> Routed:
@@ -258,21 +249,20 @@ def route(definitions: DefinitionSet, outgoing: Outgoing, *, now: datetime) -> R
     dead_letters: list[DeadLetter] = []
     for receiver in receivers:
         try:
-            envelopes.append(
-                address(
-                    receiver,
-                    message,
-                    payload_json=payload_json,
-                    accepted_at=now,
-                    message_id=message.id or outgoing.effect_key,
-                    origin="spawn" if outgoing.kind == "spawn" else "saga",
-                    correlation_key=outgoing.correlation_key,
-                    causation_id=outgoing.causation_id,
-                    hops=outgoing.hops,
-                    parent=outgoing.parent,
-                    key_if_none=outgoing.effect_key if outgoing.kind == "spawn" else None,
-                ).envelope
+            envelope, _ = address(
+                receiver,
+                message,
+                payload_json,
+                now,
+                message.id or outgoing.effect_key,
+                origin="spawn" if outgoing.kind == "spawn" else "saga",
+                correlation_key=outgoing.correlation_key,
+                causation_id=outgoing.causation_id,
+                hops=outgoing.hops,
+                parent=outgoing.parent,
+                key_if_none=outgoing.effect_key if outgoing.kind == "spawn" else None,
             )
+            envelopes.append(envelope)
         except MessageRejected as refused:
             dead_letters.append(_undeliverable(outgoing, message, payload_json, refused, now, receiver=receiver.id))
     return Routed(tuple(envelopes), tuple(dead_letters))
@@ -297,14 +287,13 @@ def _typed(
     definition: SagaDefinition[Any], message: SagaMessage[Any], payload_json: bytes | None, message_id: str | None
 ) -> SagaMessage[Any]:
     """The message as this saga's rules and handlers see it."""
-    binding = definition.handlers.get(message.type)
-    if binding is None:
+    if message.type not in definition.handlers:
         handled = ", ".join(definition.handlers)
         raise SagaNotFound(f"saga {definition.id!r} has no handler for {message.type!r}: it handles {handled}")
     if payload_json is None:
         payload_json = _encoded(definition.id, message)
     try:
-        payload = binding.codec.decode(payload_json)
+        payload = definition.handlers[message.type].codec.decode(payload_json)
     except SagasError as error:
         raise MessageRejected(
             f"saga {definition.id!r}: the payload of {message.type!r} is not what its handler takes: {error.message}",
@@ -324,7 +313,8 @@ def _typed(
     )
 
 
-def _find_key(definition: SagaDefinition[Any], message: SagaMessage[Any], typed: SagaMessage[Any]) -> Correlated:
+def _find_key(definition: SagaDefinition[Any], message: SagaMessage[Any], typed: SagaMessage[Any]) -> tuple[str, bool]:
+    """The key, and whether the message opens a run of its own."""
     rules = definition.correlations
     rule = rules.get(message.type) or rules.get(ANY_TYPE)
     if rule is not None:
@@ -343,13 +333,13 @@ def _find_key(definition: SagaDefinition[Any], message: SagaMessage[Any], typed:
                     f"saga {definition.id!r}: the correlation rule for {message.type!r} returned "
                     f"{type(found).__name__} {found!r:.80}: a key is a string; return None to use the message's own"
                 )
-            return Correlated(check_key(found))
+            return check_key(found), False
     if message.correlation_key is not None:
-        return Correlated(check_key(message.correlation_key))
+        return check_key(message.correlation_key), False
     if definition.is_singleton:
-        return Correlated(SINGLETON_KEY)
+        return SINGLETON_KEY, False
     if definition.handlers[message.type].starts:
-        return Correlated(check_key(default_key(definition.id, message.type)), opens_run=True)
+        return check_key(default_key(definition.id, message.type)), True
     raise MessageRejected(
         f"saga {definition.id!r}: {message.type!r} names no instance: give the message a correlation_key, or the saga "
         "a .correlate(...) rule, or make it a .singleton()",

@@ -48,7 +48,6 @@ class Backlog:
         """How many could be taken now."""
         return len(self._rows) + len(self._doors)
 
-    @property
     def waiting(self) -> int:
         """How many wait in all, for their turn, a starter or their next attempt."""
         return len(self._rows) + len(self._doors) + self._standing + self._lined_up
@@ -58,10 +57,7 @@ class Backlog:
         return sum(len(each.envelope.payload) for each in self._everything())
 
     def add(self, delivery: Delivery) -> None:
-        if delivery.enters:
-            self._doors.append(delivery)
-        else:
-            self._rows.append(delivery)
+        (self._doors if delivery.enters else self._rows).append(delivery)
 
     def add_in_order(self, deliveries: Sequence[Delivery]) -> None:
         """Queues rows, each before those of its instance that were accepted after it and are queued already, and before

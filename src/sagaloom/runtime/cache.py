@@ -38,10 +38,10 @@ class HotInstances:
 
     def put(self, key: InstanceKey, hot: Hot) -> None:
         # Insertion order is the order of use: every applied message puts its instance again.
-        before = self._entries.pop(key, None)
-        size = _bytes_of(hot)
+        entries, size = self._entries, _bytes_of(hot)
+        before = entries.pop(key, None)
         self._bytes += size if before is None else size - before[1]
-        self._entries[key] = (hot, size)
+        entries[key] = (hot, size)
         if self._bytes > self._bytes_max:
             self._evict()
 

@@ -6,7 +6,7 @@ here is stored: a restart begins at 0, which is what those who read such numbers
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
@@ -40,7 +40,8 @@ class Counters:
     def __init__(self) -> None:
         self.accepted: Counter[str] = Counter()
         self.decided: Counter[tuple[str, Disposition]] = Counter()
-        self.effects: Counter[tuple[str, EffectEnd]] = Counter()
+        # One at a time a plain dict counts twice as fast as a counter.
+        self.effects: defaultdict[tuple[str, EffectEnd], int] = defaultdict(int)
         self.throttled: Counter[str] = Counter()
         self.commits = 0
         self.commits_failed = 0
@@ -50,8 +51,13 @@ class Counters:
         """Counts a commit and the messages it has written."""
         self.commits += 1
         self.conflicts += conflicts
-        # A counter counts a list three times as fast as a loop does.
+        # A counter counts a list three times as fast as a loop does, and texts three times as fast as pairs of them.
         self.accepted.update([each.delivery.key[0] for each in written if each.unit.mark is not None])
-        self.decided.update(
-            [(each.delivery.key[0], each.decision.disposition) for each in written if each.decision is not None]
-        )
+        decided: list[tuple[str, Disposition]] = [
+            (each.delivery.key[0], each.decision.disposition) for each in written if each.decision is not None
+        ]
+        applied = [saga_id for saga_id, disposition in decided if disposition == "applied"]
+        for saga_id, count in Counter(applied).items():
+            self.decided[saga_id, "applied"] += count
+        if len(applied) < len(decided):
+            self.decided.update([each for each in decided if each[1] != "applied"])

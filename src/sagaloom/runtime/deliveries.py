@@ -70,8 +70,9 @@ class HandedOver(msgspec.Struct):
 class Delivery(msgspec.Struct, eq=False):
     """One message on its way through the receiver.
 
-    It comes from a door, from an inbox `row`, from the row of a `timer`, or is the answer to an `effect`. `key` is the
-    saga id and the correlation key of its envelope. `answered` resolves when the message is durable, `settled` when it
+    It `enters` through a door, which means that the store knows nothing of it until the commit that first mentions it;
+    or it comes from an inbox `row`, from the row of a `timer`, or is the answer to an `effect`. `key` is the saga id
+    and the correlation key of its envelope. `answered` resolves when the message is durable, `settled` when it
     is done with. `is_aside`: it waits for its next attempt; `is_offer`: it is tried in between, because its instance
     has moved; `is_lined_up`: it waits behind a starter or a pause; `awaits_slot`: it needs a slot of its concurrency
     key; `goes_without`: one behind it holds that slot; `is_deferred`: it stands aside for its instance to change or
@@ -83,6 +84,7 @@ class Delivery(msgspec.Struct, eq=False):
     envelope: Envelope
     key: InstanceKey
     row: RowRef | None = None
+    enters: bool = False
     timer: PendingTimer | None = None
     effect: HandedOver | None = None
     typed: SagaMessage[Any] | None = None
@@ -97,11 +99,6 @@ class Delivery(msgspec.Struct, eq=False):
     until: datetime | None = None
     yielded: int = 0
     refusal: SagasError | None = None
-
-    @property
-    def enters(self) -> bool:
-        """Whether it comes from a door: the store knows nothing of it until the commit that first mentions it."""
-        return self.row is None and self.timer is None and self.effect is None
 
     @property
     def is_stored(self) -> bool:
@@ -194,14 +191,13 @@ def unit_of_loss(delivery: Delivery, decision: Decision) -> UnitOfWork:
         inbox_done=delivery.row,
         timer_done=delivery.timer,
         dead_letters_add=(decision.dead_letter,),
-        feed=shown_by(decision),
+        feed=() if decision.feed is None else (decision.feed,),
     )
 
 
 def unit_of_decision(
     delivery: Delivery,
     decision: Decision,
-    *,
     head: Head,
     head_before: Head | None,
     before: Instance | None,
@@ -244,7 +240,7 @@ def unit_of_decision(
         outbox_add=decision.effects,
         timers_add=decision.timers,
         timers_remove=decision.timers_ended,
-        feed=shown_by(decision),
+        feed=() if decision.feed is None else (decision.feed,),
     )
     if row is not None or delivery.timer is not None:
         unit = msgspec.structs.replace(
@@ -266,10 +262,6 @@ def unit_of_decision(
 def settling(unit: UnitOfWork, effect: HandedOver) -> UnitOfWork:
     """`unit`, which decides about the answer to `effect` or accepts it, and settles the effect with it."""
     return msgspec.structs.replace(unit, outbox_done=(effect.ref,), feed=(effect.happened, *unit.feed))
-
-
-def shown_by(decision: Decision) -> tuple[FeedRecord, ...]:
-    return () if decision.feed is None else (decision.feed,)
 
 
 def _gave_up(letter: DeadLetter, sender: Instance | None) -> FeedRecord:

@@ -25,6 +25,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -44,7 +45,7 @@ from sagaloom.ports.targets import EffectTarget
 from sagaloom.runtime.alarm import Alarm
 from sagaloom.runtime.counters import Counters
 from sagaloom.runtime.deliveries import Delivery, HandedOver, Work
-from sagaloom.runtime.options import RuntimeOptions
+from sagaloom.runtime.options import RuntimeOptions, no_step
 from sagaloom.runtime.share import Share
 from sagaloom.telemetry.trace_context import CARRIED, Trace
 
@@ -80,7 +81,9 @@ class _Lane(msgspec.Struct):
     is_dropped: bool = False
 
 
-class _Server(msgspec.Struct):
+# No Struct: to set one of its fields costs ten times as much.
+@dataclass(slots=True, eq=False)
+class _Server:
     """One of those that serve the lanes: its task, and since when its delivery is under way."""
 
     task: asyncio.Task[None]
@@ -112,7 +115,7 @@ class _Delivered(msgspec.Struct):
 
     is_patient: ClassVar[bool] = True
 
-    then: Callable[[_Lane, OutboxEffect, SagasError | Conflict | None], None]
+    then: Callable[[list[tuple[_Lane, OutboxEffect]], SagasError | Conflict | None], None]
     at: datetime
     served: list[tuple[_Lane, OutboxEffect]]
     feed: list[FeedRecord]
@@ -129,8 +132,7 @@ class _Delivered(msgspec.Struct):
 
     def done(self, trouble: SagasError | Conflict | None) -> None:
         self.is_closed = True
-        for lane, effect in self.served:
-            self.then(lane, effect, trouble)
+        self.then(self.served, trouble)
 
     def apart(self) -> Sequence[Work]:
         if len(self.served) == 1:
@@ -219,16 +221,17 @@ class Dispatcher:
 
     def add(self, rows: Sequence[tuple[RowRef, OutboxEffect]]) -> None:
         """Lines committed effects up in their lanes."""
-        lanes = self._lanes
+        lanes, room = self._lanes, _BODIES_RESIDENT_MAX - self._resident
         for ref, effect in rows:
             # One that waits for its next attempt is read again by then: many of those must not take the places of those
             # that leave now, which would each be a question to the store.
             leaves_now = effect.due_at is None and effect.dead_letter_id is None
-            keep = leaves_now and self._resident < _BODIES_RESIDENT_MAX
-            self._resident += keep
+            kept = effect if leaves_now and room > 0 else None
+            if kept is not None:
+                room -= 1
             lane = lanes.get(effect.lane)
             if lane is None:
-                lanes[effect.lane] = lane = _Lane(effect.lane, ref, effect if keep else None)
+                lanes[effect.lane] = lane = _Lane(effect.lane, ref, kept)
                 if leaves_now:
                     self._ready.append(lane)  # as `_start` would, without asking the clock and nudging for each
                 else:
@@ -236,7 +239,8 @@ class Dispatcher:
                 continue
             if lane.behind is None:
                 lane.behind = deque()
-            lane.behind.append(_Waiting(ref, effect if keep else None))
+            lane.behind.append(_Waiting(ref, kept))
+        self._resident = _BODIES_RESIDENT_MAX - room
         self.waiting += len(rows)
         if self._ready:
             self._nudge()
@@ -338,8 +342,7 @@ class Dispatcher:
             finally:
                 server.began = None
             if replies:
-                envelopes = tuple([self._reply(sent, number, reply) for number, reply in enumerate(replies)])
-                _check_is_text(envelopes)
+                envelopes = self._addressed(sent, replies)
         except Exception as error:  # noqa: BLE001 - whatever a target raises is that attempt's failure, not ours
             if sending is not None:
                 sending.failed(error)
@@ -348,7 +351,8 @@ class Dispatcher:
             if sending is not None:
                 sending.succeeded()
             self._counters.effects[effect.target_kind, "dispatched"] += 1
-            self._options.on_step("dispatched")
+            if self._options.on_step is not no_step:
+                self._options.on_step("dispatched")
             if not envelopes:
                 self._settle(lane, effect)
                 return
@@ -364,6 +368,12 @@ class Dispatcher:
                 sending.end()
             if carried is not None:
                 CARRIED.reset(carried)
+
+    def _addressed(self, effect: OutboxEffect, replies: Sequence[object]) -> tuple[Envelope, ...]:
+        """The answers of the target, addressed to the run that sent the effect."""
+        envelopes = tuple([self._reply(effect, number, reply) for number, reply in enumerate(replies)])
+        _check_is_text(envelopes)
+        return envelopes
 
     def _reply(self, effect: OutboxEffect, number: int, reply: object) -> Envelope:
         """An answer of the target, addressed to the run that sent the effect. Its id is the same after a redelivery."""
@@ -390,10 +400,19 @@ class Dispatcher:
         """Settles an effect together with whatever else is handed over until the next commit."""
         gathered = self._delivered
         if gathered is None or gathered.is_closed or len(gathered.served) >= self._options.batch_max:
-            self._delivered = gathered = _Delivered(self._go_on, self._clock.now(), [], [])
+            self._delivered = gathered = _Delivered(self._go_on_together, self._clock.now(), [], [])
             self._submit(gathered)
         gathered.served.append((lane, effect))
         gathered.feed.append(_shown(_DISPATCHED, effect, gathered.at))
+
+    def _go_on_together(self, served: list[tuple[_Lane, OutboxEffect]], trouble: SagasError | Conflict | None) -> None:
+        if trouble is None:
+            self._under_way -= len(served)
+            for lane, _ in served:
+                self._next(lane)
+        else:
+            for lane, effect in served:
+                self._go_on(lane, effect, trouble)
 
     def _go_on(self, lane: _Lane, effect: OutboxEffect, trouble: SagasError | Conflict | None) -> None:
         if trouble is None:

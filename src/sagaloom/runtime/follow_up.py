@@ -16,8 +16,7 @@ A unit that conflicts drops what is remembered of its instance, and its message 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Final, cast
+from typing import Final
 
 from sagaloom.engine.controls import ends_pause
 from sagaloom.engine.records import OutboxEffect, Timer
@@ -30,14 +29,15 @@ from sagaloom.runtime.counters import Counters
 from sagaloom.runtime.deliveries import Delivery, HandedOver, Planned, Work, answer, refuse
 from sagaloom.runtime.memory import Memory
 from sagaloom.runtime.options import RuntimeOptions, no_step
-from sagaloom.runtime.outcomes import outcome_of
+from sagaloom.runtime.outcomes import outcome_of, with_details
 from sagaloom.runtime.share import Share
 from sagaloom.runtime.slots import Slots
 
 __all__ = ["FollowUp"]
 
-# What a named tuple's own constructor does, without its Python frame.
-_row_ref: Final = cast("Callable[[tuple[int, int]], RowRef]", partial(tuple.__new__, RowRef))  # pyright: ignore[reportUnknownMemberType]
+
+# What the constructor of a named tuple calls, without its Python frame.
+_new_tuple: Final = tuple.__new__  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
 class FollowUp:
@@ -67,7 +67,7 @@ class FollowUp:
         self._on_timers = on_timers
 
     async def follow_up(self, planned: list[Planned], works: list[Work], result: CommitResult) -> None:
-        parts, marks = self._share.parts, self._memory.marks
+        parts, marks, remember = self._share.parts, self._memory.marks, self._memory.hot.put
         rows = _NewRows(result, self._backlog, parts)
         conflicts = result.conflicts
         accepted: list[Planned] = []
@@ -77,14 +77,16 @@ class FollowUp:
             if number in conflicts:
                 continue
             unit = each.unit
-            if unit.inbox_add or unit.outbox_add:
-                each.successor = rows.take(unit, first_waits=each.waits)
+            if unit.inbox_add:
+                each.successor = rows.take_messages(unit, first_waits=each.waits)
+            if unit.outbox_add:
+                rows.take_effects(unit)
             if unit.timers_add:
                 self._on_timers(unit.timers_add)
             if each.hot is not None:
-                self._memory.hot.put(each.delivery.key, each.hot)
+                remember(each.delivery.key, each.hot)
             elif unit.head is not None:
-                self._memory.hot.put(each.delivery.key, Hot(unit.head, None))  # It is another's.
+                remember(each.delivery.key, Hot(unit.head, None))  # It is another's.
             if unit.mark is not None and unit.part in parts:
                 # Marks of partitions that others hold may be taken back without our hearing of it.
                 marks[unit.mark_pk, unit.mark.dedupe_key] = unit.mark
@@ -94,8 +96,9 @@ class FollowUp:
         self._memory.bound_marks()
         self._counters.committed([*accepted, *decided], conflicts=len(conflicts))
         for number, work in enumerate(works, len(planned)):
-            if number not in conflicts and (work.unit.inbox_add or work.unit.outbox_add):
-                rows.take(work.unit)
+            if number not in conflicts:
+                rows.take_messages(work.unit)
+                rows.take_effects(work.unit)
         if self._options.on_step is not no_step:
             self._report_steps(planned, works)
         # Those that were only accepted come first: a starter of this very batch may let go of what is lined up behind
@@ -125,8 +128,10 @@ class FollowUp:
         """Answers the publisher of a message that is done with, and gives those who waited for it their turn."""
         delivery, decision = each.delivery, each.decision
         assert decision is not None
-        if delivery.answered is not None or delivery.settled is not None:
-            answer(delivery, outcome_of(delivery, decision, each.unit, detailed=delivery.settled is not None))
+        if delivery.settled is not None:
+            answer(delivery, with_details(outcome_of(delivery, decision, each.unit), decision, each.unit))
+        elif delivery.answered is not None and not delivery.answered.done():
+            delivery.answered.set_result(outcome_of(delivery, decision, each.unit))
         if delivery.envelope.origin != "door" and ends_pause(delivery.envelope):
             self._backlog.put_back(self._backlog.release([delivery.key]))
         if decision.disposition == "applied":
@@ -144,7 +149,7 @@ class FollowUp:
         else:
             successor.settled = delivery.settled
         if delivery.answered is not None and not delivery.answered.done():
-            delivery.answered.set_result(outcome_of(delivery, each.decision, each.unit, detailed=False))
+            delivery.answered.set_result(outcome_of(delivery, each.decision, each.unit))
         if successor.row is not None and successor.row.part not in self._share.parts:
             self._share.wait_abroad(successor)
         elif each.is_next:
@@ -239,8 +244,8 @@ class _NewRows:
         self.effects: list[tuple[RowRef, OutboxEffect]] = []
         self.later: list[Delivery] = []
 
-    def take(self, unit: UnitOfWork, *, first_waits: bool = False) -> Delivery | None:
-        """Takes the rows of a written unit. `first_waits`: its first message has had its turn already, and does not
+    def take_messages(self, unit: UnitOfWork, *, first_waits: bool = False) -> Delivery | None:
+        """Takes the messages of a written unit. `first_waits`: the first one has had its turn already, and does not
         get one now; it is returned."""
         waiting: Delivery | None = None
         for envelope in unit.inbox_add:
@@ -255,7 +260,10 @@ class _NewRows:
                     self._backlog.add(arrival)
                 else:
                     self.later.append(arrival)
-        for effect in unit.outbox_add:
-            self.effects.append((_row_ref((unit.part, self._outbox_seq)), effect))
-            self._outbox_seq += 1
         return waiting
+
+    def take_effects(self, unit: UnitOfWork) -> None:
+        """Takes the effects of a written unit."""
+        for effect in unit.outbox_add:
+            self.effects.append((_new_tuple(RowRef, (unit.part, self._outbox_seq)), effect))
+            self._outbox_seq += 1

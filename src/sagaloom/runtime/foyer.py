@@ -64,7 +64,7 @@ class Foyer:
         rows = await store.left(self._parts(), limit=_AT_ONCE)
         loop = asyncio.get_running_loop()
         waiting = [
-            (number, Delivery(envelope, (envelope.saga_id, envelope.key), answered=loop.create_future()))
+            (number, Delivery(envelope, (envelope.saga_id, envelope.key), enters=True, answered=loop.create_future()))
             for number, envelope in rows
         ]
         for _, delivery in waiting:

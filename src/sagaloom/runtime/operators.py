@@ -134,7 +134,7 @@ class Operators(Onlookers):
             envelope = msgspec.structs.replace(envelope, traceparent=trace.traceparent, tracestate=trace.tracestate)
         settled: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         # Not when it is accepted: another process may hold the instance, and applies it a moment later.
-        self._receiver.offer(Delivery(envelope, (envelope.saga_id, envelope.key), settled=settled))
+        self._receiver.offer(Delivery(envelope, (envelope.saga_id, envelope.key), enters=True, settled=settled))
         outcome = await in_time(settled)
         if outcome.disposition == "dead_lettered":
             raise SagasError(outcome.reason or f"{envelope.type} was given up")

@@ -4,49 +4,53 @@ from __future__ import annotations
 
 import msgspec
 
-from sagaloom.engine.records import Decision, Envelope, HistoryEntry, Instance, Mark
+from sagaloom.engine.records import Decision, Disposition, Envelope, HistoryEntry, Instance, Mark
 from sagaloom.ids import instance_id
 from sagaloom.ports.store import SagaStore, UnitOfWork
 from sagaloom.runtime.deliveries import Delivery
 from sagaloom.runtime.receipts import Outcome
 
-__all__ = ["outcome_elsewhere", "outcome_of", "outcome_of_duplicate", "outcome_of_left"]
+__all__ = ["outcome_elsewhere", "outcome_of", "outcome_of_duplicate", "outcome_of_left", "with_details"]
 
 _ENTRIES_SEARCHED = 200
 
 _decode = msgspec.json.Decoder().decode
 
 
-def outcome_of(delivery: Delivery, decision: Decision | None, unit: UnitOfWork, *, detailed: bool) -> Outcome:
-    """What a message did. State, effects and result are filled in only for those who wait for them."""
-    envelope = delivery.envelope
-    instance = unit.instance
-    reason = decision.reason or decision.error if decision is not None else None
-    if reason is None and instance is not None:
-        reason = instance.reason
-    run = instance.run if instance is not None else envelope.run or 0
-    outcome = Outcome(
+def outcome_of(delivery: Delivery, decision: Decision | None, unit: UnitOfWork) -> Outcome:
+    """What a message did, without what only those get who wait for it."""
+    envelope, instance = delivery.envelope, unit.instance
+    disposition: Disposition = "pending"
+    reason: str | None = None
+    if decision is not None:
+        disposition, reason = decision.disposition, decision.reason or decision.error
+    run, status, revision = envelope.run or 0, None, None
+    if instance is not None:
+        run, status, revision = instance.run, instance.status, instance.revision
+        if reason is None:
+            reason = instance.reason
+    return Outcome(
         message_id=envelope.id,
         instance_id=instance_id(envelope.saga_id, envelope.key, run),
         saga_id=envelope.saga_id,
         correlation_key=envelope.key,
         run=run,
-        disposition="pending" if decision is None else decision.disposition,
-        status=instance.status if instance is not None else None,
-        revision=instance.revision if instance is not None else None,
+        disposition=disposition,
+        status=status,
+        revision=revision,
         reason=reason,
     )
-    if not detailed:
-        return outcome
-    effects: tuple[str, ...] = ()
-    if decision is not None and decision.entry is not None:
-        effects = tuple(effect.kind for step in decision.entry.steps for effect in step.effects)
+
+
+def with_details(outcome: Outcome, decision: Decision, unit: UnitOfWork) -> Outcome:
+    """`outcome` with state, effects and result, for those who wait for them."""
+    instance, entry = unit.instance, decision.entry
     return msgspec.structs.replace(
         outcome,
         state=_decode(instance.state) if instance is not None else None,
-        effects=effects,
+        effects=() if entry is None else tuple(effect.kind for step in entry.steps for effect in step.effects),
         result=_decode(instance.result) if instance is not None and instance.result else None,
-        answer=None if decision is None or decision.entry is None else decision.entry.answer,
+        answer=None if entry is None else entry.answer,
     )
 
 

@@ -10,19 +10,19 @@ from sagaloom.errors import MessageRejected, SagasError
 __all__ = ["payload_json"]
 
 
-def payload_json(payload: object, *, bytes_max: int, what: str) -> bytes:
-    """`payload` as JSON, or a `MessageRejected` that says what is wrong with that of `what`."""
+def payload_json(payload: object, kind: str, name: str, bytes_max: int) -> bytes:
+    """`payload` as JSON, or a `MessageRejected` that says what is wrong with that of the `kind` called `name`."""
     if isinstance(payload, msgspec.Raw):
         encoded = bytes(payload)
     else:
         try:
             encoded = encode_any(payload)
         except SagasError as error:
-            raise MessageRejected(f"{what}: its payload is not JSON: {error.message}") from error
+            raise MessageRejected(f"{kind} {name!r}: its payload is not JSON: {error.message}") from error
     if len(encoded) > bytes_max:
         raise MessageRejected(
-            f"{what}: its payload has {len(encoded)} bytes, at most {bytes_max} are allowed; store large things "
-            "elsewhere and send a reference",
+            f"{kind} {name!r}: its payload has {len(encoded)} bytes, at most {bytes_max} are allowed; store large "
+            "things elsewhere and send a reference",
             code="PAYLOAD_TOO_LARGE",
         )
     return encoded

@@ -137,8 +137,8 @@ class Planner:
                 continue
             known = newest[key]
             head = known.head or self._memory.new_head(key, now)
+            where = (head.pk, envelope.dedupe_key or envelope.id)
             if delivery.enters:
-                where = (head.pk, envelope.dedupe_key or envelope.id)
                 mark = seen.get(where) or marks.get(where)
                 if mark is not None:
                     instance = known.instance
@@ -175,16 +175,16 @@ class Planner:
                 unit = unit_of_accept(delivery, head, known.head)
                 step = Planned(delivery, unit, None, Hot(head, known.instance), holds=True, awaits_slot=True)
             else:
-                addressed = known.instance
-                if envelope.run is not None and envelope.run != head.run and key not in corrupt:
+                addressed, damage = known.instance, corrupt.get(key)
+                if envelope.run is not None and envelope.run != head.run and damage is None:
                     # Rare: a reply, timer or child of a run that is not the newest. Such runs are read each time.
                     addressed = await self._store.load_run(envelope.saga_id, envelope.key, envelope.run)
                 if telemetry is None:
-                    decision = self._decide(delivery, addressed, head, definitions, now, corrupt.get(key), envelope)
+                    decision = self._decide(delivery, addressed, head, definitions, now, damage, envelope)
                 else:
                     definition = definitions.get(envelope.saga_id)
                     tier = None if definition is None else definition.durability
-                    run = partial(self._decide, delivery, addressed, head, definitions, now, corrupt.get(key))
+                    run = partial(self._decide, delivery, addressed, head, definitions, now, damage)
                     decision = telemetry.decide(delivery, addressed, tier, run)
                 if delivery.is_offer and decision.disposition in ("pending", "deferred") and not _is_held(decision):
                     self._backlog.put_aside(delivery)
@@ -204,7 +204,7 @@ class Planner:
                     is_deferred = decision.stands_aside
                     shown = decision if is_deferred else None
                     step = Planned(delivery, unit, shown, Hot(head, known.instance), is_deferred=is_deferred)
-                elif key in corrupt:
+                elif damage is not None:
                     step = Planned(delivery, unit_of_loss(delivery, decision), decision, None, waits=False)
                 else:
                     step = self._plan_decision(delivery, decision, known, head, addressed, definitions, now)
@@ -220,15 +220,16 @@ class Planner:
                 step.unit = self._slots.claim(definitions.get(key[0]), delivery, step.unit, step.decision, now)
             if step.holds or (envelope.origin != "door" and ends_pause(envelope)):
                 holding.add(key)
-            if step.unit.mark is not None:
-                seen[head.pk, step.unit.mark.dedupe_key] = step.unit.mark
             if step.hot is not None:
                 newest[key] = step.hot
             planned.append(step)
+            unit = step.unit
+            if unit.mark is not None:
+                seen[where] = unit.mark
             size += len(envelope.payload)
-            if step.unit.instance is not None:
-                size += len(step.unit.instance.state)
-            for effect in step.unit.outbox_add:
+            if unit.instance is not None:
+                size += len(unit.instance.state)
+            for effect in unit.outbox_add:
                 size += len(effect.payload)
         return planned, postponed
 
@@ -244,11 +245,12 @@ class Planner:
     ) -> Decision:
         """The decision about `envelope`, which is that of the delivery, or the same in the trace of its decision."""
         definition = definitions.get(envelope.saga_id)
-        if definition is None and corrupt is None and envelope.origin in ("operator", "parent"):
-            return steer(addressed, envelope, DecideContext(now, head, self._options.limits))
-        if definition is None and corrupt is None and self._may_be_known_elsewhere(envelope, now):
-            missing = _vanished(envelope.saga_id).message
-            return Decision("pending", missing, retry_at=now + _UNKNOWN_AGAIN, error=missing, spends_attempt=False)
+        if definition is None and corrupt is None:
+            if envelope.origin in ("operator", "parent"):
+                return steer(addressed, envelope, DecideContext(now, head, self._options.limits))
+            if self._may_be_known_elsewhere(envelope, now):
+                missing = _vanished(envelope.saga_id).message
+                return Decision("pending", missing, retry_at=now + _UNKNOWN_AGAIN, error=missing, spends_attempt=False)
         if definition is None or corrupt is not None or delivery.refusal is not None:
             return _give_up(envelope, now, corrupt or delivery.refusal or _vanished(envelope.saga_id))
         about = definition.about
@@ -286,25 +288,12 @@ class Planner:
             )
         elif head.run == 0 and head.awaits_start != waits:
             head = msgspec.structs.replace(head, awaits_start=waits)
-        cascaded: list[Envelope] = list(decision.follow_ups)
-        dead_letters: list[DeadLetter] = []
-        children: list[Child] = []
-        for outgoing in decision.outgoing:
-            routed = route(definitions, outgoing, now=now)
-            if outgoing.kind == "spawn":
-                child_key = routed.envelopes[0].key if routed.envelopes else ""
-                children.append(child_spawned(outgoing, child_key, now))
-            cascaded.extend(routed.envelopes)
-            dead_letters.extend(routed.dead_letters)
-        unit = unit_of_decision(
-            delivery,
-            decision,
-            head=head,
-            head_before=head_before,
-            before=before,
-            cascaded=cascaded,
-            dead_letters=dead_letters,
-        )
+        cascaded: Sequence[Envelope] = decision.follow_ups
+        dead_letters: Sequence[DeadLetter] = ()
+        children: Sequence[Child] = ()
+        if decision.outgoing:
+            cascaded, dead_letters, children = _routed(decision, definitions, now)
+        unit = unit_of_decision(delivery, decision, head, head_before, before, cascaded, dead_letters)
         if children or decision.child_end is not None:
             unit = msgspec.structs.replace(unit, children_add=tuple(children), child_done=decision.child_end)
         newest, hot = known.instance, None
@@ -337,6 +326,23 @@ class Planner:
         else:
             self._counters.decided[envelope.saga_id, "duplicate"] += 1
             answer(delivery, outcome_of_duplicate(envelope, mark, instance))
+
+
+def _routed(
+    decision: Decision, definitions: DefinitionSet, now: datetime
+) -> tuple[list[Envelope], list[DeadLetter], list[Child]]:
+    """The messages that `decision` leaves in the store, those of them that nobody takes, and the children it spawns."""
+    cascaded = list(decision.follow_ups)
+    dead_letters: list[DeadLetter] = []
+    children: list[Child] = []
+    for outgoing in decision.outgoing:
+        routed = route(definitions, outgoing, now=now)
+        if outgoing.kind == "spawn":
+            child_key = routed.envelopes[0].key if routed.envelopes else ""
+            children.append(child_spawned(outgoing, child_key, now))
+        cascaded.extend(routed.envelopes)
+        dead_letters.extend(routed.dead_letters)
+    return cascaded, dead_letters, children
 
 
 def _is_held(decision: Decision) -> bool:

@@ -132,6 +132,8 @@ class Receiver:
         self._on_commit = on_commit
         self._alarm = Alarm(clock, self._bring_back)
         self._backlog = Backlog(self._alarm.set)
+        self.waiting = self._backlog.waiting
+        self.weight = self._backlog.weight
         self._work: deque[Work] = deque()
         self._memory = Memory(store, bytes_max=options.cache_bytes_max)
         self.share = Share(
@@ -185,7 +187,8 @@ class Receiver:
     def offer(self, delivery: Delivery) -> None:
         """Queues a delivery behind everything that was offered before."""
         self._backlog.add(delivery)
-        self._rouse()
+        if self._wake is not None:
+            self._rouse()
 
     def let_go_on(self, saga_ids: Collection[str]) -> None:
         """Gives what has waited for these sagas its turn: they were paused, or disabled, and are no more."""
@@ -212,14 +215,6 @@ class Receiver:
 
     def hot(self, key: InstanceKey) -> Hot | None:
         return self._memory.hot.get(key)
-
-    @property
-    def waiting(self) -> int:
-        return self._backlog.waiting
-
-    def weight(self) -> int:
-        """The bytes of all payloads that wait. Looks at each of them."""
-        return self._backlog.weight()
 
     @property
     def is_idle(self) -> bool:

@@ -155,7 +155,7 @@ class Repairs:
             letter.saga_id, letter.key, kind, message_id, payload, now, "operator", dedupe_key=message_id
         )
         settled: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self._receiver.offer(Delivery(envelope, (letter.saga_id, letter.key), settled=settled))
+        self._receiver.offer(Delivery(envelope, (letter.saga_id, letter.key), enters=True, settled=settled))
         await in_time(settled)
         if await self._store.dead_letter(letter.id) is not None:
             raise BackendUnavailable(
@@ -293,7 +293,7 @@ class Repairs:
                 envelope.traceparent,
                 envelope.tracestate,
             )
-            envelope = address(
+            envelope, _ = address(
                 receivers[0],
                 message,
                 payload_json=envelope.payload,
@@ -303,7 +303,7 @@ class Repairs:
                 hops=envelope.hops,
                 parent=envelope.parent,
                 key_if_none=envelope.id if envelope.origin == "spawn" else None,
-            ).envelope
+            )
         # What the engine sends itself is known by its origin.
         origin: Origin = "undo" if envelope.origin == "undo" else "redrive"
         return msgspec.structs.replace(envelope, origin=origin, attempt=0, due_at=None, last_error=None, slot=None)

@@ -287,7 +287,7 @@ class SagaRuntime(Senders, Operators):
         return RuntimeHealth(
             ready=all(found == "ok" for found in checks.values()),
             checks=checks,
-            backlog=self._receiver.waiting,
+            backlog=self._receiver.waiting(),
             outbox=self._dispatcher.waiting,
             stalled_lanes=self._dispatcher.stalled_lanes,
             oldest_waiting_seconds=max(0.0, (self.clock.now() - oldest).total_seconds()) if oldest else 0.0,

@@ -78,7 +78,11 @@ class Senders(Part):
                 received = publishing.message
             if within is not None:
                 return await self._leave(received, within, waits=wait is not None)
-            deliveries = self._address(received, waits=wait is not None)
+            deliveries = self._addressed(received)
+            for delivery in deliveries:
+                if wait is not None:
+                    delivery.settled = asyncio.get_running_loop().create_future()
+                self._receiver.offer(delivery)
             outcomes: list[Outcome] = []
             for delivery in deliveries:
                 assert delivery.answered is not None
@@ -130,14 +134,14 @@ class Senders(Part):
             saga_id,
             key,
             received,
-            self._payload(received),
+            payload_json(received.payload, "message", received.type, self.options.limits.payload_bytes_max),
             run=run,
             now=self.clock.now(),
             causation_id=causation_id,
             hops=hops,
         )
         answered: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self._receiver.offer(Delivery(envelope, (saga_id, key), answered=answered))
+        self._receiver.offer(Delivery(envelope, (saga_id, key), enters=True, answered=answered))
         return await answered
 
     @overload
@@ -263,7 +267,8 @@ class Senders(Part):
             publishing.end()
 
     async def _take_tick(self, definition: SagaDefinition[Any], tick: SagaMessage[Any]) -> Outcome:
-        (delivery,) = self._address(tick, waits=False, only=definition)
+        (delivery,) = self._addressed(tick, definition)
+        self._receiver.offer(delivery)
         assert delivery.answered is not None
         return await delivery.answered
 
@@ -275,35 +280,25 @@ class Senders(Part):
             )
         if waits:
             raise MessageRejected("within= and wait= contradict each other: nothing happens before your commit")
-        envelopes = [delivery.envelope for delivery in self._addressed(message, waits=False, only=None)]
+        envelopes = [delivery.envelope for delivery in self._addressed(message)]
         await self.store.leave(connection, envelopes)
         return _receipt(message.type, [outcome_of_left(envelope) for envelope in envelopes])
 
-    def _address(
-        self, message: SagaMessage[Any], *, waits: bool, only: SagaDefinition[Any] | None = None
-    ) -> list[Delivery]:
-        """Queues the message for every saga that handles its type, or for `only` one, or raises why not; nothing was
-        queued then."""
-        deliveries = self._addressed(message, waits=waits, only=only)
-        for delivery in deliveries:
-            self._receiver.offer(delivery)
-        return deliveries
-
-    def _addressed(self, message: SagaMessage[Any], *, waits: bool, only: SagaDefinition[Any] | None) -> list[Delivery]:
-        """The message for every saga that handles its type, or for `only` one."""
+    def _addressed(self, message: SagaMessage[Any], only: SagaDefinition[Any] | None = None) -> list[Delivery]:
+        """The message for every saga that handles its type, or for `only` one; raises why it cannot be taken in."""
         if self._state != "running":
             raise BackendUnavailable(
                 f"the runtime is {self._state}: publish between start() and stop()", code="SAGA_NOT_STARTED"
             )
         if self._receiver.problem is not None:
             raise self._receiver.problem
-        waiting = self._receiver.waiting
+        waiting = self._receiver.waiting()
         if waiting >= self.options.backlog_max:
             raise BackendUnavailable(f"{waiting} messages are waiting already: try again later", code="SAGA_OVERLOADED")
         receivers = (only,) if only is not None else self.definitions.handling(message.type)
         if not receivers:
             raise self._unknown(message.type)
-        payload = self._payload(message)
+        payload = payload_json(message.payload, "message", message.type, self.options.limits.payload_bytes_max)
         if waiting > self._scales.few and not self._scales.have_room(waiting, len(payload) * len(receivers)):
             raise BackendUnavailable(
                 f"{waiting} messages of {self._scales.bytes} bytes are waiting already, and {len(payload)} more do not "
@@ -318,15 +313,14 @@ class Senders(Part):
         assert loop is not None
         deliveries: list[Delivery] = []
         for definition in receivers:
-            found = address(definition, message, payload_json=payload, accepted_at=now, message_id=message_id)
-            envelope = found.envelope
+            envelope, typed = address(definition, message, payload, now, message_id)
             deliveries.append(
                 Delivery(
                     envelope,
                     (envelope.saga_id, envelope.key),
-                    typed=found.message,
+                    enters=True,
+                    typed=typed,
                     answered=loop.create_future(),
-                    settled=loop.create_future() if waits else None,
                 )
             )
         return deliveries
@@ -345,10 +339,6 @@ class Senders(Part):
                 delivery.settled.cancel()  # Nobody waits for it any more, so nobody need look for it.
             elif not delivery.settled.exception():
                 outcomes[number] = delivery.settled.result()
-
-    def _payload(self, message: SagaMessage[Any]) -> bytes:
-        limit = self.options.limits.payload_bytes_max
-        return payload_json(message.payload, bytes_max=limit, what=f"message {message.type!r}")
 
     async def _unknown_saga(self, saga_id: str) -> SagasError:
         if any(each.saga_id == saga_id for each in await self.store.definitions()):

@@ -225,9 +225,7 @@ class Signals:
             kind,
             _name(signal),
             key=check_key(key),
-            payload_json=payload_json(
-                payload, bytes_max=self._options.limits.payload_bytes_max, what=f"{kind} {_name(signal)!r}"
-            ),
+            payload_json=payload_json(payload, kind, _name(signal), self._options.limits.payload_bytes_max),
             message_id=new_message_id(now) if id is None else check_key(id, what=f"{kind} id"),
             accepted_at=now,
             run=run,
@@ -240,7 +238,8 @@ class Signals:
         if loaded.instance is None and not loaded.head.awaits_start:
             raise removed_instance(loaded.head, run) or _no_instance(saga_id, key, run)
         loop = asyncio.get_running_loop()
-        delivery = Delivery(envelope, (saga_id, key), answered=loop.create_future(), settled=loop.create_future())
+        answered, settled = loop.create_future(), loop.create_future()
+        delivery = Delivery(envelope, (saga_id, key), enters=True, answered=answered, settled=settled)
         self._receiver.offer(delivery)
         return delivery, loaded
 

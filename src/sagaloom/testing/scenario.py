@@ -335,13 +335,13 @@ class Scenario(Generic[S]):
         self._messages += 1
         self._story.append(f"{verb} {said.type}")
         self._effects = []
-        envelope = address(
+        envelope, _ = address(
             self._definition,
             said,
             payload_json=encode_any(said.payload),
             accepted_at=self._clock.now(),
             message_id=said.id or f"m{self._messages}",
-        ).envelope
+        )
         if (envelope.key, envelope.dedupe_key) in self._seen:
             head = self._heads.get(envelope.key)
             self._addressed = (envelope.key, head.run if head is not None else 0)
