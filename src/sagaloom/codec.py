@@ -29,14 +29,14 @@ from collections.abc import Callable, Mapping, MutableMapping
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum
-from typing import Any, NamedTuple, Protocol, TypeVar, cast, overload
+from typing import Any, Final, NamedTuple, Protocol, TypeVar, cast, overload
 from uuid import UUID
 
 import msgspec
 
 from sagaloom.errors import DecodeError, DefinitionError, EncodeError
 
-__all__ = ["Codec", "codec_for", "encode_any", "is_declared_class", "type_name"]
+__all__ = ["UNTYPED", "Codec", "codec_for", "encode_any", "encode_any_and_read", "is_declared_class", "type_name"]
 
 T = TypeVar("T")
 
@@ -106,15 +106,21 @@ def encode_any(value: object) -> bytes:
     >>> encode_any({"total": 3, "tags": ("a", "b")})
     b'{"total":3,"tags":["a","b"]}'
     """
+    return encode_any_and_read(value)[0]
+
+
+def encode_any_and_read(value: object) -> tuple[bytes, Any]:
+    """What `encode_any` gives, and what `UNTYPED` would make of it: the check has read it, and nobody else has it. An
+    instance of a class is read as one, and there is `msgspec.UNSET` instead."""
     kind: type[Any] = type(value)
     if kind is not dict and is_declared_class(kind):
-        return _relabelled(codec_for(kind), value)
+        return _relabelled(codec_for(kind), value), msgspec.UNSET
     try:
-        return _ANY.encode_and_read(value)[0]
+        return _ANY.encode_and_read(value)
     except EncodeError:
         pass
     try:
-        return _ANY.encode(_plain(value))
+        return _ANY.encode_and_read(_plain(value))
     except RecursionError:
         raise _too_deep(_ANY.name, "VALIDATION_ERROR") from None
 
@@ -311,7 +317,7 @@ class _PydanticCodec(_Checked):
 
 def _make_codec(declared: object) -> Codec[Any]:
     if any(declared is known or declared == known for known in _UNTYPED):
-        return _PLAIN
+        return UNTYPED
     name = type_name(declared)
     if _mentions_pydantic(declared):
         return _constructed(_PydanticCodec, declared, name)
@@ -553,6 +559,7 @@ def _plain(value: object) -> object:
     return value
 
 
-_PLAIN = _UntypedCodec()
+UNTYPED: Final[Codec[Any]] = _UntypedCodec()
+"""The codec of whatever is declared as untyped JSON."""
 # Results and payloads are refused at a door or in a decision; "state" would name the wrong thing.
 _ANY = _UntypedCodec("VALIDATION_ERROR")

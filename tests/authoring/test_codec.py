@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sagaloom import DecodeError, DefinitionError, EncodeError
-from sagaloom.codec import codec_for, encode_any, is_declared_class
+from sagaloom.codec import UNTYPED, codec_for, encode_any, encode_any_and_read, is_declared_class
 
 JSON = st.recursive(
     st.none()
@@ -336,6 +336,28 @@ def test_schemas_name_the_fields() -> None:
 )
 def test_an_undeclared_value_may_hold_instances_of_declarable_classes(value: object, expected: bytes) -> None:
     assert encode_any(value) == expected
+
+
+@pytest.mark.parametrize("value", [None, True, 1.5, 2**70, {"a": (1, 2)}, [OrderStruct(1)], {"level": Level.HIGH}])
+def test_what_was_read_of_an_undeclared_value_is_what_would_be_decoded(value: object) -> None:
+    data, read = encode_any_and_read(value)
+
+    assert data == encode_any(value)
+    assert repr(read) == repr(UNTYPED.decode(data))
+
+
+def test_nothing_that_was_read_belongs_to_the_value() -> None:
+    lines: list[object] = [{"sku": "paper"}]
+
+    _, read = encode_any_and_read({"lines": lines})
+
+    assert read == {"lines": lines}
+    assert read["lines"] is not lines
+    assert read["lines"][0] is not lines[0]
+
+
+def test_an_instance_of_a_class_was_not_read_as_untyped_json() -> None:
+    assert encode_any_and_read(OrderStruct(1)) == (b'{"id":1,"name":"n"}', msgspec.UNSET)
 
 
 @pytest.mark.parametrize("value", [AT, {"at": AT}, {1: 2}, math.nan, NoEquality, OrderStruct("x"), ["\ud800"]])  # type: ignore[arg-type]

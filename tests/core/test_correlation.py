@@ -135,6 +135,26 @@ def test_an_envelope_carries_everything_the_message_says() -> None:
     )
 
 
+def test_an_untyped_handler_takes_what_was_read_at_the_door() -> None:
+    read = {"amount": 1}
+
+    _, typed = address(order(), SagaMessage("Paid", {"amount": 1}, "k"), b'{"amount":1}', NOW, "m1", read)
+
+    assert typed.payload is read
+
+
+def test_a_null_that_was_read_at_the_door_is_a_payload() -> None:
+    _, typed = address(order(), SagaMessage("Paid", None, "k"), b"null", NOW, "m1", None)
+
+    assert typed.payload is None
+
+
+def test_a_typed_handler_takes_what_its_own_codec_reads() -> None:
+    _, typed = address(order(), PLACED, b'{"order_id":"o-1"}', NOW, "m1", {"order_id": "o-1"})
+
+    assert typed.payload == Placed("o-1")
+
+
 def test_without_an_idempotency_key_the_message_id_is_what_makes_a_repeat_a_duplicate() -> None:
     envelope, _ = address(order(), PLACED, b'{"order_id":"o-1"}', accepted_at=NOW, message_id="m1")
 

@@ -317,6 +317,40 @@ async def test_one_message_reaches_every_saga_that_handles_its_type(bench: Bench
     ]
 
 
+async def test_a_handler_that_changes_its_payload_changes_it_for_itself(bench: Bench) -> None:
+    def taking(saga: Any, event: Any, context: Any) -> list[Any]:
+        event.payload["lines"].append("seen")
+        saga.state = {"lines": event.payload["lines"]}
+        return []
+
+    sagas = [define_saga(name).state({"lines": []}).on("Add", taking).build() for name in ("one", "two")]
+    life = await bench.live(*sagas)
+    message = SagaMessage("Add", {"lines": ["paper"]}, correlation_key="k")
+
+    await life.runtime.publish(message)
+    await life.runtime.publish(message)
+
+    instances = [await life.instance(name, "k") for name in ("one", "two")]
+    assert [(each.revision, json.loads(each.state)) for each in instances] == [(2, {"lines": ["paper", "seen"]})] * 2
+    assert message.payload == {"lines": ["paper"]}
+
+
+async def test_a_handler_that_changed_its_payload_and_failed_gets_it_as_it_came(bench: Bench) -> None:
+    def failing_once(saga: Any, event: Any, context: Any) -> list[Any]:
+        event.payload["lines"].append(context.attempt)
+        if context.attempt == 1:
+            raise ValueError("not yet")
+        saga.state = {"lines": event.payload["lines"]}
+        return []
+
+    life = await bench.live(define_saga("one").state({"lines": []}).on("Add", failing_once).build())
+    await life.publish("Add", {"lines": []}, key="k")
+
+    await bench.advance("5s")
+
+    assert json.loads((await life.instance("one", "k")).state) == {"lines": [2]}
+
+
 async def test_a_send_to_a_saga_arrives_once_even_when_the_process_ends_behind_its_commit(bench: Bench) -> None:
     def pass_on(saga: Any, event: Any, context: Any) -> list[Any]:
         return [send("Add", {"n": event.payload["n"]})]

@@ -27,7 +27,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from sagaloom.codec import encode_any, is_declared_class
+from sagaloom.codec import UNTYPED, encode_any, is_declared_class
 from sagaloom.definitions import ANY_TYPE, SagaDefinition
 from sagaloom.engine.concurrency import concurrency_key
 from sagaloom.engine.records import DeadLetter, Envelope, Origin, Outgoing, ParentLink
@@ -160,6 +160,7 @@ def address(
     payload_json: bytes,
     accepted_at: datetime,
     message_id: str,
+    read: Any = msgspec.UNSET,
     origin: Origin = "door",
     correlation_key: str | None = None,
     causation_id: str | None = None,
@@ -169,6 +170,7 @@ def address(
 ) -> tuple[Envelope, SagaMessage[Any]]:
     """The envelope that takes `message` to an instance of this saga, and the message as the saga's handler takes it.
 
+    `read` is what an untyped handler takes `payload_json` for, if that was read already and nobody else has it.
     `correlation_key` counts as the message's own where that has none. `key_if_none` is the key for a message that no
     rule and no key names an instance for. Raises `MessageRejected`.
     """
@@ -182,7 +184,7 @@ def address(
                 check_key(text, what=field)
     if correlation_key is not None and message.correlation_key is None:
         message = msgspec.structs.replace(message, correlation_key=correlation_key)
-    typed = _typed(definition, message, payload_json, message_id)
+    typed = _typed(definition, message, payload_json, message_id, read)
     try:
         key, opens_run = _find_key(definition, message, typed)
         if opens_run and key_if_none is not None:
@@ -284,7 +286,11 @@ def _is_message(payload: object) -> bool:
 
 
 def _typed(
-    definition: SagaDefinition[Any], message: SagaMessage[Any], payload_json: bytes | None, message_id: str | None
+    definition: SagaDefinition[Any],
+    message: SagaMessage[Any],
+    payload_json: bytes | None,
+    message_id: str | None,
+    read: Any = msgspec.UNSET,
 ) -> SagaMessage[Any]:
     """The message as this saga's rules and handlers see it."""
     if message.type not in definition.handlers:
@@ -293,7 +299,8 @@ def _typed(
     if payload_json is None:
         payload_json = _encoded(definition.id, message)
     try:
-        payload = definition.handlers[message.type].codec.decode(payload_json)
+        codec = definition.handlers[message.type].codec
+        payload = codec.decode(payload_json) if read is msgspec.UNSET or codec is not UNTYPED else read
     except SagasError as error:
         raise MessageRejected(
             f"saga {definition.id!r}: the payload of {message.type!r} is not what its handler takes: {error.message}",

@@ -23,7 +23,7 @@ from sagaloom.ports.store import JoinsTransactions
 from sagaloom.runtime.deliveries import Delivery
 from sagaloom.runtime.outcomes import outcome_of_left
 from sagaloom.runtime.part import Part
-from sagaloom.runtime.payloads import payload_json
+from sagaloom.runtime.payloads import payload_json, payload_json_and_read
 from sagaloom.runtime.receipts import Outcome, PublishReceipt, PublishRejected, SignalReceipt, UpdateReceipt
 from sagaloom.runtime.replies import reply_envelope, reply_unwanted
 from sagaloom.runtime.weighing import Scales
@@ -298,7 +298,9 @@ class Senders(Part):
         receivers = (only,) if only is not None else self.definitions.handling(message.type)
         if not receivers:
             raise self._unknown(message.type)
-        payload = payload_json(message.payload, "message", message.type, self.options.limits.payload_bytes_max)
+        payload, read = payload_json_and_read(
+            message.payload, "message", message.type, self.options.limits.payload_bytes_max
+        )
         if waiting > self._scales.few and not self._scales.have_room(waiting, len(payload) * len(receivers)):
             raise BackendUnavailable(
                 f"{waiting} messages of {self._scales.bytes} bytes are waiting already, and {len(payload)} more do not "
@@ -313,7 +315,8 @@ class Senders(Part):
         assert loop is not None
         deliveries: list[Delivery] = []
         for definition in receivers:
-            envelope, typed = address(definition, message, payload, now, message_id)
+            envelope, typed = address(definition, message, payload, now, message_id, read)
+            read = msgspec.UNSET  # It is the first one's alone: a handler may change what it gets.
             deliveries.append(
                 Delivery(
                     envelope,
