@@ -278,7 +278,8 @@ class Plan:
                 # The deletes come before the inserts: a slot that this batch has taken would stay.
                 freed = {key for key, value in rows if key[0] == "slot" and value is None}
                 self.inserts = [insert for insert in self.inserts if insert[0] not in freed]
-        self.writes.update(rows)
+        for key, value in rows:
+            self.writes[key] = value
         if unmarked_row:
             self._unmark(unmarked_row)
         self.inserts += inserts
