@@ -313,7 +313,7 @@ class SqliteKeyValue(SqliteFile):
         for name, keys in dropped.items():
             table = self._tables.get(name) or self._look_for_table(name)
             if table is not None:
-                self._write_each(table.delete, keys, 1)
+                self._write_many(table.delete_many, table.delete, keys, 1)
         self.statements += len(deletes)
         return dropped
 
@@ -344,14 +344,17 @@ class SqliteKeyValue(SqliteFile):
         return Conflicted(failed)
 
     def _insert(self, table: Table, cells: Cells) -> None:
-        cells_at_once = ROWS_A_STATEMENT * CELLS_A_ROW
-        last_of_many = len(cells) - len(cells) % cells_at_once
-        for first in range(0, last_of_many, cells_at_once):
-            self._execute(table.insert_many, cells[first : first + cells_at_once])
-        self._write_each(table.insert, cells[last_of_many:], CELLS_A_ROW)
+        self._write_many(table.insert_many, table.insert, cells, CELLS_A_ROW)
 
     def _put(self, table: Table, cells: Cells) -> None:
         self._write_each(table.put, cells, CELLS_A_ROW)
+
+    def _write_many(self, many: str, each: str, cells: Sequence[bytes | int], cells_a_row: int) -> None:
+        cells_at_once = ROWS_A_STATEMENT * cells_a_row
+        last_of_many = len(cells) - len(cells) % cells_at_once
+        for first in range(0, last_of_many, cells_at_once):
+            self._execute(many, cells[first : first + cells_at_once])
+        self._write_each(each, cells[last_of_many:], cells_a_row)
 
     def _write_each(self, statement: str, cells: Sequence[bytes | int], cells_a_row: int) -> None:
         if len(cells) == cells_a_row:

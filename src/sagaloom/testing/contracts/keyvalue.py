@@ -119,6 +119,16 @@ class KeyValueContract:
         assert isinstance(await store.commit(deletes=[("color", 2), ("never_written", 1)]), Committed)
         assert await _keys(store, ("color",)) == [("color", 1)]
 
+    @pytest.mark.parametrize("deleted", [1, 15, 16, 17, 40])
+    async def test_of_many_rows_those_that_are_named_are_deleted(self, store: KeyValue, deleted: int) -> None:
+        keys: list[Key] = [("k", n) for n in range(50)]
+        await _put(store, *keys)
+        named = keys[50 - deleted :]
+
+        await store.commit(deletes=[*reversed(named), ("k", 99), named[0]])
+
+        assert await _keys(store, ("k",)) == keys[: 50 - deleted]
+
     @pytest.mark.parametrize("size", [0, 1, 1024 * 1024])
     async def test_a_value_may_have_any_bytes(self, store: KeyValue, size: int) -> None:
         value = random.Random(size).randbytes(size)
