@@ -322,7 +322,9 @@ class Ledger:
             encoded = encode_any(value)
         except SagasError as error:
             self.refuse(HANDLER_RESULT, f"{what}: {error.message}")
-        self.count_bytes(len(encoded))
+        self._bytes = size = self._bytes + len(encoded)
+        if size > self.limits.effects_bytes_max:
+            self._refuse_bytes()
         return encoded
 
     def _encode_sent(self, what: str, payload: Any) -> tuple[Any, bytes]:
@@ -355,11 +357,14 @@ class Ledger:
     def count_bytes(self, size: int) -> None:
         self._bytes += size
         if self._bytes > self.limits.effects_bytes_max:
-            self.refuse(
-                LIMIT_EXCEEDED,
-                f"the effects of one decision have more than {self.limits.effects_bytes_max} bytes: pass a reference "
-                "to large data instead",
-            )
+            self._refuse_bytes()
+
+    def _refuse_bytes(self) -> NoReturn:
+        self.refuse(
+            LIMIT_EXCEEDED,
+            f"the effects of one decision have more than {self.limits.effects_bytes_max} bytes: pass a reference "
+            "to large data instead",
+        )
 
     def _end_timer(self, name: str) -> bool:
         timer = next((timer for timer in self.open_timers if timer.name == name), None)

@@ -18,29 +18,18 @@ from sagaloom.engine.records import DecideContext, Envelope, FeedKind, FeedMomen
 from sagaloom.engine.retrying import storable
 from sagaloom.engine.transition import Transition
 
-__all__ = ["DETAIL_MAX", "shown", "shown_bystander"]
+__all__ = ["DETAIL_MAX", "moments_of", "shown_bystander"]
 
 DETAIL_MAX: Final = 2_000  # The feed is kept in memory by those who watch. History has the whole of it.
 
 
-def shown(transition: Transition, steps: tuple[StepRecord, ...], reason: str | None) -> FeedRecord:
+def moments_of(transition: Transition, steps: tuple[StepRecord, ...], reason: str | None) -> tuple[FeedMoment, ...]:
     """What the feed shows of a message that was applied."""
-    message, before, status = transition.envelope, transition.status_before, transition.status
+    before, status = transition.status_before, transition.status
     if len(steps) == 1 and reason is None:
-        moments = _moments_of_one_step(before, status)
-    else:
-        undo_reason = None if transition.undo_reason is None else storable(transition.undo_reason)
-        moments = _moments(before, status, steps, reason, undo_reason)
-    return FeedRecord(
-        transition.now,
-        transition.definition.id,
-        message.key,
-        transition.run,
-        transition.revision,
-        message.type,
-        message.id,
-        moments,
-    )
+        return _moments_of_one_step(before, status)
+    undo_reason = None if transition.undo_reason is None else storable(transition.undo_reason)
+    return _moments(before, status, steps, reason, undo_reason)
 
 
 # Nearly every message takes one step, and what that shows depends on so little that it is made once.

@@ -131,7 +131,7 @@ class Transition(Ledger):
             self.gathered: tuple[GatheredMessage, ...] = ()
             """What joins of the run have taken, and wait with."""
         else:
-            timers = without_fired(instance.timers, envelope)
+            timers = without_fired(instance.timers, envelope) if instance.timers else ()
             Ledger.__init__(self, definition, envelope, context, instance.run, instance.revision + 1, timers)
             self.status_before = instance.status
             self.status = next_status(instance.status, "advance")

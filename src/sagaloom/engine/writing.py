@@ -23,7 +23,7 @@ from sagaloom.engine.families import child_end_of, end_of_child
 from sagaloom.engine.giving_up import letter_of
 from sagaloom.engine.ledger import LIMIT_EXCEEDED, Refused
 from sagaloom.engine.lifecycle import is_terminal
-from sagaloom.engine.moments import DETAIL_MAX, shown
+from sagaloom.engine.moments import DETAIL_MAX, moments_of
 from sagaloom.engine.records import (
     AppliedStep,
     DeadLetter,
@@ -32,6 +32,7 @@ from sagaloom.engine.records import (
     Envelope,
     FeedKind,
     FeedMoment,
+    FeedRecord,
     HistoryEntry,
     Instance,
     ParentLink,
@@ -47,6 +48,7 @@ __all__ = ["written"]
 def written(transition: Transition, context: DecideContext, *, is_last_attempt: bool = False) -> Decision:
     """The Decision of a message that was applied."""
     definition, message, instance = transition.definition, transition.envelope, transition.instance
+    saga_id, key, message_type, message_id = definition.id, message.key, message.type, message.id
     now, run, revision = transition.now, transition.run, transition.revision
     status, state = transition.status, transition.state
     reason = None if transition.reason is None else storable(transition.reason)
@@ -59,18 +61,18 @@ def written(transition: Transition, context: DecideContext, *, is_last_attempt: 
         transition.end_all_timers()
         if parent is not None and message.origin != "parent":
             _tell_parent(transition, parent)
-    elif message.type in definition.compensations and not transition.is_current_undone:
+    elif message_type in definition.compensations and not transition.is_current_undone:
         applied = _with_step(transition)
-    elif definition.pivots and status == "running" and message.type in definition.pivots:
-        applied, pivot = (), message.type
+    elif definition.pivots and status == "running" and message_type in definition.pivots:
+        applied, pivot = (), message_type
     carrying: _Carrying | None = None
     if transition.trouble is not None and undoing is not None:
         carrying = _carry_on(transition, undoing, transition.trouble, is_last_attempt=is_last_attempt)
         undoing = carrying.undoing
     entries = instance.entries + 1 if instance is not None else 1
     new = Instance(
-        definition.id,
-        message.key,
+        saga_id,
+        key,
         context.head.pk,
         run,
         status,
@@ -83,12 +85,12 @@ def written(transition: Transition, context: DecideContext, *, is_last_attempt: 
         entries,
         instance.bystanders if instance is not None else 0,
         instance.message_count + 1 if instance is not None else 1,
-        message.type,
+        message_type,
         transition.result,
         reason if reason is not None or instance is None or is_over else instance.reason,
         now if status == "completed" else None,
         now if is_over else None,
-        instance is not None and instance.is_paused and message.type != CANCEL,
+        instance is not None and instance.is_paused and message_type != CANCEL,
         parent,
         instance.traceparent if instance is not None else message.traceparent,
         instance.tracestate if instance is not None else message.tracestate,
@@ -106,8 +108,8 @@ def written(transition: Transition, context: DecideContext, *, is_last_attempt: 
         entries,
         revision,
         "applied",
-        message.type,
-        message.id,
+        message_type,
+        message_id,
         now,
         transition.status_before,
         status,
@@ -134,7 +136,7 @@ def written(transition: Transition, context: DecideContext, *, is_last_attempt: 
         transition.timers,
         transition.timers_ended,
         None,
-        shown(transition, steps, reason),
+        FeedRecord(now, saga_id, key, run, revision, message_type, message_id, moments_of(transition, steps, reason)),
     )
     if is_over and parent is not None:
         decision = msgspec.structs.replace(decision, child_end=child_end_of(new, parent))
