@@ -221,8 +221,9 @@ class _Checked(ABC):
         return data, back
 
     def decode(self, data: bytes) -> Any:
+        load = self._load
         try:
-            return self._load(data)
+            return load(data)
         except RecursionError:
             raise DecodeError(f"{self.name} at $: the JSON is nested too deep", data=self._facts("$")) from None
         except Exception as error:

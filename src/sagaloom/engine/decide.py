@@ -69,7 +69,7 @@ from sagaloom.engine.expecting import UNEXPECTED, gather, handler_during, why_no
 from sagaloom.engine.families import refused_child
 from sagaloom.engine.giving_up import after_error, give_up, wait_for_newer
 from sagaloom.engine.ledger import Refused
-from sagaloom.engine.lifecycle import is_terminal
+from sagaloom.engine.lifecycle import TERMINAL
 from sagaloom.engine.migrating import MadeByNewer, initial_state, migrated, readable_state
 from sagaloom.engine.records import (
     DecideContext,
@@ -108,7 +108,7 @@ def decide(
     if message.opens_run:
         instance = None
     elif instance is not None:
-        if is_terminal(instance.status):
+        if instance.status in TERMINAL:
             if is_bound or definition.reuse != "new_run" or binding is None or not binding.starts:
                 if message.parent is not None and message.origin != "parent":
                     return refuse_child(instance, message, context, message.parent)
@@ -190,7 +190,7 @@ def steer(
         instance.parent is None or instance.parent.effect_key != message.parent.effect_key
     ):
         return Decision("ignored", f"run {instance.run} of {message.saga_id}:{message.key} is not that child")
-    if is_terminal(instance.status):
+    if instance.status in TERMINAL:
         return ignore_terminal(instance, message, context)
     is_about_timer = is_timer_control(message)
     in_vain = why_no_timer(instance, message) if is_about_timer else why_in_vain(instance, message)

@@ -27,6 +27,7 @@ from sagaloom.definitions import SAGA_INSTANCE_STATUSES, SagaInstanceStatus
 __all__ = [
     "HAPPENINGS",
     "STATUS_TABLE",
+    "TERMINAL",
     "Happening",
     "StatusRefused",
     "is_terminal",
@@ -56,7 +57,8 @@ _AFTER: Final[dict[Happening, dict[SagaInstanceStatus, SagaInstanceStatus]]] = {
     happening: {before: after for (before, what), after in _NEXT.items() if what == happening}
     for happening in HAPPENINGS
 }
-_LIVE: Final = frozenset(status for status, _ in STATUS_TABLE)
+TERMINAL: Final = frozenset(SAGA_INSTANCE_STATUSES) - {status for status, _ in STATUS_TABLE}
+"""The statuses that nothing leads out of."""
 
 
 class StatusRefused(Exception):
@@ -65,7 +67,7 @@ class StatusRefused(Exception):
 
 def is_terminal(status: SagaInstanceStatus) -> bool:
     """Whether nothing leads out of `status`."""
-    return status not in _LIVE
+    return status in TERMINAL
 
 
 def next_status(status: SagaInstanceStatus, happening: Happening) -> SagaInstanceStatus:

@@ -22,7 +22,7 @@ from sagaloom.engine.controls import CANCEL
 from sagaloom.engine.families import child_end_of, end_of_child
 from sagaloom.engine.giving_up import letter_of
 from sagaloom.engine.ledger import LIMIT_EXCEEDED, Refused
-from sagaloom.engine.lifecycle import is_terminal
+from sagaloom.engine.lifecycle import TERMINAL
 from sagaloom.engine.moments import DETAIL_MAX, moments_of
 from sagaloom.engine.records import (
     AppliedStep,
@@ -54,7 +54,7 @@ def written(transition: Transition, context: DecideContext, *, is_last_attempt: 
     reason = None if transition.reason is None else storable(transition.reason)
     applied, undoing, pivot = transition.applied, transition.undoing, transition.pivot
     parent = instance.parent if instance is not None else message.parent
-    is_over = is_terminal(status)
+    is_over = status in TERMINAL
     if is_over:
         applied, undoing = (), None
         transition.gathered = ()
