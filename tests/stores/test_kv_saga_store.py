@@ -313,6 +313,19 @@ async def test_only_the_last_state_of_a_run_in_a_batch_is_put(kv: Watched, store
     assert [key[0] for key, _ in kv.commits[0]["inserts"]] == ["transition", "transition"]
 
 
+async def test_a_stray_row_of_the_index_keeps_no_run_from_its_status(
+    kv: Watched, store: KvSagaStore, lease: Lease
+) -> None:
+    running = start_of(head_of("o-1", await store.reserve_pks(1)))
+    created = rows.micros(running.created_at)
+    await kv.commit(puts=[(("instance_index", running.saga_id, "running", created, running.pk, running.run), b"")])
+
+    result = await write(store, lease, step_of(None, running, head=head_of("o-1", running.pk)))
+
+    assert not result.conflicts
+    assert await store.instances(InstanceFilter(statuses=("running",)), limit=10) == ([running], None)
+
+
 async def test_what_is_remembered_has_a_bound(
     store: KvSagaStore, lease: Lease, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -258,6 +258,7 @@ class KvSagaStore(LookingStore):
         doubted: list[Key] = []
         self._beliefs.slots.clear()
         looked_twice = is_careful = False
+        strays: set[Key] = set()  # rows of the index that nothing accounts for
         older: dict[Key, bool] = {}  # what a commit has looked for among the arrivals, and whether it was there
         await tenure.bound_own()
         for _ in range(_ROUNDS_MAX):
@@ -310,7 +311,7 @@ class KvSagaStore(LookingStore):
                     continue
 
             try:
-                events = plan.seal()
+                events = plan.seal(strays)
             except (TypeError, ValueError, OverflowError):
                 if is_careful:
                     raise
@@ -339,6 +340,8 @@ class KvSagaStore(LookingStore):
                     marks_there.add(key)
                 elif key[0] == "transition":
                     doubted.append(("state", *key[1:3]))
+                elif key[0] == "instance_index":
+                    strays.add(key)
                 elif key[0] != "arrivals" and key != member:
                     doubted.append(key)
         raise BackendUnavailable(f"{self._kv.name}: somebody without the lease keeps changing the rows of this batch")

@@ -8,7 +8,7 @@ read off it (`sagaloom.stores.units`), and looked up by whoever commits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Final, cast
 
@@ -313,14 +313,17 @@ class Plan:
             self._learn(unit, beside)
         return None
 
-    def seal(self) -> int:
-        """Adds the row of the feed, and returns how many events are in it. Raises `TypeError`, `ValueError` or
-        `OverflowError` for what cannot be stored: a careful plan finds out which unit brings it."""
+    def seal(self, strays: Collection[Key] = ()) -> int:
+        """Adds the rows of the index and of the feed, and returns how many events are in that. `strays` are rows of the
+        index that are there, though nothing accounts for them: they are written over. Raises `TypeError`, `ValueError`
+        or `OverflowError` for what cannot be stored: a careful plan finds out which unit brings it."""
         events = sum([len(record.moments) for record in self.feed])
         if events:
             shown = encode(self.feed)
             self._bytes += len(shown)
             self.inserts.append((FEED_KEY, shown))
+        for key in self.index_rows.keys() & strays:
+            self.writes[key] = self.index_rows.pop(key)
         self.inserts += self.index_rows.items()
         # Only when all rows together are so large can one of them be.
         if self._bytes > ROW_BYTES_MAX:
