@@ -116,14 +116,6 @@ def encode_any_and_read(value: object) -> tuple[bytes, Any]:
     if kind is not dict and is_declared_class(kind):
         return _relabelled(codec_for(kind), value), msgspec.UNSET
     try:
-        # What nearly every message needs, without a call in between.
-        data = _ENCODE(value)
-        back = _DECODE(data)
-        if back == value:
-            return data, back
-    except Exception:  # noqa: BLE001
-        pass  # The codec comes upon it again, and says where and why.
-    try:
         return _ANY.encode_and_read(value)
     except EncodeError:
         pass

@@ -13,7 +13,7 @@ from sagaloom.engine.records import Instance
 from sagaloom.errors import MessageRejected
 from sagaloom.ports.keyvalue import Entry, Key, KeyValue
 from sagaloom.ports.store import InstanceFilter
-from sagaloom.stores.rows import decode_head, decode_instance, decoded, micros, pending_instance
+from sagaloom.stores.rows import all_below, decode_head, decode_instance, decoded, micros, pending_instance
 
 __all__ = ["Listing", "from_cursor", "to_cursor"]
 
@@ -109,19 +109,11 @@ class Listing:
         ]
 
     async def _saga_ids(self) -> tuple[str, ...]:
-        return tuple(str(row.key[1]) for row in await self._all(("saga_seen",)))
+        return tuple(str(row.key[1]) for row in await all_below(self._kv, ("saga_seen",)))
 
     async def _read(self, keys: Sequence[Key]) -> list[Instance | None]:
         rows = await self._kv.get_many(keys) if keys else []
         return [None if row is None else decoded(self._kv, row, decode_instance) for row in rows]
-
-    async def _all(self, prefix: Key) -> list[Entry]:
-        found: list[Entry] = []
-        while True:
-            rows = await self._kv.scan(prefix, after=found[-1].key if found else None, limit=_PAGE)
-            found += rows
-            if len(rows) < _PAGE:
-                return found
 
 
 class _Walk:

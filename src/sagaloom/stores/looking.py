@@ -23,6 +23,7 @@ from sagaloom.stores.listing import Listing
 from sagaloom.stores.reading import ReadingStore
 from sagaloom.stores.rows import (
     CHILD_STATUSES,
+    all_below,
     children_key,
     decode_child,
     decode_dead_letter,
@@ -152,4 +153,4 @@ class LookingStore(ReadingStore):
 
     async def standings(self) -> list[SagaStanding]:
         await self.open()
-        return [decoded(self._kv, row, decode_standing) for row in await self._all(("standing",))]
+        return [decoded(self._kv, row, decode_standing) for row in await all_below(self._kv, ("standing",))]

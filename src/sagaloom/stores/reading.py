@@ -30,6 +30,7 @@ from sagaloom.ports.keyvalue import Check, Committed, Conflicted, Entry, Key, Ke
 from sagaloom.ports.store import InboxRow, Loaded, OutboxRow, RegisteredDefinition, RowRef
 from sagaloom.stores.beliefs import Beliefs
 from sagaloom.stores.rows import (
+    all_below,
     decode_cursor,
     decode_definition,
     decode_effect,
@@ -206,11 +207,11 @@ class ReadingStore:
 
     async def schedule_cursors(self) -> list[ScheduleCursor]:
         await self.open()
-        return [decoded(self._kv, row, decode_cursor) for row in await self._all(("schedule",))]
+        return [decoded(self._kv, row, decode_cursor) for row in await all_below(self._kv, ("schedule",))]
 
     async def definitions(self) -> list[RegisteredDefinition]:
         await self.open()
-        return [decoded(self._kv, row, decode_definition) for row in await self._all(("definition",))]
+        return [decoded(self._kv, row, decode_definition) for row in await all_below(self._kv, ("definition",))]
 
     async def _waiting(self, prefix: Key, after: RowRef | None, limit: int) -> list[Entry]:
         await self.open()
@@ -231,14 +232,6 @@ class ReadingStore:
     async def _read_many(self, keys: Sequence[Key], decode: Callable[[bytes], _R]) -> list[_R | None]:
         rows = await self._kv.get_many(keys) if keys else []
         return [None if row is None else decoded(self._kv, row, decode) for row in rows]
-
-    async def _all(self, prefix: Key) -> list[Entry]:
-        found: list[Entry] = []
-        while True:
-            rows = await self._kv.scan(prefix, after=found[-1].key if found else None, limit=_PAGE)
-            found += rows
-            if len(rows) < _PAGE:
-                return found
 
     async def _commit_kv(
         self,

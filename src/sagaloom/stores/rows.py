@@ -78,6 +78,7 @@ decode_standing = msgspec.msgpack.Decoder(SagaStanding).decode
 decode_definition = msgspec.msgpack.Decoder(RegisteredDefinition).decode
 
 _R = TypeVar("_R")
+_PAGE: Final = 256
 
 
 @lru_cache(maxsize=16_384)
@@ -93,6 +94,16 @@ def decoded(kv: KeyValue, row: Entry, decode: Callable[[bytes], _R]) -> _R:
             f"{kv.name}: row {row.key!r} cannot be read ({error}): restore the store from a backup, "
             "or upgrade sagaloom if a newer version wrote it"
         ) from error
+
+
+async def all_below(kv: KeyValue, prefix: Key) -> list[Entry]:
+    """Every row below `prefix`, however many pages that takes."""
+    found: list[Entry] = []
+    while True:
+        rows = await kv.scan(prefix, after=found[-1].key if found else None, limit=_PAGE)
+        found += rows
+        if len(rows) < _PAGE:
+            return found
 
 
 def micros(moment: datetime) -> int:

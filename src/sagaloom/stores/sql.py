@@ -34,6 +34,7 @@ from sagaloom.ports.store import (
 from sagaloom.stores.kv import KvSagaStore
 from sagaloom.stores.listing import from_cursor, to_cursor
 from sagaloom.stores.rows import (
+    all_below,
     decode_dead_letter,
     decode_effect,
     decode_envelope,
@@ -405,7 +406,7 @@ class SqlSagaStore(KvSagaStore):
     async def _sagas_of(self, wanted: InstanceFilter) -> list[str]:
         if wanted.saga_ids:
             return [saga_id for saga_id in dict.fromkeys(wanted.saga_ids) if "\0" not in saga_id]
-        return [str(row.key[1]) for row in await self._all(("saga_seen",))]
+        return [str(row.key[1]) for row in await all_below(self._kv, ("saga_seen",))]
 
     def _decoded(self, key: Key, value: bytes, decode: Callable[[bytes], _R]) -> _R:
         return decoded(self._kv, Entry(key, value, 0), decode)
